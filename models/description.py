@@ -1,0 +1,114 @@
+"""What a pass may ask of a model: its attention layers and the path of their keys and values through the state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import openvino as ov
+from openvino import Node, Output
+
+from ovtq.graph import Port
+
+
+@dataclass(frozen=True)
+class KVPath:
+    """The way of one tensor (K or V) through the state: ReadValue → Gather(beam_idx) → Concat(axis 2) → Assign.
+
+    `past` and `appended` have shape (batch, kv_heads, tokens, head_dim).
+    """
+
+    read: Node
+    beam_gather: Node
+    append: Node
+    assign: Node
+
+    @property
+    def past(self) -> Output:
+        """The cached tokens, reordered by beam."""
+        return self.beam_gather.output(0)
+
+    @property
+    def appended(self) -> Output:
+        """The cached and the new tokens."""
+        return self.append.output(0)
+
+    @property
+    def variable_id(self) -> str:
+        """Name of the state."""
+        return str(self.assign.get_variable_id())
+
+
+@dataclass(frozen=True)
+class AttentionLayer:
+    """One attention layer.
+
+    `query`, `key`, `value` are the ports where a step's new Q (batch, query_heads, tokens, head_dim) and K, V
+    (batch, kv_heads, tokens, head_dim) enter the attention, after RoPE; `context` is what the attention itself gives,
+    (batch, query_heads, tokens, head_dim). A pass that gives the layer another cache sets `key_path`, `value_path`
+    and `mask` to None.
+    """
+
+    index: int
+    window: int | None  # tokens a query can see, its own included; None: all
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    sinks: np.ndarray | None  # (query_heads,), one logit per query head
+    key_bias: np.ndarray | None  # (kv_heads, head_dim), before RoPE
+    value_bias: np.ndarray | None
+    query: Port
+    key: Port
+    value: Port
+    context: Output
+    mask: Port | None
+    key_path: KVPath | None
+    value_path: KVPath | None
+
+    @property
+    def paths(self) -> tuple[KVPath, ...]:
+        """The K and V paths as exported; empty once a pass replaced them."""
+        return tuple(path for path in (self.key_path, self.value_path) if path is not None)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one KV head."""
+        return self.query_heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """A stateful language model as the passes see it; inputs have shape (batch, tokens), beam_idx (batch,)."""
+
+    architecture: str
+    input_ids: Node
+    attention_mask: Node
+    beam_idx: Node
+    layers: tuple[AttentionLayer, ...]
+
+    @property
+    def sliding(self) -> tuple[AttentionLayer, ...]:
+        """The layers with a sliding window."""
+        return tuple(layer for layer in self.layers if layer.window is not None)
+
+    @property
+    def full(self) -> tuple[AttentionLayer, ...]:
+        """The layers that see every token."""
+        return tuple(layer for layer in self.layers if layer.window is None)
+
+    def with_layers(self, changed: dict[int, AttentionLayer]) -> ModelDescription:
+        """This description with some layers replaced, by index."""
+        return replace(self, layers=tuple(changed.get(layer.index, layer) for layer in self.layers))
+
+
+def state_bytes(model: ov.Model, tokens: int, batch: int = 1, float_bytes: int = 2) -> int:
+    """Bytes of all states after `tokens` tokens; floating-point states counted with `float_bytes` (GPU: 2)."""
+    total = 0
+    for variable in model.get_variables():
+        info = variable.get_info()
+        size = float_bytes if info.data_type.is_real() else info.data_type.size
+        for axis, length in enumerate(info.data_shape):
+            size *= length.get_length() if length.is_static else (batch if axis == 0 else tokens)
+        total += size
+    return total

@@ -1,0 +1,244 @@
+"""ovtq-convert: rewrite a model folder's IR so that its KV cache is smaller, and prove that it still says the same."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import platform
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ovtq import __version__, io, pipeline, verify
+from ovtq.dump import dump
+from ovtq.errors import InputError, OvtqError
+from ovtq.models import ModelDescription, describe
+from ovtq.models.description import state_bytes
+from ovtq.passes import PASSES, Pass
+
+FLOAT_BYTES = {"GPU": 2, "CPU": 4}  # of a floating-point state: f16 on the GPU, as declared (f32) on the CPU
+CONTEXTS = (4096, 131072)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, or 2 after one line on stderr that says what is wrong."""
+    errors = Console(stderr=True, highlight=False)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    try:
+        options = parser().parse_args(argv)
+        convert(options, Console(stderr=options.dump_after != [], highlight=False), errors)
+    except KeyboardInterrupt:
+        return _fail(errors, "interrupted; nothing was written")
+    except OvtqError as error:
+        return _fail(errors, str(error))
+    except OSError as error:
+        return _fail(errors, f"{error.filename or 'system'}: {error.strerror or error}")
+    return 0
+
+
+def _fail(errors: Console, line: str) -> int:
+    errors.print(f"ovtq-convert: {' '.join(line.split())}", markup=False, soft_wrap=True)
+    return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; presets, passes and their options come from the code that runs them."""
+    presets = "\n".join(f"  {name:<16} {preset.purpose}\n{'':<19}= {_names(preset.passes)}"
+                        for name, preset in pipeline.PRESETS.items())
+    passes = "\n".join(
+        f"  {name:<16} {cls.__doc__.partition(chr(10))[0]}"
+        + "".join(f"\n{'':<19}{option}: {text}" for option, text in cls.option_help().items())
+        for name, cls in PASSES.items()
+    )
+    p = argparse.ArgumentParser(
+        prog="ovtq-convert",
+        description=__doc__,
+        epilog=f"presets:\n{presets}\n\npasses and their options:\n{passes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    p.add_argument("model_dir", type=Path, help="folder with a stateful IR: openvino_model.xml/.bin, config.json")
+    p.add_argument("out_dir", type=Path, nargs="?", help="folder to write; not needed with --dry-run")
+    what = p.add_mutually_exclusive_group()
+    what.add_argument("--preset", choices=pipeline.PRESETS, default="exact", help="default: %(default)s")
+    what.add_argument("--passes", metavar="LIST", help="passes in order, NAME[:OPTION=VALUE]…,NAME…")
+    p.add_argument("--set", metavar="PASS.OPTION=VALUE", action="append", default=[], dest="settings",
+                   help="change an option of a pass; may be repeated")
+    p.add_argument("--device", choices=FLOAT_BYTES, default="GPU",
+                   help="where the model will run; sets the float size that bytes are counted in (default: GPU)")
+    p.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
+                   help="run original and converted side by side, and refuse to write if they differ (default: on)")
+    p.add_argument("--verify-device", default="CPU", metavar="DEVICE", help="where to run them (default: CPU)")
+    p.add_argument("--verify-seed", type=int, default=0, metavar="N", help="of the random prompts (default: 0)")
+    p.add_argument("--dry-run", action="store_true", help="say what would be done; write nothing")
+    p.add_argument("--dump-after", choices=PASSES, action="append", default=[], metavar="PASS",
+                   help="print the graph after a pass as text on stdout; may be repeated")
+    p.add_argument("--force", action="store_true", help="replace OUT_DIR if ovtq made it")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the record to FILE")
+    p.add_argument("--version", action="version", version=f"ovtq {__version__}, openvino {ov.__version__}")
+    return p
+
+
+def convert(options: argparse.Namespace, console: Console, errors: Console) -> None:
+    """Do what the command line asks. Raises OvtqError; leaves the input untouched, and OUT_DIR whole or as it was."""
+    preset = None if options.passes else options.preset
+    passes = pipeline.parse_passes(options.passes) if options.passes else pipeline.PRESETS[preset].passes
+    passes = pipeline.with_settings(passes, options.settings)
+    if not 0 <= options.verify_seed < 2**32:
+        raise InputError(f"--verify-seed must be from 0 to {2**32 - 1}, got {options.verify_seed}")
+    if options.json and not options.json.resolve().parent.is_dir():
+        raise InputError(f"--json {options.json}: no such folder")
+    source = io.model_xml(options.model_dir)
+    if not options.dry_run:
+        if options.out_dir is None:
+            raise InputError("OUT_DIR is missing (only --dry-run does without)")
+        io.check_output(options.model_dir, options.out_dir, options.force)
+
+    started = time.perf_counter()
+    with _progress(errors) as progress:
+        with _phase(progress, "read", 2) as tick:
+            model = io.load(options.model_dir)
+            tick()
+            _refuse_converted(options.model_dir, model)
+            description = describe(model, io.load_config(options.model_dir))
+            tick()
+        float_bytes = FLOAT_BYTES[options.device]
+        before = _memory(model, float_bytes)
+        with _phase(progress, "rewrite", len(passes)) as tick:
+            def after(item: Pass, result: ov.Model) -> None:
+                tick()
+                if item.name in options.dump_after:
+                    sys.stdout.write(f"# after {item.name}\n{dump(result)}")
+
+            model, description, steps = pipeline.run(model, description, passes, after=after)
+        record: dict[str, Any] = {
+            "ovtq": __version__,
+            "preset": preset,
+            "passes": [dataclasses.asdict(step) for step in steps],
+            "layers": [_layer(layer.index, layer.window, layer) for layer in description.layers],
+            "device": options.device,
+            "state_bytes": {"before": before, "after": _memory(model, float_bytes)},
+            "paged_attention": all(item.paged_attention for item in passes),
+            "source": {"xml_sha256": _sha256(source), "bin_bytes": source.with_suffix(".bin").stat().st_size},
+            "versions": {"openvino": ov.__version__, "python": platform.python_version()},
+            "verified": None,
+        }
+        if not options.dry_run:
+            _write(options, model, description, record, source, progress)
+    record["seconds"] = round(time.perf_counter() - started, 1)
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    _report(console, options, record)
+
+
+def _write(
+    options: argparse.Namespace,
+    model: ov.Model,
+    description: ModelDescription,
+    record: dict[str, Any],
+    source: Path,
+    progress: Progress,
+) -> None:
+    for key in ("ovtq", "preset", "passes", "versions"):
+        model.set_rt_info(json.dumps(record[key]), [io.STAMP, key])
+    with io.staged(options.out_dir) as folder:
+        with _phase(progress, "write", 2) as tick:
+            io.save(model, folder)
+            tick()
+            io.copy_rest(options.model_dir, folder)
+            tick()
+        if options.verify:
+            window = max((layer.window or 0 for layer in description.layers), default=0) or 128
+            with _phase(progress, "verify", 2 * len(verify.schedule(window))) as tick:
+                found = verify.verify(source, folder / source.name, window, options.verify_device,
+                                      options.verify_seed, tick)
+            record["verified"] = {"device": options.verify_device, "seed": options.verify_seed,
+                                  "tolerance": verify.TOLERANCE, **dataclasses.asdict(found)}
+        (folder / io.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def _refuse_converted(model_dir: Path, model: ov.Model) -> None:
+    stamp = io.stamp_of(model)
+    if stamp:
+        made = json.loads(stamp.get("preset", "null")) or "a pass list"
+        raise InputError(f"{model_dir}: already converted ({made}, ovtq {json.loads(stamp.get('ovtq', '0'))}); "
+                         "convert the original model instead")
+
+
+def _memory(model: ov.Model, float_bytes: int) -> dict[str, int]:
+    """Bytes of the states: those there from the first token on, those each token adds, and at some contexts."""
+    flat, one = (state_bytes(model, tokens, float_bytes=float_bytes) for tokens in (0, 1))
+    at = {str(tokens): state_bytes(model, tokens, float_bytes=float_bytes) for tokens in CONTEXTS}
+    return {"flat": flat, "per_token": one - flat, **at}
+
+
+def _layer(index: int, window: int | None, layer: Any) -> dict[str, Any]:
+    return {"index": index, "window": window, "query_heads": layer.query_heads, "kv_heads": layer.kv_heads,
+            "head_dim": layer.head_dim}
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _names(passes: Sequence[Pass]) -> str:
+    return ", ".join(item.name for item in passes)
+
+
+def _progress(errors: Console) -> Progress:
+    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=errors, disable=not errors.is_terminal)
+
+
+@contextmanager
+def _phase(progress: Progress, name: str, total: int) -> Iterator[Any]:
+    task = progress.add_task(name, total=total)
+    yield lambda: progress.advance(task)
+
+
+def _report(console: Console, options: argparse.Namespace, record: dict[str, Any]) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column, justify in (("pass", "left"), ("sites", "right"), ("", "left")):
+        table.add_column(column, justify=justify)
+    for step in record["passes"]:
+        notes = [f"{key}={value}" for key, value in step["options"].items()]
+        table.add_row(step["name"], str(step["sites"]), " ".join([*notes, "" if step["exact"] else "lossy"]))
+    console.print(table)
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    before, after = record["state_bytes"]["before"], record["state_bytes"]["after"]
+    for column in (f"state bytes ({options.device})", "before", "after"):
+        table.add_column(column, justify="left" if column[0] == "s" else "right")
+    rows = {"per token": "per_token", "flat": "flat", **{f"at {tokens:,}": str(tokens) for tokens in CONTEXTS}}
+    for label, key in rows.items():
+        table.add_row(label, f"{before[key]:,}", f"{after[key]:,}")
+    console.print(table)
+
+    takes = "taken as it is" if record["paged_attention"] else (
+        "not possible: GenAI's default falls back to the stateful path with a warning, ATTENTION_BACKEND=PA, "
+        "scheduler_config, draft models and prompt lookup throw")
+    console.print(f"paged attention: {takes}")
+    if record["verified"]:
+        found = record["verified"]
+        console.print(f"verified on {found['device']} at f32: largest logit difference {found['largest']:.3g} "
+                      f"({found['relative']:.2g} of the largest logit, allowed {found['tolerance']:.2g}), "
+                      f"same top token at {found['same_top']:.2%} of {found['positions']} positions")
+    if options.dry_run:
+        console.print("dry run: nothing was written")
+    else:
+        console.print(f"written to {options.out_dir} in {record['seconds']} s"
+                      + ("" if record["verified"] else "; not verified"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

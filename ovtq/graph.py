@@ -1,0 +1,128 @@
+"""Small helpers to read and to write OpenVINO graphs. Nodes are found by topology, never by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import openvino as ov
+from openvino import Node, Output
+from openvino import opset15 as op
+from openvino.op.util import Variable, VariableInfo
+
+MASKED = np.float32(-65504)  # what exporters write for "not visible": the lowest finite f16
+
+
+def i64(values: int | Sequence[int]) -> Node:
+    """An i64 constant."""
+    return op.constant(np.asarray(values, dtype=np.int64))
+
+
+def f32(values: float | np.ndarray) -> Node:
+    """An f32 constant."""
+    return op.constant(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def dim(tensor: Node | Output, axis: int) -> Node:
+    """Length of one axis of `tensor`, as an i64 vector of one element."""
+    return op.gather(op.shape_of(tensor), i64([axis]), i64(0))
+
+
+def scalar(vector: Node) -> Node:
+    """A vector of one element as a scalar."""
+    return op.squeeze(vector, i64([0]))
+
+
+def new_variable(name: str, shape: Sequence[int], element_type: ov.Type) -> Variable:
+    """A state variable; -1 in `shape` marks a dynamic axis."""
+    info = VariableInfo()
+    info.variable_id = name
+    info.data_shape = ov.PartialShape(list(shape))
+    info.data_type = element_type
+    return Variable(info)
+
+
+def consumers(output: Output) -> list[Node]:
+    """The nodes that read `output`."""
+    return [target.get_node() for target in output.get_target_inputs()]
+
+
+def redirect(old: Output, new: Node | Output) -> None:
+    """Let everything that reads `old` read `new`, which must not itself depend on `old`."""
+    for target in list(old.get_target_inputs()):
+        target.replace_source_output(new.output(0) if isinstance(new, Node) else new)
+
+
+def insert_after(old: Output, make: Callable[[Output], Node]) -> Output:
+    """Put a node between `old` and all its readers; returns what they read now."""
+    targets = list(old.get_target_inputs())
+    new = make(old).output(0)
+    for target in targets:
+        target.replace_source_output(new)
+    return new
+
+
+def id_of(node: Node) -> str:
+    """A node's unique name in its process (Python wrappers of one node compare unequal)."""
+    return node.get_name()
+
+
+def ancestors(output: Output) -> Iterator[Node]:
+    """The node of `output` and all nodes it depends on, each once."""
+    seen, todo = set(), [output.get_node()]
+    while todo:
+        node = todo.pop()
+        if id_of(node) not in seen:
+            seen.add(id_of(node))
+            yield node
+            todo.extend(value.get_node() for value in node.input_values())
+
+
+def constant_of(output: Output) -> np.ndarray | None:
+    """The value of a constant, also through the Convert of a compressed one; None if it is no constant."""
+    node = output.get_node()
+    if node.get_type_name() == "Convert":
+        node = node.input_value(0).get_node()
+    return node.get_data() if node.get_type_name() == "Constant" else None
+
+
+def static_dim(output: Output, axis: int) -> int | None:
+    """Length of an axis if it is static, else None."""
+    shape = output.get_partial_shape()
+    if shape.rank.is_dynamic or not -shape.rank.get_length() <= axis < shape.rank.get_length():
+        return None
+    return shape[axis].get_length() if shape[axis].is_static else None
+
+
+def rebuild(model: ov.Model, drop: Sequence[Node] = (), add: Sequence[Node] = ()) -> ov.Model:
+    """`model` with the Assigns `drop` taken out and `add` put in, validated.
+
+    A new `ov.Model` is made: changing the sinks of the old one leaves its variables behind.
+    """
+    gone = {id_of(node) for node in drop}
+    sinks = [node for node in model.get_sinks() if id_of(node) not in gone] + list(add)
+    fresh = ov.Model(model.get_results(), sinks, model.get_parameters(), model.get_friendly_name())
+    for key, value in model.get_rt_info().items():
+        fresh.set_rt_info(value, [key])
+    fresh.validate_nodes_and_infer_types()
+    return fresh
+
+
+@dataclass(frozen=True)
+class Port:
+    """One input of a node: a place where a tensor enters, whatever produces it."""
+
+    node: Node
+    index: int
+
+    @property
+    def source(self) -> Output:
+        """What feeds this input now."""
+        return self.node.input_value(self.index)
+
+    def feed(self, source: Node | Output) -> None:
+        """Feed this input from `source`."""
+        self.node.input(self.index).replace_source_output(
+            source.output(0) if isinstance(source, Node) else source
+        )

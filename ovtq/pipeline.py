@@ -1,0 +1,120 @@
+"""The pipeline on one page: which passes a preset runs, in which order, and how a pass list is written.
+
+    IR dir ─ io.load ─► ov.Model ─ models.describe ─► description
+                            └─► [pass: requires → run → validate → ensures]* ─► io.save ─► OUT_DIR + ovtq.json
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import openvino as ov
+
+from ovtq.errors import InputError
+from ovtq.models import ModelDescription
+from ovtq.passes import PASSES, DecoupleLength, Pass, RotateHeads, SimplifyMask, TruncateWindow
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named list of passes and what it is for."""
+
+    passes: tuple[Pass, ...]
+    purpose: str
+
+
+PRESETS: dict[str, Preset] = {
+    "exact": Preset(
+        passes=(
+            # lengths first: layer 0, whose state every length is read from, is one that truncate-window cuts
+            DecoupleLength(),
+            TruncateWindow(),
+            # what is left of the exported masks serves the full layers alone
+            SimplifyMask(),
+            # sliding layers stay at full precision, so only the full layers gain from a rotation
+            RotateHeads(layers="full"),
+        ),
+        purpose="lossless: sliding-window layers keep their window only, full layers are rotated",
+    ),
+    "rotate": Preset(
+        passes=(RotateHeads(),),
+        purpose="lossless: the rotation alone, for caches that the runtime itself quantises",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass did."""
+
+    name: str
+    options: Mapping[str, Any]
+    exact: bool
+    sites: int
+    facts: Mapping[str, Any]
+    seconds: float
+
+
+def run(
+    model: ov.Model,
+    description: ModelDescription,
+    passes: Sequence[Pass],
+    before: Callable[[Pass], None] = lambda p: None,
+    after: Callable[[Pass, ov.Model], None] = lambda p, m: None,
+) -> tuple[ov.Model, ModelDescription, list[Step]]:
+    """Apply `passes` in order; `before` and `after` are called around each. Raises the errors of `Pass.apply`."""
+    steps = []
+    for item in passes:
+        before(item)
+        started = time.perf_counter()
+        rewrite = item.apply(model, description)
+        model, description = rewrite.model, rewrite.description
+        seconds = round(time.perf_counter() - started, 3)
+        steps.append(Step(item.name, item.options, item.exact, rewrite.sites, dict(rewrite.facts), seconds))
+        after(item, model)
+    return model, description, steps
+
+
+def parse_passes(text: str) -> tuple[Pass, ...]:
+    """Passes from `name[:option=value]*[,name…]`, such as `decouple-length,truncate-window:slack=16`."""
+    passes = []
+    for part in filter(None, text.split(",")):
+        name, *settings = part.strip().split(":")
+        if name not in PASSES:
+            raise InputError(f"no pass is named {name!r}; there are {', '.join(PASSES)}")
+        passes.append(PASSES[name].parse(dict(_setting(setting) for setting in settings)))
+    if not passes:
+        raise InputError("--passes names no pass")
+    return tuple(passes)
+
+
+def with_settings(passes: Sequence[Pass], settings: Sequence[str]) -> tuple[Pass, ...]:
+    """`passes` with options changed by `PASS.OPTION=VALUE` texts."""
+    changes: dict[str, dict[str, str]] = {}
+    for text in settings:
+        target, value = _setting(text)
+        name, dot, field = target.partition(".")
+        if not dot or name not in {item.name for item in passes}:
+            raise InputError(f"--set {text}: write PASS.OPTION=VALUE with one of the passes "
+                             f"{', '.join(item.name for item in passes)}")
+        changes.setdefault(name, {})[field] = value
+    return tuple(
+        dataclasses.replace(item, **_changed(item, changes[item.name])) if item.name in changes else item
+        for item in passes
+    )
+
+
+def _changed(item: Pass, texts: dict[str, str]) -> dict[str, Any]:
+    parsed = type(item).parse(texts)
+    return {name.replace("-", "_"): getattr(parsed, name.replace("-", "_")) for name in texts}
+
+
+def _setting(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name or not value:
+        raise InputError(f"expected OPTION=VALUE, got {text!r}")
+    return name, value

@@ -1,0 +1,16 @@
+"""The graph passes, one a file; `PASSES` maps their command-line names to their classes."""
+
+if __name__ != "ovtq.passes":
+    raise ImportError("this folder is the package `ovtq.passes`; import it by that name")
+
+from ovtq.passes.base import Pass, Rewrite
+from ovtq.passes.decouple_length import DecoupleLength
+from ovtq.passes.rotate_heads import RotateHeads
+from ovtq.passes.simplify_mask import SimplifyMask
+from ovtq.passes.truncate_window import TruncateWindow
+
+PASSES: dict[str, type[Pass]] = {
+    cls.name: cls for cls in (DecoupleLength, TruncateWindow, SimplifyMask, RotateHeads)
+}
+
+__all__ = ["PASSES", "DecoupleLength", "Pass", "Rewrite", "RotateHeads", "SimplifyMask", "TruncateWindow"]

@@ -1,0 +1,116 @@
+"""The contract of a pass: requires → run → ensures."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, get_type_hints
+
+import openvino as ov
+from ovtq.models.description import ModelDescription
+
+from ovtq.errors import InputError, PreconditionFailed, VerificationFailed
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What a pass hands on: the model, its description now, how many sites it rewrote, and facts for the record."""
+
+    model: ov.Model
+    description: ModelDescription
+    sites: int
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """A rewrite of the graph. A subclass is a frozen dataclass whose fields are its command-line options.
+
+    `exact` passes must agree with their input to rounding; `paged_attention` says that GenAI's continuous batching
+    can still turn the result into a model with paged attention. `requires` refuses before anything is touched;
+    `run` rewrites exactly `sites` places; `ensures` checks the result on the graph.
+    """
+
+    name: ClassVar[str]
+    exact: ClassVar[bool]
+    paged_attention: ClassVar[bool]
+
+    @abstractmethod
+    def sites(self, description: ModelDescription) -> int:
+        """How many places this pass must rewrite in such a model."""
+
+    @abstractmethod
+    def requires(self, description: ModelDescription) -> None:
+        """Raise PreconditionFailed if this pass can't work on the model; must not change it."""
+
+    @abstractmethod
+    def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
+        """Rewrite the graph. May reuse the nodes of `model`, which must not be used afterwards."""
+
+    @abstractmethod
+    def ensures(self, rewrite: Rewrite) -> None:
+        """Raise VerificationFailed if the graph is not what this pass promises."""
+
+    def apply(self, model: ov.Model, description: ModelDescription) -> Rewrite:
+        """requires → run → validate → count → ensures."""
+        self.requires(description)
+        expected = self.sites(description)
+        rewrite = self.run(model, description)
+        rewrite.model.validate_nodes_and_infer_types()
+        if rewrite.sites != expected:
+            raise VerificationFailed(f"{self.name}: rewrote {rewrite.sites} sites, the model has {expected}")
+        self.ensures(rewrite)
+        return rewrite
+
+    def refuse(self, reason: str) -> PreconditionFailed:
+        """The error to raise in `requires`."""
+        return PreconditionFailed(f"{self.name}: {reason}")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields by name."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def option_help(cls) -> dict[str, str]:
+        """Each option's name with its default and meaning, for the help text."""
+        return {
+            option.name: f"{option.metadata.get('help', '')} (default {option.default})"
+            for option in dataclasses.fields(cls)
+        }
+
+    @classmethod
+    def parse(cls, options: Mapping[str, str]) -> Pass:
+        """Make the pass from option texts. Raises InputError for an unknown option or an unusable value."""
+        hints, values = get_type_hints(cls), {}
+        known = {option.name: option for option in dataclasses.fields(cls)}
+        for name, text in options.items():
+            option = name.replace("-", "_")
+            if option not in known:
+                raise InputError(f"{cls.name} has no option {name!r}; it has {', '.join(known) or 'none'}")
+            try:
+                values[option] = _value(hints[option], text)
+            except ValueError:
+                raise InputError(f"{cls.name}: {name} needs {hints[option].__name__}, got {text!r}") from None
+            choices = known[option].metadata.get("choices")
+            if choices and values[option] not in choices:
+                raise InputError(f"{cls.name}: {name} is one of {', '.join(choices)}, got {text!r}")
+        try:
+            return cls(**values)
+        except ValueError as error:
+            raise InputError(f"{cls.name}: {error}") from None
+
+
+def _value(kind: type, text: str) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+    return kind(text)
+
+
+def option(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field of a pass, with the meaning that the help text shows."""
+    return field(default=default, metadata={"help": meaning, "choices": choices})

@@ -1,0 +1,82 @@
+"""decouple-length: take the past length from the inputs, not from a state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import openvino as ov
+from openvino import Node, Output
+from openvino import opset15 as op
+from ovtq.models.description import ModelDescription
+from ovtq.passes.base import Pass, Rewrite
+
+from ovtq.errors import VerificationFailed
+from ovtq.graph import constant_of, consumers, dim, i64, id_of, redirect, scalar
+
+
+@dataclass(frozen=True)
+class DecoupleLength(Pass):
+    """past = length(attention_mask) − length(input_ids), wherever the graph asks a KV state for its shape.
+
+    Exported graphs take the past length of every mask and every head broadcast from layer 0's key state. That layer
+    is a sliding one: as soon as its state is cut, every length in the model would be wrong. All consumers
+    (optimum-intel, openvino_genai) pass the full logical attention mask, so the inputs say the same.
+
+    Rewrites every ShapeOf of a state's past or appended tokens. Refuses if there is none.
+    """
+
+    name: ClassVar[str] = "decouple-length"
+    exact: ClassVar[bool] = True
+    paged_attention: ClassVar[bool] = False
+
+    def sites(self, description: ModelDescription) -> int:
+        """One per ShapeOf of a KV state."""
+        return len(shape_readers(description))
+
+    def requires(self, description: ModelDescription) -> None:
+        """Refuses a model none of whose lengths come from a state."""
+        if not shape_readers(description):
+            raise self.refuse("no length in this model comes from a KV state; leave this pass out")
+
+    def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
+        """Replace each ShapeOf by the lengths of the inputs and the (constant) heads and head_dim."""
+        readers = shape_readers(description)
+        batch, new = (dim(description.input_ids, axis) for axis in (0, 1))
+        total = dim(description.attention_mask, 1)
+        past = op.subtract(total, new)
+        for reader, kv_heads, head_dim, appended in readers:
+            axes = [batch, i64([kv_heads]), total if appended else past, i64([head_dim])]
+            for node in consumers(reader.output(0)):
+                if node.get_type_name() == "Gather" and (picked := constant_of(node.input_value(1))) is not None:
+                    parts = [axes[int(axis)] for axis in picked.reshape(-1)]
+                    shape = parts[0] if len(parts) == 1 else op.concat(parts, 0)
+                    shape = scalar(shape) if picked.ndim == 0 else shape
+                    redirect(node.output(0), _typed(shape, node.output(0)))
+                else:
+                    redirect(reader.output(0), _typed(op.concat(axes, 0), reader.output(0)))
+                    break
+        return Rewrite(model, description, len(readers))
+
+    def ensures(self, rewrite: Rewrite) -> None:
+        """No live node asks a KV state for its shape."""
+        live = {id_of(node) for node in rewrite.model.get_ops()}
+        left = [reader for reader, *_ in shape_readers(rewrite.description) if id_of(reader) in live]
+        if left:
+            raise VerificationFailed(f"{self.name}: {left[0].get_friendly_name()} still reads the length of a state")
+
+
+def shape_readers(description: ModelDescription) -> list[tuple[Node, int, int, bool]]:
+    """(ShapeOf, kv_heads, head_dim, reads the appended tokens) for every ShapeOf of a KV state."""
+    return [
+        (node, layer.kv_heads, layer.head_dim, appended)
+        for layer in description.layers
+        for path in layer.paths
+        for appended, tensor in ((False, path.past), (True, path.appended))
+        for node in consumers(tensor)
+        if node.get_type_name() == "ShapeOf" and consumers(node.output(0))
+    ]
+
+
+def _typed(shape: Node, like: Output) -> Node:
+    return shape if like.get_element_type() == ov.Type.i64 else op.convert(shape, like.get_element_type())

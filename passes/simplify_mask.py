@@ -1,0 +1,69 @@
+"""simplify-mask: build each attention mask from its definition, in a handful of nodes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import openvino as ov
+from openvino import Node
+from openvino import opset15 as op
+from ovtq.models.description import ModelDescription
+from ovtq.passes.base import Pass, Rewrite
+
+from ovtq.errors import VerificationFailed
+from ovtq.graph import MASKED, Port, ancestors, dim, f32, i64, scalar
+
+
+@dataclass(frozen=True)
+class SimplifyMask(Pass):
+    """mask[b, q, k] = 0 if k ≤ q, k > q − window and attention_mask[b, k], else −65504, from those three terms alone.
+
+    Exporters look up the padding of each key by index arithmetic and broadcast every term to (batch, 1, query, key)
+    before combining them: some thirty nodes in every step. Layers of one window share one mask.
+
+    Refuses if no layer has an exported mask left. Paged attention recognises sliding windows by the exported mask,
+    so leave this pass out of models meant for it.
+    """
+
+    name: ClassVar[str] = "simplify-mask"
+    exact: ClassVar[bool] = True
+    paged_attention: ClassVar[bool] = False
+
+    def sites(self, description: ModelDescription) -> int:
+        """One per layer that has an exported mask."""
+        return sum(layer.mask is not None for layer in description.layers)
+
+    def requires(self, description: ModelDescription) -> None:
+        """Refuses a model without exported masks."""
+        if not self.sites(description):
+            raise self.refuse("no layer has an exported attention mask")
+
+    def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
+        """Make one mask per window and feed it to its layers."""
+        masks: dict[int | None, Node] = {}
+        layers = [layer for layer in description.layers if layer.mask is not None]
+        for layer in layers:
+            if layer.window not in masks:
+                masks[layer.window] = _mask(description, layer.window)
+            Port(layer.mask.node, layer.mask.index).feed(masks[layer.window])
+        return Rewrite(model, replace(description), len(layers))
+
+    def ensures(self, rewrite: Rewrite) -> None:
+        """No mask depends on a state."""
+        for layer in rewrite.description.layers:
+            if layer.mask and any(node.get_type_name() == "ReadValue" for node in ancestors(layer.mask.source)):
+                raise VerificationFailed(f"{self.name}: the mask of layer {layer.index} depends on a state")
+
+
+def _mask(description: ModelDescription, window: int | None) -> Node:
+    """Additive mask, (batch, 1, new tokens, all tokens)."""
+    new, total = scalar(dim(description.input_ids, 1)), scalar(dim(description.attention_mask, 1))
+    key = op.range(i64(0), total, i64(1), "i64")
+    query = op.unsqueeze(op.range(op.subtract(total, new), total, i64(1), "i64"), i64(1))
+    visible = op.less_equal(key, query)
+    if window is not None:
+        visible = op.logical_and(visible, op.greater(key, op.subtract(query, i64(window))))
+    shown = op.convert(op.unsqueeze(description.attention_mask, i64([1, 2])), ov.Type.f32)
+    padding = op.multiply(op.subtract(shown, f32(1)), f32(-MASKED))
+    return op.select(visible, padding, f32(MASKED))

@@ -1,0 +1,185 @@
+"""truncate-window: sliding-window layers keep the tokens they can still see, and no others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import openvino as ov
+from openvino import Node
+from openvino import opset15 as op
+from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.passes.base import Pass, Rewrite, option
+from ovtq.passes.decouple_length import shape_readers
+
+from ovtq.errors import VerificationFailed
+from ovtq.graph import MASKED, Port, consumers, dim, f32, i64, new_variable, rebuild, redirect, scalar
+
+FAR = 2**30  # a row index past any sequence
+
+
+@dataclass(frozen=True)
+class TruncateWindow(Pass):
+    """A query at position t sees the keys t − window < k ≤ t: so the state is the last window − 1 tokens, always.
+
+    The K and V states of a sliding layer become one state (batch, 2·kv_heads, window − 1 + slack, head_dim) of fixed
+    length, zero before the text begins. Attention is computed in blocks of at most `window` queries, each against its
+    own window − 1 + block keys: a prefill of n tokens costs n·2·window scores a head instead of n², a decode step one
+    block of one query. Query heads that share a KV head are rows of one product, so K and V are never broadcast.
+
+    The sink logit is the score of an all-zero key and value row, added to it where the mask is. The exported mask is
+    not used: the band is constant, the padding is read from attention_mask.
+
+    GenAI's chat can't cut tokens from the end of such a state; seeing its fixed shape it resets and prefills again
+    when a history diverges, which is right. `slack` keeps that many tokens more than needed, masked until a host
+    rolls the state back by shifting it.
+
+    Refuses if there is no sliding layer, if their windows or shapes differ, or if a length still comes from their
+    states (run decouple-length first).
+    """
+
+    name: ClassVar[str] = "truncate-window"
+    exact: ClassVar[bool] = True
+    paged_attention: ClassVar[bool] = False
+
+    slack: int = option(0, "tokens to keep beyond those that can be seen")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.slack < FAR:
+            raise ValueError(f"slack must not be negative, got {self.slack}")
+
+    def sites(self, description: ModelDescription) -> int:
+        """One per sliding layer."""
+        return len(description.sliding)
+
+    def requires(self, description: ModelDescription) -> None:
+        """Refuses models without uniform sliding layers in exported form, and those not decoupled yet."""
+        layers = description.sliding
+        if not layers:
+            raise self.refuse("the model has no sliding-window layers")
+        for layer in layers:
+            if len(layer.paths) != 2:
+                raise self.refuse(f"layer {layer.index} no longer has the exported KV states")
+            if _shape(layer) != _shape(layers[0]):
+                raise self.refuse(f"layers {layers[0].index} and {layer.index} differ in window, heads or head_dim")
+        if shape_readers(description):
+            raise self.refuse("lengths in this model come from a KV state; run decouple-length first")
+
+    def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
+        """Replace each sliding layer's states and attention."""
+        layers = description.sliding
+        blocks = _Blocks(description, layers[0], self.slack)
+        changed = {layer.index: blocks.attend(layer) for layer in layers}
+        old = [path.assign for layer in layers for path in layer.paths]
+        model = rebuild(model, drop=old, add=blocks.assigns)
+        facts = {"window": layers[0].window, "rows": blocks.rows, "layers": [layer.index for layer in layers]}
+        return Rewrite(model, description.with_layers(changed), len(changed), facts)
+
+    def ensures(self, rewrite: Rewrite) -> None:
+        """The sliding layers' states have a fixed length, and no other states are left of them."""
+        states = {v.get_info().variable_id: v.get_info().data_shape for v in rewrite.model.get_variables()}
+        layers = rewrite.description.sliding
+        rows = layers[0].window - 1 + self.slack
+        expected = len(layers) + 2 * len(rewrite.description.full)
+        if len(states) != expected:
+            raise VerificationFailed(f"{self.name}: expected {expected} states, found {len(states)}")
+        for layer in layers:
+            shape = states.get(state_name(layer.index))
+            if shape is None or shape[2].is_dynamic or shape[2].get_length() != rows:
+                raise VerificationFailed(f"{self.name}: the state of layer {layer.index} is {shape}, not {rows} tokens")
+
+
+def state_name(layer: int) -> str:
+    """The name of a truncated layer's state."""
+    return f"ovtq.window.{layer}"
+
+
+def _shape(layer: AttentionLayer) -> tuple[int | None, int, int, int]:
+    return layer.window, layer.query_heads, layer.kv_heads, layer.head_dim
+
+
+class _Blocks:
+    """The nodes that all sliding layers share, and the rewrite of one layer.
+
+    Names of axes: m queries a block, nb blocks, w = 1 + (window − 1 + m) key rows a block, the sink row first.
+    Rows of a layer's keys: [0, rows) the state, then the new tokens, then one row of zeros (the sink's).
+    """
+
+    def __init__(self, description: ModelDescription, layer: AttentionLayer, slack: int) -> None:
+        window = layer.window
+        self.beam_idx = description.beam_idx
+        self.shape = layer
+        self.rows = window - 1 + slack
+        self.assigns: list[Node] = []
+        one, origin = i64([1]), i64([0])
+        batch, self.new = (dim(description.input_ids, axis) for axis in (0, 1))
+        m = op.minimum(self.new, i64([window]))
+        self.nb = op.divide(op.add(self.new, op.subtract(m, one)), m)
+        w = op.add(m, i64([window]))
+        zero_row = op.add(self.new, i64([self.rows]))
+        start = op.unsqueeze(op.multiply(op.range(i64(0), scalar(self.nb), i64(1), "i64"), m), one)  # (nb, 1)
+
+        # Rows past the end are the zero row: the sink's, and those of the last block's padding.
+        queries = op.slice(i64(range(window)), origin, m, one, origin)
+        self.query_rows = op.minimum(op.add(start, queries), op.subtract(self.new, one))  # (nb, m)
+        keys = op.slice(i64([FAR, *range(slack, slack + 2 * window)]), origin, w, one, origin)
+        self.key_rows = op.minimum(op.add(start, keys), zero_row)  # (nb, w)
+        self.tail_rows = op.add(i64(range(self.rows)), self.new)
+
+        # Query i of a block sees key rows i … i + window − 1 of it, and always the sink.
+        i, j = np.arange(window)[:, None], np.arange(-1, 2 * window - 1)[None]
+        visible = np.where((i <= j) & (j < i + window), 0, MASKED)
+        visible[:, 0] = -MASKED  # outweighs the padding of a row that is no token; cut to 0 below
+        band = op.slice(f32(visible), i64([0, 0]), op.concat([m, w], 0), i64([1, 1]), i64([0, 1]))
+        shown = op.pad(description.attention_mask, i64([0, self.rows]), i64([0, 1]), "constant", i64(0))
+        shown = op.slice(shown, op.negative(op.add(zero_row, one)), i64([FAR]), one, one)  # (batch, rows + new + 1)
+        shown = op.convert(op.gather(shown, self.key_rows, i64(1)), ov.Type.f32)  # (batch, nb, w)
+        padding = op.multiply(op.subtract(op.unsqueeze(shown, i64(2)), f32(1)), f32(-MASKED))
+        mask = op.minimum(op.add(padding, band), f32(0))  # (batch, nb, m, w)
+        self.mask = op.reshape(mask, op.concat([i64([0, 1, -1, 1]), w], 0), True)  # (batch, 1, nb·m, 1, w)
+        is_sink = np.zeros(2 * window, dtype=np.float32)
+        is_sink[0] = 1
+        self.is_sink = op.slice(f32(is_sink), origin, w, one, origin)
+
+        heads = 2 * layer.kv_heads
+        self.zero_rows = op.broadcast(f32(0), op.concat([batch, i64([heads, 1, layer.head_dim])], 0))
+        self.empty = op.broadcast(f32(0), op.concat([batch, i64([heads, self.rows, layer.head_dim])], 0))
+
+    def attend(self, layer: AttentionLayer) -> AttentionLayer:
+        """Rewrite one layer; shapes are noted with H = kv_heads, G = query heads a KV head, d = head_dim."""
+        H, G, d = layer.kv_heads, layer.group, layer.head_dim
+        new = op.concat([layer.key.source, layer.value.source], 1)  # (batch, 2H, new, d)
+        variable = new_variable(state_name(layer.index), [-1, 2 * H, self.rows, d], ov.Type.f32)
+        past = op.gather(op.read_value(self.empty, variable), self.beam_idx, i64(0))
+        tokens = op.concat([past, new, self.zero_rows], 2)
+        self.assigns.append(op.assign(op.gather(tokens, self.tail_rows, i64(2)), variable))
+
+        blocks = op.gather(tokens, self.key_rows, i64(2))  # (batch, 2H, nb, w, d)
+        keys, values = op.split(blocks, i64(1), 2).outputs()
+        entry = op.reshape(layer.query.source, i64([0, H, G, -1, d]), True)
+        query = op.transpose(entry, i64([0, 1, 3, 2, 4]))  # (batch, H, new, G, d)
+        query = op.reshape(op.gather(query, self.query_rows, i64(2)), i64([0, 0, 0, -1, d]), True)
+        scores = op.reshape(op.matmul(query, keys, False, True), i64([0, 0, -1, G, 0]), True)  # (batch, H, nb·m, G, w)
+        sinks = layer.sinks if layer.sinks is not None else np.full(layer.query_heads, MASKED)
+        sink = op.multiply(self.is_sink, f32(sinks.reshape(1, H, 1, G, 1)))
+        scores = op.add(op.add(op.multiply(scores, f32(layer.scale)), self.mask), sink)
+        weights = op.reshape(op.softmax(scores, 4), op.concat([i64([0, 0]), self.nb, i64([-1, 0])], 0), True)
+        context = op.reshape(op.matmul(weights, values, False, False), i64([0, 0, -1, G, 0]), True)
+        context = op.transpose(context, i64([0, 2, 1, 3, 4]))  # (batch, nb·m, H, G, d)
+        context = op.reshape(context, i64([0, 0, H * G, d]), True)
+        context = op.slice(context, i64([0]), self.new, i64([1]), i64([1]))
+        context = op.transpose(context, i64([0, 2, 1, 3]))  # (batch, H·G, new, d)
+        redirect(layer.context, context)
+        for path in layer.paths:  # its only readers now are the old attention and the Assign that goes
+            assert all(node.get_type_name() != "ShapeOf" for node in consumers(path.appended))
+        return replace(
+            layer,
+            query=Port(entry, 0),
+            key=Port(new, 0),
+            value=Port(new, 1),
+            context=context.output(0),
+            mask=None,
+            key_path=None,
+            value_path=None,
+        )
