@@ -1,4 +1,4 @@
-"""Finders that the descriptions of all architectures share: a layer's KV path, its head broadcast, its mask, its biases."""
+"""Finders that the descriptions of all architectures share: a layer's KV path, its mask, its biases."""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ def kv_path(layer: int, what: str, sdpa_input: Output, beam_idx: Node) -> KVPath
     read = _expect(beam_gather.input_value(0).get_node(), "ReadValue", where)
     assigns = [node for node in consumers(append.output(0)) if node.get_type_name() == "Assign"]
     if len(assigns) != 1 or assigns[0].get_variable_id() != read.get_attributes()["variable_id"]:
-        raise UnsupportedModel(f"{where}: expected one Assign of the appended tokens to the state read, "
-                               f"found {len(assigns)}")
+        raise UnsupportedModel(
+            f"{where}: expected one Assign of the appended tokens to the state read, found {len(assigns)}"
+        )
     return KVPath(read, beam_gather, append, assigns[0])
 
 
 def _expect(node: Node, type_name: str, where: str) -> Node:
     if node.get_type_name() != type_name:
-        raise UnsupportedModel(f"{where}: looked for {type_name}, found {node.get_type_name()} "
-                               f"({node.get_friendly_name()})")
+        raise UnsupportedModel(
+            f"{where}: looked for {type_name}, found {node.get_type_name()} ({node.get_friendly_name()})"
+        )
     return node
 
 
@@ -78,8 +80,10 @@ def mask_window(mask: Output, attention_mask: Node, where: str) -> int | None:
     while node.get_type_name() in ("Slice", "Convert"):
         node = node.input_value(0).get_node()
     if node.get_type_name() != "Select":
-        raise UnsupportedModel(f"{where}: looked for a Select(visible, 0, -inf) mask, found {node.get_type_name()} "
-                               f"({node.get_friendly_name()})")
+        raise UnsupportedModel(
+            f"{where}: looked for a Select(visible, 0, -inf) mask, found {node.get_type_name()} "
+            f"({node.get_friendly_name()})"
+        )
     shown, hidden = constant_of(node.input_value(1)), constant_of(node.input_value(2))
     if shown is None or hidden is None or np.any(shown != 0) or np.any(hidden > -1e4):
         raise UnsupportedModel(f"{where}: expected a mask of 0 and -inf")
@@ -95,12 +99,16 @@ def mask_window(mask: Output, attention_mask: Node, where: str) -> int | None:
         elif id_of(attention_mask) in {id_of(node) for node in ancestors(leaf.output(0))}:
             padding = True
         else:
-            raise UnsupportedModel(f"{where}: the mask contains {kind} ({leaf.get_friendly_name()}), which is neither "
-                                   "causality nor a window nor padding")
+            raise UnsupportedModel(
+                f"{where}: the mask contains {kind} ({leaf.get_friendly_name()}), which is neither "
+                "causality nor a window nor padding"
+            )
         del left
     if not causal or not padding or len(windows) > 1:
-        raise UnsupportedModel(f"{where}: expected causality, padding and at most one window in the mask, found "
-                               f"causal={causal}, padding={padding}, windows={windows}")
+        raise UnsupportedModel(
+            f"{where}: expected causality, padding and at most one window in the mask, found "
+            f"causal={causal}, padding={padding}, windows={windows}"
+        )
     return windows[0] if windows else None
 
 

@@ -30,32 +30,38 @@ def describe(model: ov.Model, config: Mapping[str, Any]) -> ModelDescription:
     inputs = {name: node for node in model.get_parameters() for name in node.output(0).get_names()}
     missing = [name for name in INPUTS if name not in inputs]
     if missing:
-        raise UnsupportedModel(f"the model has no input {', '.join(missing)}; export it as a stateful model "
-                               "(task text-generation-with-past)")
+        raise UnsupportedModel(
+            f"the model has no input {', '.join(missing)}; export it as a stateful model "
+            "(task text-generation-with-past)"
+        )
     if not model.get_variables():
-        raise UnsupportedModel("the model has no states; export it as a stateful model "
-                               "(task text-generation-with-past)")
+        raise UnsupportedModel(
+            "the model has no states; export it as a stateful model (task text-generation-with-past)"
+        )
     found = [node for node in model.get_ordered_ops() if node.get_type_name() == "ScaledDotProductAttention"]
     kinds = _layer_types(config)
     if len(found) != len(kinds):
-        raise UnsupportedModel(f"config.json has {len(kinds)} layers, the graph has {len(found)} "
-                               "ScaledDotProductAttention nodes")
+        raise UnsupportedModel(
+            f"config.json has {len(kinds)} layers, the graph has {len(found)} ScaledDotProductAttention nodes"
+        )
     layers = tuple(
         _layer(index, sdpa, kind, inputs["attention_mask"], inputs["beam_idx"], config)
         for index, (sdpa, kind) in enumerate(zip(found, kinds, strict=True))
     )
     states = {path.variable_id for layer in layers for path in layer.paths}
     if len(states) != len(model.get_variables()):
-        raise UnsupportedModel(f"the model has {len(model.get_variables())} states, its attention layers "
-                               f"explain {len(states)}")
+        raise UnsupportedModel(
+            f"the model has {len(model.get_variables())} states, its attention layers explain {len(states)}"
+        )
     return ModelDescription("gpt_oss", inputs["input_ids"], inputs["attention_mask"], inputs["beam_idx"], layers)
 
 
 def _layer_types(config: Mapping[str, Any]) -> list[str]:
     kinds = config.get("layer_types")
     if not isinstance(kinds, list) or not kinds or any(kind not in LAYER_TYPES for kind in kinds):
-        raise UnsupportedModel(f"config.json: layer_types must be a list of {' and '.join(LAYER_TYPES)}, "
-                               f"found {str(kinds)[:80]}")
+        raise UnsupportedModel(
+            f"config.json: layer_types must be a list of {' and '.join(LAYER_TYPES)}, found {str(kinds)[:80]}"
+        )
     return kinds
 
 
@@ -64,21 +70,23 @@ def _layer(
 ) -> AttentionLayer:
     where = f"layer {index}"
     if sdpa.get_input_size() != 6:
-        raise UnsupportedModel(f"{where}: looked for attention with sinks (six inputs), found "
-                               f"{sdpa.get_input_size()} inputs ({sdpa.get_friendly_name()})")
+        raise UnsupportedModel(
+            f"{where}: looked for attention with sinks (six inputs), found "
+            f"{sdpa.get_input_size()} inputs ({sdpa.get_friendly_name()})"
+        )
     key_path = kv_path(index, "key", sdpa.input_value(1), beam_idx)
     value_path = kv_path(index, "value", sdpa.input_value(2), beam_idx)
     query_heads, head_dim = static_dim(sdpa.input_value(0), 1), static_dim(sdpa.input_value(0), 3)
     kv_heads = static_dim(key_path.appended, 1)
-    for name, seen in (("num_attention_heads", query_heads), ("num_key_value_heads", kv_heads),
-                       ("head_dim", head_dim)):
+    for name, seen in (("num_attention_heads", query_heads), ("num_key_value_heads", kv_heads), ("head_dim", head_dim)):
         if seen is None or config.get(name, seen) != seen:
             raise UnsupportedModel(f"{where}: config.json has {name} {config.get(name)}, the graph has {seen}")
     window = mask_window(sdpa.input_value(3), attention_mask, f"{where}: mask")
     expected = config.get("sliding_window") if kind == "sliding_attention" else None
     if window != expected:
-        raise UnsupportedModel(f"{where}: config.json says window {expected} ({kind}), the mask in the graph has "
-                               f"{window}")
+        raise UnsupportedModel(
+            f"{where}: config.json says window {expected} ({kind}), the mask in the graph has {window}"
+        )
     scale, sinks = constant_of(sdpa.input_value(4)), constant_of(sdpa.input_value(5))
     if scale is None or sinks is None or sinks.size != query_heads:
         raise UnsupportedModel(f"{where}: expected a constant scale and one constant sink logit per query head")

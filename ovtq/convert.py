@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import openvino as ov
 from rich.console import Console
@@ -29,6 +29,8 @@ from ovtq.passes import PASSES, Pass
 
 FLOAT_BYTES = {"GPU": 2, "CPU": 4}  # of a floating-point state: f16 on the GPU, as declared (f32) on the CPU
 CONTEXTS = (4096, 131072)
+BIG = 2 << 30  # bytes of weights; above it only the first layers are verified, so that a 20B model needs no 12 GB here
+BIG_LAYERS = 4  # two of each kind in every known architecture
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,16 +54,23 @@ def _fail(errors: Console, line: str) -> int:
     return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line instead of argparse's usage and line."""
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line; presets, passes and their options come from the code that runs them."""
-    presets = "\n".join(f"  {name:<16} {preset.purpose}\n{'':<19}= {_names(preset.passes)}"
-                        for name, preset in pipeline.PRESETS.items())
+    presets = "\n".join(
+        f"  {name:<16} {preset.purpose}\n{'':<19}= {_names(preset.passes)}" for name, preset in pipeline.PRESETS.items()
+    )
     passes = "\n".join(
         f"  {name:<16} {cls.__doc__.partition(chr(10))[0]}"
         + "".join(f"\n{'':<19}{option}: {text}" for option, text in cls.option_help().items())
         for name, cls in PASSES.items()
     )
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog="ovtq-convert",
         description=__doc__,
         epilog=f"presets:\n{presets}\n\npasses and their options:\n{passes}",
@@ -72,17 +81,43 @@ def parser() -> argparse.ArgumentParser:
     what = p.add_mutually_exclusive_group()
     what.add_argument("--preset", choices=pipeline.PRESETS, default="exact", help="default: %(default)s")
     what.add_argument("--passes", metavar="LIST", help="passes in order, NAME[:OPTION=VALUE]…,NAME…")
-    p.add_argument("--set", metavar="PASS.OPTION=VALUE", action="append", default=[], dest="settings",
-                   help="change an option of a pass; may be repeated")
-    p.add_argument("--device", choices=FLOAT_BYTES, default="GPU",
-                   help="where the model will run; sets the float size that bytes are counted in (default: GPU)")
-    p.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True,
-                   help="run original and converted side by side, and refuse to write if they differ (default: on)")
+    p.add_argument(
+        "--set",
+        metavar="PASS.OPTION=VALUE",
+        action="append",
+        default=[],
+        dest="settings",
+        help="change an option of a pass; may be repeated",
+    )
+    p.add_argument(
+        "--device",
+        choices=FLOAT_BYTES,
+        default="GPU",
+        help="where the model will run; sets the float size that bytes are counted in (default: GPU)",
+    )
+    p.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="run original and converted side by side, and refuse to write if they differ (default: on)",
+    )
     p.add_argument("--verify-device", default="CPU", metavar="DEVICE", help="where to run them (default: CPU)")
     p.add_argument("--verify-seed", type=int, default=0, metavar="N", help="of the random prompts (default: 0)")
+    p.add_argument(
+        "--verify-layers",
+        type=int,
+        metavar="N",
+        help=f"run the first N layers only (default: all, or {BIG_LAYERS} of a model over {BIG >> 30} GiB)",
+    )
     p.add_argument("--dry-run", action="store_true", help="say what would be done; write nothing")
-    p.add_argument("--dump-after", choices=PASSES, action="append", default=[], metavar="PASS",
-                   help="print the graph after a pass as text on stdout; may be repeated")
+    p.add_argument(
+        "--dump-after",
+        choices=PASSES,
+        action="append",
+        default=[],
+        metavar="PASS",
+        help="print the graph after a pass as text on stdout; may be repeated",
+    )
     p.add_argument("--force", action="store_true", help="replace OUT_DIR if ovtq made it")
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the record to FILE")
     p.add_argument("--version", action="version", version=f"ovtq {__version__}, openvino {ov.__version__}")
@@ -96,6 +131,8 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
     passes = pipeline.with_settings(passes, options.settings)
     if not 0 <= options.verify_seed < 2**32:
         raise InputError(f"--verify-seed must be from 0 to {2**32 - 1}, got {options.verify_seed}")
+    if options.verify_layers is not None and options.verify_layers < 1:
+        raise InputError(f"--verify-layers must be at least 1, got {options.verify_layers}")
     if options.json and not options.json.resolve().parent.is_dir():
         raise InputError(f"--json {options.json}: no such folder")
     source = io.model_xml(options.model_dir)
@@ -112,9 +149,12 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             _refuse_converted(options.model_dir, model)
             description = describe(model, io.load_config(options.model_dir))
             tick()
+        weights = source.with_suffix(".bin").stat().st_size
+        extent = verify.scope(description, options.verify_layers or (BIG_LAYERS if weights > BIG else None))
         float_bytes = FLOAT_BYTES[options.device]
         before = _memory(model, float_bytes)
         with _phase(progress, "rewrite", len(passes)) as tick:
+
             def after(item: Pass, result: ov.Model) -> None:
                 tick()
                 if item.name in options.dump_after:
@@ -129,12 +169,12 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             "device": options.device,
             "state_bytes": {"before": before, "after": _memory(model, float_bytes)},
             "paged_attention": all(item.paged_attention for item in passes),
-            "source": {"xml_sha256": _sha256(source), "bin_bytes": source.with_suffix(".bin").stat().st_size},
+            "source": {"xml_sha256": _sha256(source), "bin_bytes": weights},
             "versions": {"openvino": ov.__version__, "python": platform.python_version()},
             "verified": None,
         }
         if not options.dry_run:
-            _write(options, model, description, record, source, progress)
+            _write(options, model, description, extent, record, source, progress)
     record["seconds"] = round(time.perf_counter() - started, 1)
     if options.json:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -145,12 +185,12 @@ def _write(
     options: argparse.Namespace,
     model: ov.Model,
     description: ModelDescription,
+    extent: verify.Scope,
     record: dict[str, Any],
     source: Path,
     progress: Progress,
 ) -> None:
-    for key in ("ovtq", "preset", "passes", "versions"):
-        model.set_rt_info(json.dumps(record[key]), [io.STAMP, key])
+    io.stamp(model, {key: record[key] for key in ("ovtq", "preset", "passes", "versions")})
     with io.staged(options.out_dir) as folder:
         with _phase(progress, "write", 2) as tick:
             io.save(model, folder)
@@ -160,19 +200,25 @@ def _write(
         if options.verify:
             window = max((layer.window or 0 for layer in description.layers), default=0) or 128
             with _phase(progress, "verify", 2 * len(verify.schedule(window))) as tick:
-                found = verify.verify(source, folder / source.name, window, options.verify_device,
-                                      options.verify_seed, tick)
-            record["verified"] = {"device": options.verify_device, "seed": options.verify_seed,
-                                  "tolerance": verify.TOLERANCE, **dataclasses.asdict(found)}
+                found = verify.verify(
+                    source, folder / source.name, window, options.verify_device, options.verify_seed, extent, tick
+                )
+            record["verified"] = {
+                "device": options.verify_device,
+                "seed": options.verify_seed,
+                "tolerance": verify.TOLERANCE,
+                **dataclasses.asdict(found),
+            }
         (folder / io.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _refuse_converted(model_dir: Path, model: ov.Model) -> None:
     stamp = io.stamp_of(model)
     if stamp:
-        made = json.loads(stamp.get("preset", "null")) or "a pass list"
-        raise InputError(f"{model_dir}: already converted ({made}, ovtq {json.loads(stamp.get('ovtq', '0'))}); "
-                         "convert the original model instead")
+        raise InputError(
+            f"{model_dir}: already converted ({stamp.get('preset') or 'a pass list'}, ovtq "
+            f"{stamp.get('ovtq')}); convert the original model instead"
+        )
 
 
 def _memory(model: ov.Model, float_bytes: int) -> dict[str, int]:
@@ -183,8 +229,13 @@ def _memory(model: ov.Model, float_bytes: int) -> dict[str, int]:
 
 
 def _layer(index: int, window: int | None, layer: Any) -> dict[str, Any]:
-    return {"index": index, "window": window, "query_heads": layer.query_heads, "kv_heads": layer.kv_heads,
-            "head_dim": layer.head_dim}
+    return {
+        "index": index,
+        "window": window,
+        "query_heads": layer.query_heads,
+        "kv_heads": layer.kv_heads,
+        "head_dim": layer.head_dim,
+    }
 
 
 def _sha256(path: Path) -> str:
@@ -224,20 +275,32 @@ def _report(console: Console, options: argparse.Namespace, record: dict[str, Any
         table.add_row(label, f"{before[key]:,}", f"{after[key]:,}")
     console.print(table)
 
-    takes = "taken as it is" if record["paged_attention"] else (
-        "not possible: GenAI's default falls back to the stateful path with a warning, ATTENTION_BACKEND=PA, "
-        "scheduler_config, draft models and prompt lookup throw")
-    console.print(f"paged attention: {takes}")
+    takes = (
+        "taken as it is"
+        if record["paged_attention"]
+        else (
+            "not possible: GenAI's default falls back to the stateful path with a warning, ATTENTION_BACKEND=PA, "
+            "scheduler_config, draft models and prompt lookup throw"
+        )
+    )
+    console.print(f"paged attention: {takes}", soft_wrap=True)
     if record["verified"]:
         found = record["verified"]
-        console.print(f"verified on {found['device']} at f32: largest logit difference {found['largest']:.3g} "
-                      f"({found['relative']:.2g} of the largest logit, allowed {found['tolerance']:.2g}), "
-                      f"same top token at {found['same_top']:.2%} of {found['positions']} positions")
+        every = found["layers"] == len(record["layers"])
+        console.print(
+            f"verified on {found['device']} at f32, {'all' if every else 'the first'} {found['layers']} layers: "
+            f"largest difference {found['largest']:.3g} ({found['relative']:.2g} of the largest "
+            f"{'logit' if every else 'result'}, allowed {found['tolerance']:.2g}), same top at "
+            f"{found['same_top']:.2%} of {found['positions']} positions",
+            soft_wrap=True,
+        )
     if options.dry_run:
         console.print("dry run: nothing was written")
     else:
-        console.print(f"written to {options.out_dir} in {record['seconds']} s"
-                      + ("" if record["verified"] else "; not verified"))
+        console.print(
+            f"written to {options.out_dir} in {record['seconds']} s" + ("" if record["verified"] else "; not verified"),
+            soft_wrap=True,
+        )
 
 
 if __name__ == "__main__":

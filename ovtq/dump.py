@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import openvino as ov
@@ -13,16 +14,18 @@ from ovtq.graph import id_of
 SHOWN = 8  # constants of at most so many elements are written out, larger ones hashed
 
 
-def dump(model: ov.Model) -> str:
+def dump(model: ov.Model, roots: Sequence[Node] = ()) -> str:
     """One line a node: `%n = Type{attributes}(operands) : type[shape]`, operands before their users, then the states.
+
+    With `roots`, only what they depend on.
 
     Nodes are numbered by a depth-first walk from the results and the sorted Assigns, so that names and the order of
     construction do not matter; constants show their values or the start of their SHA-256.
     """
     numbers: dict[str, int] = {}
     lines: list[str] = []
-    roots = [*model.get_results(), *sorted(model.get_sinks(), key=lambda node: str(node.get_variable_id()))]
-    for root in roots:
+    sinks = sorted(model.get_sinks(), key=lambda node: str(node.get_variable_id()))
+    for root in roots or [*model.get_results(), *sinks]:
         stack: list[tuple[Node, bool]] = [(root, False)]
         while stack:
             node, done = stack.pop()

@@ -123,6 +123,4 @@ class Port:
 
     def feed(self, source: Node | Output) -> None:
         """Feed this input from `source`."""
-        self.node.input(self.index).replace_source_output(
-            source.output(0) if isinstance(source, Node) else source
-        )
+        self.node.input(self.index).replace_source_output(source.output(0) if isinstance(source, Node) else source)

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,10 @@ def model_xml(model_dir: Path) -> Path:
     xml = model_dir / f"{MODEL}.xml"
     if not xml.is_file():
         others = ", ".join(sorted(path.name for path in model_dir.iterdir())[:5]) or "nothing"
-        raise InputError(f"{model_dir}: no {MODEL}.xml in it (found {others}); "
-                         "export one with: optimum-cli export openvino --task text-generation-with-past")
+        raise InputError(
+            f"{model_dir}: no {MODEL}.xml in it (found {others}); "
+            "export one with: optimum-cli export openvino --task text-generation-with-past"
+        )
     weights = xml.with_suffix(".bin")
     if not weights.is_file():
         raise InputError(f"{weights}: no such file; the weights belong beside {xml.name}")
@@ -77,12 +79,17 @@ def load_config(model_dir: Path) -> dict[str, Any]:
     return config
 
 
-def stamp_of(model: ov.Model) -> dict[str, str]:
+def stamp(model: ov.Model, facts: Mapping[str, Any]) -> None:
+    """Write into the IR's rt_info what was done to it."""
+    for key, value in facts.items():
+        model.set_rt_info(json.dumps(value), [STAMP, key])
+
+
+def stamp_of(model: ov.Model) -> dict[str, Any]:
     """What an earlier conversion wrote into the IR; empty if there was none."""
-    info = model.get_rt_info()
-    if STAMP not in info:
+    if STAMP not in model.get_rt_info():
         return {}
-    return {str(key): str(value) for key, value in model.get_rt_info([STAMP]).items()}
+    return {key: json.loads(str(text)) for key, text in model.get_rt_info([STAMP]).value.items()}
 
 
 def check_output(model_dir: Path, out_dir: Path, force: bool) -> None:
@@ -94,8 +101,10 @@ def check_output(model_dir: Path, out_dir: Path, force: bool) -> None:
         if not force:
             raise InputError(f"{out_dir}: not empty; --force replaces it")
         if not (target / RECORD).is_file():
-            raise InputError(f"{out_dir}: not made by ovtq (no {RECORD} in it), so --force won't replace it; "
-                             "remove it yourself or choose another")
+            raise InputError(
+                f"{out_dir}: not made by ovtq (no {RECORD} in it), so --force won't replace it; "
+                "remove it yourself or choose another"
+            )
     if target.exists() and not target.is_dir():
         raise InputError(f"{out_dir}: is a file; choose a folder")
     parent = next(path for path in target.parents if path.exists())
@@ -165,8 +174,9 @@ def save(model: ov.Model, folder: Path) -> None:
         model_xml(folder)
     except (RuntimeError, InputError) as error:
         free = shutil.disk_usage(folder).free >> 20
-        raise InputError(f"{folder.parent}: the model could not be written ({last_line(error)}; "
-                         f"{free} MiB free)") from None
+        raise InputError(
+            f"{folder.parent}: the model could not be written ({last_line(error)}; {free} MiB free)"
+        ) from None
 
 
 def copy_rest(model_dir: Path, folder: Path) -> None:

@@ -1,13 +1,12 @@
 """The pipeline on one page: which passes a preset runs, in which order, and how a pass list is written.
 
-    IR dir ─ io.load ─► ov.Model ─ models.describe ─► description
-                            └─► [pass: requires → run → validate → ensures]* ─► io.save ─► OUT_DIR + ovtq.json
+IR dir ─ io.load ─► ov.Model ─ models.describe ─► description
+                        └─► [pass: requires → run → validate → ensures]* ─► io.save ─► OUT_DIR + ovtq.json
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import openvino as ov
 
 from ovtq.errors import InputError
+from ovtq.graph import id_of
 from ovtq.models import ModelDescription
 from ovtq.passes import PASSES, DecoupleLength, Pass, RotateHeads, SimplifyMask, TruncateWindow
 
@@ -56,27 +56,31 @@ class Step:
     exact: bool
     sites: int
     facts: Mapping[str, Any]
-    seconds: float
 
 
 def run(
     model: ov.Model,
     description: ModelDescription,
     passes: Sequence[Pass],
-    before: Callable[[Pass], None] = lambda p: None,
-    after: Callable[[Pass, ov.Model], None] = lambda p, m: None,
+    after: Callable[[Pass, ov.Model], None] = lambda item, model: None,
 ) -> tuple[ov.Model, ModelDescription, list[Step]]:
-    """Apply `passes` in order; `before` and `after` are called around each. Raises the errors of `Pass.apply`."""
+    """Apply `passes` in order, calling `after` behind each. Raises the errors of `Pass.apply`."""
     steps = []
     for item in passes:
-        before(item)
-        started = time.perf_counter()
+        known = {id_of(node) for node in model.get_ops()}
         rewrite = item.apply(model, description)
         model, description = rewrite.model, rewrite.description
-        seconds = round(time.perf_counter() - started, 3)
-        steps.append(Step(item.name, item.options, item.exact, rewrite.sites, dict(rewrite.facts), seconds))
+        _name_new_nodes(model, known, item.name)
+        steps.append(Step(item.name, item.options, item.exact, rewrite.sites, dict(rewrite.facts)))
         after(item, model)
     return model, description, steps
+
+
+def _name_new_nodes(model: ov.Model, known: set[str], prefix: str) -> None:
+    """Name nodes by the pass that made them: to be found in a profile, and so that equal runs write equal files."""
+    new = [node for node in model.get_ordered_ops() if id_of(node) not in known]
+    for number, node in enumerate(new):
+        node.set_friendly_name(f"ovtq/{prefix}/{node.get_type_name()}_{number}")
 
 
 def parse_passes(text: str) -> tuple[Pass, ...]:
@@ -99,8 +103,10 @@ def with_settings(passes: Sequence[Pass], settings: Sequence[str]) -> tuple[Pass
         target, value = _setting(text)
         name, dot, field = target.partition(".")
         if not dot or name not in {item.name for item in passes}:
-            raise InputError(f"--set {text}: write PASS.OPTION=VALUE with one of the passes "
-                             f"{', '.join(item.name for item in passes)}")
+            raise InputError(
+                f"--set {text}: write PASS.OPTION=VALUE with one of the passes "
+                f"{', '.join(item.name for item in passes)}"
+            )
         changes.setdefault(name, {})[field] = value
     return tuple(
         dataclasses.replace(item, **_changed(item, changes[item.name])) if item.name in changes else item

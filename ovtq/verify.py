@@ -10,15 +10,11 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
-from ovtq.errors import InputError, VerificationFailed
-from ovtq.io import last_line
+from ovtq.errors import VerificationFailed
+from ovtq.graph import ancestors, consumers, id_of
+from ovtq.models import ModelDescription
+from ovtq.runner import EXACT_PROPERTIES, Runner
 
-# f32 everywhere, so that what remains is rounding: no f16 inference, no compressed cache, no quantised activations.
-EXACT_PROPERTIES = {
-    "INFERENCE_PRECISION_HINT": "f32",
-    "KV_CACHE_PRECISION": "f32",
-    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-}
 TOLERANCE = 128 * float(np.finfo(np.float32).eps)  # of the largest logit: 24 layers of f32 sums in another order
 
 
@@ -37,10 +33,43 @@ class Call:
 class Difference:
     """How far apart two models are over all calls."""
 
-    largest: float  # absolute, of any logit
+    layers: int  # how many layers were run
+    largest: float  # absolute, of any logit (of the last layer's attention output, if not all layers were run)
     relative: float  # the largest as a share of the largest |logit|
-    same_top: float  # share of positions with the same most likely token
+    same_top: float  # share of positions with the same largest element
     positions: int
+
+
+@dataclass(frozen=True)
+class Scope:
+    """How much of the model is run: its first `layers` layers, up to the node named `end`; None: all, to the logits."""
+
+    layers: int
+    end: str | None = None
+
+
+def scope(description: ModelDescription, layers: int | None = None) -> Scope:
+    """The scope of the first `layers` layers (None: all) of a model still as exported."""
+    count = len(description.layers)
+    if layers is None or layers >= count:
+        return Scope(count)
+    node = consumers(description.layers[layers - 1].context)[0]
+    while node.get_type_name() != "MatMul":  # Transpose, Reshape, then o_proj, which no pass touches
+        node = consumers(node.output(0))[0]
+    return Scope(layers, node.get_friendly_name())
+
+
+def cut(model: ov.Model, end: str) -> ov.Model:
+    """What the node named `end` depends on, with the states read there, and that node as the result."""
+    node = next(node for node in model.get_ops() if node.get_friendly_name() == end)
+    needed = {id_of(step) for step in ancestors(node.output(0))}
+    reads = {
+        step.get_attributes()["variable_id"]
+        for step in model.get_ops()
+        if step.get_type_name() == "ReadValue" and id_of(step) in needed
+    }
+    sinks = [sink for sink in model.get_sinks() if sink.get_variable_id() in reads]
+    return ov.Model([ov.opset15.result(node.output(0))], sinks, model.get_parameters())
 
 
 def schedule(window: int) -> list[Call]:
@@ -51,46 +80,11 @@ def schedule(window: int) -> list[Call]:
     return one + two
 
 
-class Runner:
-    """A compiled model fed call by call, the attention mask always as long as the logical past.
-
-    Raises InputError if the device is not there or does not compile the model.
-    """
-
-    def __init__(self, model: Path | ov.Model, device: str, properties: dict[str, str] | None = None) -> None:
-        core = ov.Core()
-        if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
-            raise InputError(f"device {device} is not there; available: {', '.join(core.available_devices) or 'none'}")
-        try:
-            self.request = core.compile_model(model, device, properties or {}).create_infer_request()
-        except RuntimeError as error:
-            raise InputError(f"{model}: {device} does not compile it ({last_line(error)})") from None
-        self.names = {name for port in self.request.model_inputs for name in port.names}
-        self.mask: np.ndarray | None = None
-
-    def reset(self) -> None:
-        """Forget everything."""
-        self.request.reset_state()
-        self.mask = None
-
-    def step(self, ids: np.ndarray, shown: np.ndarray | None = None, beams: np.ndarray | None = None) -> np.ndarray:
-        """Logits (batch, tokens, vocabulary) of `ids` (batch, tokens); `shown` is 0 where `ids` is padding.
-
-        `beams[i]` is the sequence whose past sequence i continues.
-        """
-        batch = ids.shape[0]
-        beams = np.arange(batch, dtype=np.int32) if beams is None else np.asarray(beams, dtype=np.int32)
-        shown = np.ones(ids.shape, np.int64) if shown is None else shown
-        self.mask = shown if self.mask is None else np.concatenate([self.mask[beams], shown], axis=1)
-        positions = np.maximum(np.cumsum(self.mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
-        inputs = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions, "beam_idx": beams}
-        outputs = self.request.infer({name: value for name, value in inputs.items() if name in self.names})
-        return outputs[0]
-
-
-def play(runner: Runner, calls: list[Call], vocabulary: int, seed: int, tick: Callable[[], None]) -> list[np.ndarray]:
-    """The logits of each call on seeded random tokens, padded positions left out: (positions, vocabulary) each."""
-    random, logits = np.random.RandomState(seed), []
+def play(
+    runner: Runner, calls: list[Call], vocabulary: int, seed: int, tick: Callable[[], None] = lambda: None
+) -> list[np.ndarray]:
+    """The results of each call on seeded random tokens, padded positions left out: (positions, width) each."""
+    random, results = np.random.RandomState(seed), []
     for call in calls:
         if call.reset:
             runner.reset()
@@ -98,23 +92,29 @@ def play(runner: Runner, calls: list[Call], vocabulary: int, seed: int, tick: Ca
         shown = np.ones(ids.shape, np.int64)
         shown[1:, : call.pad] = 0
         out = runner.step(ids, shown, np.asarray(call.beams, np.int32) if call.beams else None)
-        logits.append(np.asarray(out)[shown.astype(bool)])
+        results.append(np.asarray(out)[shown.astype(bool)])
         tick()
-    return logits
+    return results
 
 
-def compare(reference: list[np.ndarray], other: list[np.ndarray]) -> Difference:
+def compare(reference: list[np.ndarray], other: list[np.ndarray], layers: int) -> Difference:
     """The difference of two runs of the same calls."""
     largest = max(float(np.abs(a - b).max()) for a, b in zip(reference, other, strict=True))
     scale = max(float(np.abs(a).max()) for a in reference)
     same = [a.argmax(-1) == b.argmax(-1) for a, b in zip(reference, other, strict=True)]
     if not all(np.isfinite(b).all() for b in other):
         largest = float("inf")
-    return Difference(largest, largest / scale, float(np.concatenate(same).mean()), sum(map(len, same)))
+    return Difference(layers, largest, largest / scale, float(np.concatenate(same).mean()), sum(map(len, same)))
 
 
 def verify(
-    original: Path, converted: Path, window: int, device: str, seed: int, tick: Callable[[], None] = lambda: None
+    original: Path,
+    converted: Path,
+    window: int,
+    device: str,
+    seed: int,
+    extent: Scope,
+    tick: Callable[[], None] = lambda: None,
 ) -> Difference:
     """Compare two IRs as files, one after the other so that one is in memory at a time.
 
@@ -122,20 +122,18 @@ def verify(
     """
     calls, results = schedule(window), []
     for xml in (original, converted):
-        runner = Runner(xml, device, EXACT_PROPERTIES)
-        vocabulary = _vocabulary(runner)
+        model = ov.Core().read_model(xml)
+        vocabulary = model.output(0).get_partial_shape()[2].get_length()
+        if extent.end is not None:
+            model = cut(model, extent.end)
+        runner = Runner(model, device, EXACT_PROPERTIES)
         results.append(play(runner, calls, vocabulary, seed, tick))
-        del runner
+        del runner, model
         gc.collect()
-    difference = compare(*results)
+    difference = compare(*results, extent.layers)
     if not difference.relative <= TOLERANCE:
         raise VerificationFailed(
-            f"the converted model is wrong on {device}: its logits differ by {difference.largest:.3g} "
-            f"({difference.relative:.2g} of the largest logit, allowed {TOLERANCE:.2g}); nothing was written"
+            f"the converted model is wrong on {device}: its results differ by {difference.largest:.3g} "
+            f"({difference.relative:.2g} of the largest, allowed {TOLERANCE:.2g}); nothing was written"
         )
     return difference
-
-
-def _vocabulary(runner: Runner) -> int:
-    shape = runner.request.model_outputs[0].partial_shape
-    return shape[2].get_length()

@@ -9,8 +9,6 @@ from ovtq.passes.rotate_heads import RotateHeads
 from ovtq.passes.simplify_mask import SimplifyMask
 from ovtq.passes.truncate_window import TruncateWindow
 
-PASSES: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (DecoupleLength, TruncateWindow, SimplifyMask, RotateHeads)
-}
+PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (DecoupleLength, TruncateWindow, SimplifyMask, RotateHeads)}
 
 __all__ = ["PASSES", "DecoupleLength", "Pass", "Rewrite", "RotateHeads", "SimplifyMask", "TruncateWindow"]

@@ -18,9 +18,10 @@ from ovtq.rotation import digest, randomized_hadamard
 
 @dataclass(frozen=True)
 class RotateHeads(Pass):
-    """softmax((qR)(KR)ᵀ)·(VR)·Rᵀ = softmax(qKᵀ)·V for orthogonal R: a randomised Hadamard matrix, the same for all heads.
+    """softmax((qR)(KR)ᵀ)·(VR)·Rᵀ = softmax(qKᵀ)·V for orthogonal R, a randomised Hadamard matrix.
 
-    The rotation spreads outlier channels over all coordinates, so that whatever quantises the cache later loses less.
+    The rotation, the same for all heads, spreads outlier channels over all coordinates, so that whatever quantises the
+    cache later loses less.
     One MatMul each on Q, K and V where they enter the attention (after RoPE), one on its result. K and V stay in the
     exported form Assign ← Concat ← Gather ← ReadValue, so that every fusion and paged attention still apply.
 
@@ -57,8 +58,9 @@ class RotateHeads(Pass):
             raise self.refuse(f"the model has no {self.layers} layers")
         for layer in chosen:
             if layer.head_dim & (layer.head_dim - 1):
-                raise self.refuse(f"layer {layer.index} has head_dim {layer.head_dim}; a Hadamard rotation needs a "
-                                  "power of two")
+                raise self.refuse(
+                    f"layer {layer.index} has head_dim {layer.head_dim}; a Hadamard rotation needs a power of two"
+                )
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Insert the MatMuls."""

@@ -14,7 +14,7 @@ from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.passes.decouple_length import shape_readers
 
 from ovtq.errors import VerificationFailed
-from ovtq.graph import MASKED, Port, consumers, dim, f32, i64, new_variable, rebuild, redirect, scalar
+from ovtq.graph import MASKED, Port, dim, f32, i64, new_variable, rebuild, redirect, scalar
 
 FAR = 2**30  # a row index past any sequence
 
@@ -109,11 +109,10 @@ class _Blocks:
     def __init__(self, description: ModelDescription, layer: AttentionLayer, slack: int) -> None:
         window = layer.window
         self.beam_idx = description.beam_idx
-        self.shape = layer
         self.rows = window - 1 + slack
         self.assigns: list[Node] = []
         one, origin = i64([1]), i64([0])
-        batch, self.new = (dim(description.input_ids, axis) for axis in (0, 1))
+        self.batch, self.new = (dim(description.input_ids, axis) for axis in (0, 1))
         m = op.minimum(self.new, i64([window]))
         self.nb = op.divide(op.add(self.new, op.subtract(m, one)), m)
         w = op.add(m, i64([window]))
@@ -123,7 +122,7 @@ class _Blocks:
         # Rows past the end are the zero row: the sink's, and those of the last block's padding.
         queries = op.slice(i64(range(window)), origin, m, one, origin)
         self.query_rows = op.minimum(op.add(start, queries), op.subtract(self.new, one))  # (nb, m)
-        keys = op.slice(i64([FAR, *range(slack, slack + 2 * window)]), origin, w, one, origin)
+        keys = op.slice(i64([FAR, *range(slack, slack + 2 * window - 1)]), origin, w, one, origin)
         self.key_rows = op.minimum(op.add(start, keys), zero_row)  # (nb, w)
         self.tail_rows = op.add(i64(range(self.rows)), self.new)
 
@@ -143,15 +142,16 @@ class _Blocks:
         self.is_sink = op.slice(f32(is_sink), origin, w, one, origin)
 
         heads = 2 * layer.kv_heads
-        self.zero_rows = op.broadcast(f32(0), op.concat([batch, i64([heads, 1, layer.head_dim])], 0))
-        self.empty = op.broadcast(f32(0), op.concat([batch, i64([heads, self.rows, layer.head_dim])], 0))
+        self.zero_rows = op.broadcast(f32(0), op.concat([self.batch, i64([heads, 1, layer.head_dim])], 0))
 
     def attend(self, layer: AttentionLayer) -> AttentionLayer:
         """Rewrite one layer; shapes are noted with H = kv_heads, G = query heads a KV head, d = head_dim."""
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
         new = op.concat([layer.key.source, layer.value.source], 1)  # (batch, 2H, new, d)
         variable = new_variable(state_name(layer.index), [-1, 2 * H, self.rows, d], ov.Type.f32)
-        past = op.gather(op.read_value(self.empty, variable), self.beam_idx, i64(0))
+        # An initial value of its own, so that the CPU plugin makes it at a reset only and not in every step.
+        empty = op.broadcast(f32(0), op.concat([self.batch, i64([2 * H, self.rows, d])], 0))
+        past = op.gather(op.read_value(empty, variable), self.beam_idx, i64(0))
         tokens = op.concat([past, new, self.zero_rows], 2)
         self.assigns.append(op.assign(op.gather(tokens, self.tail_rows, i64(2)), variable))
 
@@ -171,8 +171,6 @@ class _Blocks:
         context = op.slice(context, i64([0]), self.new, i64([1]), i64([1]))
         context = op.transpose(context, i64([0, 2, 1, 3]))  # (batch, H·G, new, d)
         redirect(layer.context, context)
-        for path in layer.paths:  # its only readers now are the old attention and the Assign that goes
-            assert all(node.get_type_name() != "ShapeOf" for node in consumers(path.appended))
         return replace(
             layer,
             query=Port(entry, 0),

@@ -1,0 +1,66 @@
+"""A compiled model, fed call by call with plain OpenVINO: what verification and benchmarks run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+
+from ovtq.errors import InputError
+from ovtq.io import last_line
+
+# f32 everywhere, so that what remains is rounding: no f16 inference, no compressed cache, no quantised activations.
+EXACT_PROPERTIES = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+    "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+}
+
+
+class Runner:
+    """A compiled model fed call by call, the attention mask always as long as the logical past.
+
+    Raises InputError if the device is not there or does not compile the model.
+    """
+
+    def __init__(self, model: Path | ov.Model, device: str, properties: Mapping[str, str] | None = None) -> None:
+        core = ov.Core()
+        if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
+            raise InputError(f"device {device} is not there; available: {', '.join(core.available_devices) or 'none'}")
+        try:
+            self.request = core.compile_model(model, device, dict(properties or {})).create_infer_request()
+        except RuntimeError as error:
+            name = model.get_friendly_name() if isinstance(model, ov.Model) else model
+            raise InputError(f"{name}: {device} does not compile it ({last_line(error)})") from None
+        self.names = {name for port in self.request.model_inputs for name in port.names}
+        self.mask: np.ndarray | None = None
+
+    @property
+    def vocabulary(self) -> int:
+        """Length of the logits' last axis."""
+        return int(self.request.model_outputs[0].partial_shape[2].get_length())
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.request.reset_state()
+        self.mask = None
+
+    def step(self, ids: np.ndarray, shown: np.ndarray | None = None, beams: np.ndarray | None = None) -> np.ndarray:
+        """Logits (batch, tokens, vocabulary) of `ids` (batch, tokens); `shown` is 0 where `ids` is padding.
+
+        `beams[i]` is the sequence whose past sequence i continues.
+        """
+        batch = ids.shape[0]
+        beams = np.arange(batch, dtype=np.int32) if beams is None else np.asarray(beams, dtype=np.int32)
+        shown = np.ones(ids.shape, np.int64) if shown is None else shown
+        self.mask = shown if self.mask is None else np.concatenate([self.mask[beams], shown], axis=1)
+        positions = np.maximum(np.cumsum(self.mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
+        inputs = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions, "beam_idx": beams}
+        outputs = self.request.infer({name: value for name, value in inputs.items() if name in self.names})
+        return outputs[0]
+
+    def state_bytes(self) -> int:
+        """Bytes of all states as the device gives them out (the CPU plugin converts compressed ones to f32 for it)."""
+        return sum(state.state.byte_size for state in self.request.query_state())

@@ -1,0 +1,64 @@
+"""What the tests share: the models, and converting them once a session."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import openvino as ov
+import pytest
+from ovtq.models import ModelDescription, describe
+
+from ovtq import io
+from ovtq.convert import main
+
+ROOT = Path(__file__).resolve().parent.parent
+MINI = ROOT / "models" / "gpt-oss-mini"
+TINY = {version: ROOT / "tests" / "data" / f"tiny-transformers-{version}" for version in ("5.5", "4.57")}
+
+
+@pytest.fixture(params=TINY)
+def tiny(request: pytest.FixtureRequest) -> Path:
+    """The tiny model, as two generations of exporters write it."""
+    return TINY[request.param]
+
+
+@pytest.fixture
+def tiny_copy(tmp_path: Path) -> Path:
+    """A tiny model of one's own, to break."""
+    return Path(shutil.copytree(TINY["5.5"], tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def convert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Convert a model folder with `ovtq-convert` options, once a session for the same options."""
+    done: dict[tuple[Path, tuple[str, ...]], Path] = {}
+
+    def run(model_dir: Path, *options: str) -> Path:
+        key = (model_dir, options)
+        if key not in done:
+            out = tmp_path_factory.mktemp("converted") / model_dir.name
+            assert main([str(model_dir), str(out), *options]) == 0
+            done[key] = out
+        return done[key]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def exact(convert: Callable[..., Path]) -> Path:
+    """The bundled model, converted with the preset `exact`."""
+    return convert(MINI, "--preset", "exact")
+
+
+@pytest.fixture(scope="session")
+def rotate(convert: Callable[..., Path]) -> Path:
+    """The bundled model, converted with the preset `rotate`."""
+    return convert(MINI, "--preset", "rotate")
+
+
+def load(model_dir: Path) -> tuple[ov.Model, ModelDescription]:
+    """A folder's model with its description."""
+    model = io.load(model_dir)
+    return model, describe(model, io.load_config(model_dir))

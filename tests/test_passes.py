@@ -1,0 +1,291 @@
+"""Each pass: its golden graph, its numbers against numpy, its refusals, a second run; and the contract they share."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+import reference
+from conftest import ROOT, TINY, load
+from golden import subject
+from ovtq.models import ModelDescription
+from ovtq.passes import PASSES, DecoupleLength, Pass, Rewrite, RotateHeads, SimplifyMask, TruncateWindow
+
+from ovtq.errors import InputError, PreconditionFailed, VerificationFailed
+from ovtq.graph import Port, consumers
+from ovtq.rotation import digest, randomized_hadamard
+from ovtq.runner import EXACT_PROPERTIES
+from ovtq.verify import TOLERANCE, Call, play
+
+EPS = float(np.finfo(np.float32).eps)
+# What each pass is applied after, as in the presets.
+BEFORE: dict[str, tuple[Pass, ...]] = {
+    "decouple-length": (),
+    "truncate-window": (DecoupleLength(),),
+    "simplify-mask": (),
+    "rotate-heads": (),
+}
+
+
+def applied(model_dir: Path, *passes: Pass) -> Rewrite:
+    model, description = load(model_dir)
+    rewrite = Rewrite(model, description, 0)
+    for item in passes:
+        rewrite = item.apply(rewrite.model, rewrite.description)
+    return rewrite
+
+
+def test_one_name_three_ways() -> None:
+    files = {path.stem for path in (ROOT / "passes").glob("*.py")} - {"__init__", "base"}
+    assert files == {name.replace("-", "_") for name in PASSES}
+    for name, cls in PASSES.items():
+        assert cls.__name__ == "".join(part.capitalize() for part in name.split("-"))
+        assert cls.__module__ == f"ovtq.passes.{name.replace('-', '_')}"
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_golden(name: str) -> None:
+    """Regenerate with `python tests/golden.py` and read the diff."""
+    assert subject(name, BEFORE[name]) == (ROOT / "tests" / "golden" / f"{name}.txt").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_second_run_refuses_or_is_a_rewrite_of_its_own(name: str) -> None:
+    once = applied(TINY["5.5"], *BEFORE[name], PASSES[name]())
+    if name in ("decouple-length", "truncate-window"):
+        with pytest.raises(PreconditionFailed, match=name):
+            PASSES[name]().apply(once.model, once.description)
+    else:  # masks and rotations can be rewritten again, and count the same sites
+        assert PASSES[name]().apply(once.model, once.description).sites == once.sites
+
+
+# ------------------------------------------------------------------------------------------ numbers
+
+SCHEDULES = {
+    "grow": [Call(5), Call(1), Call(1), Call(7), Call(1), Call(1), Call(9), Call(1)],
+    "long prefill": [Call(83), Call(1), Call(1)],
+    "window edges": [Call(15), Call(1), Call(1), Call(16), Call(17), Call(1), Call(32), Call(31), Call(1)],
+    "padding": [Call(24, 3, pad=11), Call(1, 3), Call(19, 3), Call(1, 3)],
+    "beams": [Call(20), Call(1, 4, beams=(0, 0, 0, 0)), Call(1, 4, beams=(1, 1, 3, 0)), Call(1, 4, beams=(3, 2, 1, 0))],
+}
+COMBINATIONS: dict[str, tuple[Pass, ...]] = {
+    "decouple": (DecoupleLength(),),
+    "truncate": (DecoupleLength(), TruncateWindow()),
+    "truncate, slack": (DecoupleLength(), TruncateWindow(slack=5)),
+    "simplify": (SimplifyMask(),),
+    "rotate": (RotateHeads(seed=3),),
+    "rotate qk": (RotateHeads(tensors="qk"),),
+    "rotate v": (RotateHeads(tensors="v"),),
+    "exact": (DecoupleLength(), TruncateWindow(), SimplifyMask(), RotateHeads(layers="full")),
+    "rotate first": (RotateHeads(), SimplifyMask(), DecoupleLength(), TruncateWindow()),
+}
+
+
+class Tapped:
+    """A model with more results: Q, K, V as they enter each layer's attention unrotated, and what the layer gives."""
+
+    def __init__(self, model_dir: Path, passes: tuple[Pass, ...]) -> None:
+        model, description = load(model_dir)
+        self.layers = description.layers
+        inner = [port.source for layer in self.layers for port in (layer.query, layer.key, layer.value)]
+        outer = [Port(consumers(layer.context)[0], 0) for layer in self.layers]
+        rewrite = Rewrite(model, description, 0)
+        for item in passes:
+            rewrite = item.apply(rewrite.model, rewrite.description)
+        model = rewrite.model
+        results = [ov.opset15.result(tap) for tap in (*inner, *(port.source for port in outer))]
+        model = ov.Model(model.get_results() + results, model.get_sinks(), model.get_parameters())
+        self.request = ov.Core().compile_model(model, "CPU", EXACT_PROPERTIES).create_infer_request()
+
+    def step(self, ids: np.ndarray, mask: np.ndarray, beams: np.ndarray) -> tuple[np.ndarray, list, list]:
+        positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
+        outputs = self.request.infer(
+            {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "beam_idx": beams}
+        )
+        taps = [np.array(outputs[i]) for i in range(1, len(outputs))]
+        n = len(self.layers)
+        return np.array(outputs[0]), [taps[3 * i : 3 * i + 3] for i in range(n)], taps[3 * n :]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("passes", ["truncate", "truncate, slack", "simplify", "rotate", "exact"])
+def test_attention_equals_numpy(passes: str, schedule: str) -> None:
+    """Every layer's attention, from its own Q, K, V, against the definition over the whole history."""
+    model = Tapped(TINY["5.5"], COMBINATIONS[passes])
+    random = np.random.RandomState(7)
+    history: list[tuple[np.ndarray, np.ndarray]] = []
+    mask = None
+    for call in SCHEDULES[schedule]:
+        ids = random.randint(0, 256, (call.batch, call.tokens)).astype(np.int64)
+        shown = np.ones(ids.shape, np.int64)
+        shown[1:, : call.pad] = 0
+        beams = np.array(call.beams or range(call.batch), np.int32)
+        mask = shown if mask is None else np.concatenate([mask[beams], shown], axis=1)
+        _, inner, outer = model.step(ids, mask, beams)
+        old = [(k[beams], v[beams]) for k, v in history] or [(k[:, :, :0], v[:, :, :0]) for _, k, v in inner]
+        history = [
+            (np.concatenate([pk, k], 2), np.concatenate([pv, v], 2))
+            for (pk, pv), (_, k, v) in zip(old, inner, strict=True)
+        ]
+        for layer, (query, _, _), (keys, values), got in zip(model.layers, inner, history, outer, strict=True):
+            expected = reference.attention(query, keys, values, mask, layer.sinks, layer.scale, layer.window)
+            real = shown.astype(bool)  # what padding attends to is nobody's business
+            got, expected = (np.moveaxis(x, 1, 2)[real] for x in (got, expected))
+            assert np.abs(got - expected).max() <= 32 * EPS * np.abs(expected).max(), (layer.index, call)
+
+
+@pytest.mark.parametrize("passes", COMBINATIONS)
+def test_logits_equal_the_original(tiny: Path, passes: str, tmp_path: Path) -> None:
+    """After saving and reading back: equal constants are merged in a file, which is where some plugin bugs show."""
+    from ovtq.runner import Runner
+
+    xml = tmp_path / "openvino_model.xml"
+    ov.save_model(applied(tiny, *COMBINATIONS[passes]).model, xml, compress_to_fp16=False)
+    original, converted = (Runner(path, "CPU", EXACT_PROPERTIES) for path in (tiny / xml.name, xml))
+    for seed, (name, calls) in enumerate(SCHEDULES.items()):
+        for runner in (original, converted):
+            runner.reset()
+        expected, got = (play(runner, calls, 256, seed) for runner in (original, converted))
+        for a, b in zip(expected, got, strict=True):
+            assert np.abs(a - b).max() <= TOLERANCE * np.abs(a).max(), name
+
+
+def test_random_schedules(tmp_path: Path) -> None:
+    """Two hundred calls of random length, batch and beams."""
+    from ovtq.runner import Runner
+
+    random = np.random.RandomState(11)
+    xml = tmp_path / "openvino_model.xml"
+    ov.save_model(applied(TINY["5.5"], *COMBINATIONS["exact"]).model, xml, compress_to_fp16=False)
+    original, converted = (Runner(path, "CPU", EXACT_PROPERTIES) for path in (TINY["5.5"] / xml.name, xml))
+    calls: list[Call] = []
+    while len(calls) < 200:
+        batch = int(random.choice([1, 1, 2, 3]))
+        pad = int(random.randint(0, 20)) if batch > 1 else 0
+        calls.append(Call(pad + int(random.randint(1, 60)), batch, pad, reset=True))
+        for _ in range(random.randint(3, 12)):
+            tokens = int(random.choice([1, 1, 1, 2, 15, 16, 17, 40]))
+            calls.append(Call(tokens, batch, beams=tuple(map(int, random.randint(0, batch, batch)))))
+    expected, got = (play(runner, calls, 256, 5) for runner in (original, converted))
+    worst = max(np.abs(a - b).max() / np.abs(a).max() for a, b in zip(expected, got, strict=True))
+    assert worst <= TOLERANCE
+
+
+# ------------------------------------------------------------------------------------------ what they promise
+
+
+def test_truncated_states_are_fixed_and_the_rest_grow() -> None:
+    model = applied(TINY["5.5"], *COMBINATIONS["truncate, slack"]).model
+    shapes = {v.get_info().variable_id: str(v.get_info().data_shape) for v in model.get_variables()}
+    assert shapes.pop("ovtq.window.0") == shapes.pop("ovtq.window.2") == "[?,4,20,64]"
+    assert set(shapes.values()) == {"[?,2,?,64]"}
+    assert len(shapes) == 4
+
+
+def test_no_length_comes_from_a_state_once_decoupled(tiny: Path) -> None:
+    model = applied(tiny, DecoupleLength()).model
+    from_state = {"ReadValue", "Gather", "Concat"}
+    for node in model.get_ops():
+        if node.get_type_name() == "ShapeOf":
+            source = node.input_value(0).get_node()
+            climbed = [source]
+            while climbed[-1].get_type_name() in from_state and climbed[-1].get_input_size():
+                climbed.append(climbed[-1].input_value(0).get_node())
+            assert all(step.get_type_name() != "ReadValue" for step in climbed)
+
+
+def test_full_layers_stay_fused_on_the_cpu(tiny: Path) -> None:
+    """The rotation must not cost the in-place cache and the fused attention of the full layers."""
+    compiled = ov.Core().compile_model(applied(tiny, *COMBINATIONS["exact"]).model, "CPU")
+    kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
+    assert kinds.count("ScaledDotProductAttention") == 2
+    assert kinds.count("MemoryInput") == 2 + 2 * 2
+
+
+def test_rotation_is_orthogonal_seeded_and_recorded() -> None:
+    rotation = randomized_hadamard(64, 0)
+    np.testing.assert_array_equal(rotation @ rotation.T, np.eye(64, dtype=np.float32))  # exact: entries are ±1/8
+    assert set(np.unique(np.abs(rotation))) == {np.float32(0.125)}
+    assert not np.array_equal(rotation, randomized_hadamard(64, 1))
+    facts = applied(TINY["5.5"], RotateHeads()).facts
+    assert facts == {"matrix_sha256": {"64": digest(rotation)}}
+    assert digest(rotation) == "025dc9d66a7d86ed"  # the same on every platform and numpy
+
+
+def test_rotation_spreads_an_outlier() -> None:
+    spike = np.zeros(64, np.float32)
+    spike[5] = 8
+    np.testing.assert_allclose(np.abs(spike @ randomized_hadamard(64, 0)), 1, rtol=EPS)
+
+
+# ------------------------------------------------------------------------------------------ refusals
+
+
+def test_truncate_refuses_before_decoupling() -> None:
+    model, description = load(TINY["5.5"])
+    with pytest.raises(PreconditionFailed, match="run decouple-length first"):
+        TruncateWindow().apply(model, description)
+    load_again(model)
+
+
+def test_rotate_refuses_an_odd_head_dim() -> None:
+    model, description = load(TINY["5.5"])
+    import dataclasses
+
+    odd = description.with_layers({1: dataclasses.replace(description.layers[1], head_dim=80)})
+    with pytest.raises(PreconditionFailed, match="layer 1 has head_dim 80; a Hadamard rotation needs a power of two"):
+        RotateHeads().apply(model, odd)
+    load_again(model)
+
+
+def test_truncate_refuses_unequal_windows() -> None:
+    import dataclasses
+
+    rewrite = applied(TINY["5.5"], DecoupleLength())
+    odd = rewrite.description.with_layers({2: dataclasses.replace(rewrite.description.layers[2], window=8)})
+    with pytest.raises(PreconditionFailed, match="layers 0 and 2 differ in window"):
+        TruncateWindow().apply(rewrite.model, odd)
+
+
+@pytest.mark.parametrize("item", [TruncateWindow(), RotateHeads(layers="full")])
+def test_passes_refuse_a_model_without_their_layers(item: Pass) -> None:
+    rewrite = applied(TINY["5.5"], DecoupleLength())
+    keep = rewrite.description.full if isinstance(item, TruncateWindow) else rewrite.description.sliding
+    description = ModelDescription(
+        "gpt_oss", *(getattr(rewrite.description, n) for n in ("input_ids", "attention_mask", "beam_idx")), keep
+    )
+    with pytest.raises(PreconditionFailed, match=re.escape(item.name)):
+        item.apply(rewrite.model, description)
+
+
+def load_again(model: ov.Model) -> None:
+    """A refusal leaves the graph as it was: it still dumps as the file does."""
+    from ovtq.dump import dump
+
+    assert dump(model) == dump(load(TINY["5.5"])[0])
+
+
+def test_a_wrong_count_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, description = load(TINY["5.5"])
+    monkeypatch.setattr(RotateHeads, "sites", lambda self, description: 5)
+    with pytest.raises(VerificationFailed, match="rotate-heads: rewrote 4 sites, the model has 5"):
+        RotateHeads().apply(model, description)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("rotate-heads", {"seeds": "1"}, "rotate-heads has no option 'seeds'; it has seed, tensors, layers"),
+        ("rotate-heads", {"seed": "one"}, "rotate-heads: seed needs int, got 'one'"),
+        ("rotate-heads", {"seed": "-1"}, "rotate-heads: seed must be from 0 to 4294967295, got -1"),
+        ("rotate-heads", {"tensors": "kv"}, "rotate-heads: tensors is one of qkv, qk, v, got 'kv'"),
+        ("truncate-window", {"slack": "-3"}, "truncate-window: slack must not be negative, got -3"),
+        ("decouple-length", {"x": "1"}, "decouple-length has no option 'x'; it has none"),
+    ],
+)
+def test_options_are_checked(name: str, options: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        PASSES[name].parse(options)

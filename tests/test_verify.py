@@ -1,0 +1,132 @@
+"""Verification must catch what it is there for: conversions that load, run and are silently wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import ovtq.passes.rotate_heads
+import ovtq.passes.truncate_window
+import pytest
+from conftest import TINY, load
+from ovtq.passes import DecoupleLength, RotateHeads, TruncateWindow
+
+from ovtq.convert import main
+from ovtq.errors import VerificationFailed
+from ovtq.rotation import randomized_hadamard
+from ovtq.verify import TOLERANCE, Call, Scope, compare, schedule, scope, verify
+
+
+def _not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ovtq.passes.rotate_heads, "insert_after", lambda old, make: old)
+    monkeypatch.setattr(RotateHeads, "ensures", lambda self, rewrite: None)
+
+
+def _not_orthogonal(monkeypatch: pytest.MonkeyPatch) -> None:
+    def skewed(head_dim: int, seed: int) -> np.ndarray:
+        return randomized_hadamard(head_dim, seed) * np.float32(1.001)
+
+    monkeypatch.setattr(ovtq.passes.rotate_heads, "randomized_hadamard", skewed)
+
+
+def _band_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    where = np.where
+
+    def shifted(condition: np.ndarray, shown: float, hidden: float) -> np.ndarray:
+        return where(np.roll(condition, 1, axis=1) & condition, shown, hidden)
+
+    monkeypatch.setattr(ovtq.passes.truncate_window.np, "where", shifted)
+
+
+def _window_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = TruncateWindow.run
+
+    def narrow(self: TruncateWindow, model: ov.Model, description: object) -> object:
+        layers = {layer.index: dataclasses.replace(layer, window=layer.window - 1) for layer in description.sliding}
+        return run(self, model, description.with_layers(layers))
+
+    monkeypatch.setattr(TruncateWindow, "run", narrow)
+
+
+def _padding_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    op, pad = ov.opset15, ov.opset15.pad
+
+    def all_shown(mask: ov.Node, *rest: object) -> ov.Node:
+        return pad(op.maximum(mask, op.constant(np.int64(1))), *rest)
+
+    monkeypatch.setattr(ovtq.passes.truncate_window.op, "pad", all_shown)
+
+
+@pytest.mark.parametrize("harm", [_not_undone, _not_orthogonal, _band_off_by_one, _window_off_by_one, _padding_ignored])
+def test_a_broken_conversion_is_refused(
+    harm: Callable[[pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    harm(monkeypatch)
+    assert main([str(TINY["5.5"]), str(tmp_path / "out")]) == 2
+    assert "the converted model is wrong on CPU: its results differ by" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_equal_constants_of_mixed_transposes_would_be_caught(tmp_path: Path) -> None:
+    """The trap that the passes step around: if a plugin falls into it again, the file read back shows it."""
+    model, description = load(TINY["5.5"])
+    rewrite = RotateHeads().apply(model, description)
+    ov.save_model(rewrite.model, tmp_path / "openvino_model.xml", compress_to_fp16=False)
+    found = verify(TINY["5.5"] / "openvino_model.xml", tmp_path / "openvino_model.xml", 16, "CPU", 1, Scope(4))
+    assert found.relative <= TOLERANCE
+
+
+def test_a_step_without_decoupling_is_caught(tmp_path: Path) -> None:
+    """Cut layer 0's state although the graph's lengths come from it: the model must not pass."""
+    model, description = load(TINY["5.5"])
+    decoupled = DecoupleLength().apply(model, description)
+    wrong = {
+        layer.index: dataclasses.replace(layer, scale=layer.scale * 1.0001) for layer in decoupled.description.sliding
+    }
+    rewrite = TruncateWindow().apply(decoupled.model, decoupled.description.with_layers(wrong))
+    ov.save_model(rewrite.model, tmp_path / "openvino_model.xml", compress_to_fp16=False)
+    with pytest.raises(VerificationFailed, match="wrong on CPU"):
+        verify(TINY["5.5"] / "openvino_model.xml", tmp_path / "openvino_model.xml", 16, "CPU", 0, Scope(4))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_first_layers_alone(layers: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What big models are verified by: a right conversion passes, one that is wrong in these layers does not."""
+    model, description = load(tiny)
+    extent = scope(description, layers)
+    assert (extent.layers, extent.end is None) == (layers, False)
+    pair = (tiny / "openvino_model.xml", tmp_path / "openvino_model.xml")
+    rewrite = RotateHeads().apply(model, description)
+    ov.save_model(rewrite.model, pair[1], compress_to_fp16=False)
+    found = verify(*pair, 16, "CPU", 0, extent)
+    assert (found.layers, found.relative <= TOLERANCE) == (layers, True)
+    _not_orthogonal(monkeypatch)
+    model, description = load(tiny)
+    ov.save_model(RotateHeads().apply(model, description).model, pair[1], compress_to_fp16=False)
+    with pytest.raises(VerificationFailed, match="wrong on CPU"):
+        verify(*pair, 16, "CPU", 0, extent)
+
+
+def test_not_a_number_never_passes() -> None:
+    good, bad = np.ones((2, 3), np.float32), np.full((2, 3), np.nan, np.float32)
+    found = compare([good], [bad], 1)
+    assert found.largest == math.inf
+    assert not found.relative <= TOLERANCE
+
+
+@pytest.mark.parametrize("window", [1, 2, 16, 128, 4096])
+def test_the_schedule_reaches_every_case(window: int) -> None:
+    calls = schedule(window)
+    assert calls[0].tokens > window
+    assert any(call.tokens == 1 for call in calls)
+    assert any(call.tokens > 2 * window for call in calls[1:])
+    assert any(call.pad for call in calls)
+    assert any(call.beams and call.beams != tuple(range(call.batch)) for call in calls)
+    assert all(isinstance(call, Call) and call.tokens > call.pad for call in calls)
