@@ -1,0 +1,173 @@
+"""Compile a stateful language model on a device, run a few steps, report what became of it.
+
+    emulated PYTHON probe.py MODEL_DIR --config INFERENCE_PRECISION_HINT=f16 --out logits.npz
+    virtual  PYTHON probe.py MODEL_DIR --compile-only
+
+Prints a JSON report: configuration, seconds, and the runtime graph (nodes by type and by primitive,
+the fused `kv_cache` nodes with their dtype, the outputs' precision); with --launches also the
+kernels, copies and waits of every step. Exit codes: 2 usage, 3 compile failed, 4 a step failed.
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+import time
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder with openvino_model.xml")
+    parser.add_argument("--device", default="GPU")
+    parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--steps", default="40,1,1,7,1", help="tokens of each step (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random token ids")
+    parser.add_argument("--out", type=Path, help=".npz or .json: the report and each step's logits")
+    parser.add_argument("--compile-only", action="store_true")
+    parser.add_argument("--launches", action="store_true", help="count them from FAKE_GPU_RUNLOG")
+    args = parser.parse_args()
+    if not (args.model / "openvino_model.xml").is_file():
+        parser.error(f"{args.model} has no openvino_model.xml")
+    if args.out and args.out.suffix not in (".npz", ".json"):
+        parser.error(f"--out {args.out}: the name must end in .npz or .json")
+    if bad := [item for item in args.config if "=" not in item]:
+        parser.error(f"--config {bad[0]}: expected KEY=VALUE")
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.steps):
+        parser.error(f"--steps {args.steps}: expected numbers like 40,1,1")
+    args.config = dict(item.split("=", 1) for item in args.config)
+    args.steps = [int(tokens) for tokens in args.steps.split(",")]
+    return args
+
+
+def stop(code: int, what: str, error: RuntimeError) -> NoReturn:
+    """Exit with one line: what OpenVINO's nested message ends in, after the pass that threw it."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line for line in lines if line and not line.startswith("Exception from ")]
+    passes = re.findall(r"^\[(\w+)\] (?:START|END): node: ", str(error), re.MULTILINE)
+    print(f"{what} failed: {': '.join(passes[:1] + lines[-1:])}", file=sys.stderr)
+    sys.exit(code)
+
+
+def compile_model(args: argparse.Namespace) -> ov.CompiledModel:
+    core = ov.Core()
+    model = core.read_model(args.model / "openvino_model.xml")
+    if "CACHE_DIR" not in args.config:
+        return core.compile_model(model, args.device, args.config)
+    # The kernels kept there are wanted, the compiled models (*.blob) are not: the GPU's are served
+    # again when another KV_CACHE_PRECISION is asked for. A model with a mark of its own meets none.
+    model.set_rt_info(str(uuid.uuid4()), ["ovtq", "probe"])
+    cache = Path(args.config["CACHE_DIR"])
+    before = set(cache.glob("*.blob"))
+    compiled = core.compile_model(model, args.device, args.config)
+    for blob in set(cache.glob("*.blob")) - before:
+        blob.unlink(missing_ok=True)
+    return compiled
+
+
+def describe_graph(compiled: ov.CompiledModel) -> dict[str, Any]:
+    """What the device runs. The GPU chooses some primitives only when the first step runs."""
+    nodes = [
+        {key: value.astype(str) for key, value in node.get_rt_info().items()}
+        | {"name": node.get_friendly_name(), "op": node.get_type_name()}
+        for node in compiled.get_runtime_model().get_ordered_ops()
+    ]
+    return {
+        "nodes": len(nodes),
+        "layer_types": dict(Counter(node["layerType"] for node in nodes).most_common()),
+        "primitives": dict(Counter(node["primitiveType"] for node in nodes).most_common()),
+        "kv_cache": [  # a node of its own on the GPU, part of the fused attention on the CPU
+            {"name": node["name"], "dtype": node.get("kv_cache_precision", node["outputPrecisions"])}
+            for node in nodes
+            if node["layerType"] == "kv_cache" or "kv_cache_precision" in node
+        ],
+        "outputs": [node["outputPrecisions"] for node in nodes if node["op"] == "Result"],
+    }
+
+
+def count_launches(log: Path, start: int) -> dict[str, int]:
+    """Counts over the launch log from byte `start` on: K is a kernel, C a copy, S a wait."""
+    lines = [line.split() for line in log.read_bytes()[start:].splitlines()]
+    kinds = Counter(line[0] for line in lines)
+    copied = sum(int(line[2]) for line in lines if line[0] == b"C")
+    return {"kernels": kinds[b"K"], "copies": kinds[b"C"], "bytes": copied, "waits": kinds[b"S"]}
+
+
+def run_steps(
+    compiled: ov.CompiledModel, args: argparse.Namespace, log: Path | None
+) -> tuple[NDArray[np.float32], list[dict[str, Any]]]:
+    """Logits of each step's last token, shape (steps, vocabulary), and a report of each step."""
+    vocabulary = compiled.output("logits").partial_shape[-1].get_length()
+    names = [port.any_name for port in compiled.inputs]
+    rng = np.random.default_rng(args.seed)
+    request = compiled.create_infer_request()
+    logits, reports, past = [], [], 0
+    for tokens in args.steps:
+        total = past + tokens
+        inputs: dict[str, NDArray[Any]] = {
+            "input_ids": rng.integers(0, vocabulary, (1, tokens)),
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(past, total, dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        if unknown := set(names) - set(inputs):
+            raise RuntimeError(f"the model has inputs that probe.py cannot fill: {sorted(unknown)}")
+        mark, start = log.stat().st_size if log else 0, time.perf_counter()
+        request.infer({name: inputs[name] for name in names})
+        logits.append(request.get_tensor("logits").data[0, -1].astype(np.float32))
+        step = {"tokens": tokens, "seconds": round(time.perf_counter() - start, 3)}
+        reports.append(step | (count_launches(log, mark) if log else {}))
+        past = total
+    return np.stack(logits), reports
+
+
+def probe(args: argparse.Namespace, log: Path | None) -> tuple[dict[str, Any], NDArray[np.float32]]:
+    """The report, and the logits (empty if nothing ran)."""
+    start = time.perf_counter()
+    try:
+        compiled = compile_model(args)
+    except RuntimeError as error:
+        stop(3, "compile", error)
+    report = {
+        "openvino": ov.__version__,
+        "config": args.config,
+        "compile_seconds": round(time.perf_counter() - start, 3),
+    }
+    if log and not log.exists():
+        print("no launch log: run under `emulated`, or `FAKE_GPU_RUNLOG=FILE virtual`", file=sys.stderr)
+        sys.exit(2)
+    logits = np.empty((0, 0), np.float32)
+    if not args.compile_only:
+        try:
+            logits, report["steps"] = run_steps(compiled, args, log)
+        except RuntimeError as error:
+            stop(4, "run", error)
+    return report | {"graph": describe_graph(compiled)}, logits
+
+
+def main() -> None:
+    args = parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        log = None
+        if args.launches:  # the layer reads the variable when the GPU plugin first asks for devices
+            log = Path(os.environ.setdefault("FAKE_GPU_RUNLOG", f"{scratch}/launches.log"))
+        report, logits = probe(args, log)
+    text = json.dumps(report, indent=1)
+    print(text)
+    if args.out and args.out.suffix == ".npz":
+        np.savez(args.out, logits=logits, report=np.array(text))
+    elif args.out:
+        args.out.write_text(json.dumps(report | {"logits": logits.tolist()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
