@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import MINI, ROOT
 
-from ovtq.runner import EXACT_PROPERTIES
+from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.verify import TOLERANCE
 
 genai = pytest.importorskip("openvino_genai", reason="needs the extra [genai]")
 
@@ -119,3 +121,23 @@ def test_chat_that_goes_back_and_changes_its_past(exact: Path) -> None:
     first, second = TEXT[:2500], TEXT[:1200] + TEXT[8000:9000]
     answers = [ask(first), ask(second), ask(first), ask(second)]
     assert answers[0] == answers[2] != answers[1] == answers[3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["exact", "rotate"])
+def test_two_thousand_tokens(preset: str, request: pytest.FixtureRequest) -> None:
+    """Greedy, each model on its own; then over varied text that the original sampled, token by token.
+
+    Sampling itself is not compared: two candidates a rounding apart may change places in the sampler's list.
+    """
+    folder, prompt = request.getfixturevalue(preset), PROMPTS["short"]
+    assert generate(folder, STATEFUL, prompt, max_new_tokens=2000) == generate(
+        MINI, STATEFUL, prompt, max_new_tokens=2000
+    )
+    text = generate(MINI, STATEFUL, prompt, max_new_tokens=2000, do_sample=True, top_k=40, rng_seed=3)[0]
+    assert len(set(text)) > 400
+    runners = [Runner(path / "openvino_model.xml", "CPU", EXACT_PROPERTIES) for path in (MINI, folder)]
+    for token in text:
+        expected, got = (runner.step(np.array([[token]]))[0, -1] for runner in runners)
+        assert got.argmax() == expected.argmax()
+        assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
