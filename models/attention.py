@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 from openvino import Node, Output
-from ovtq.models.description import KVPath
 
 from ovtq.errors import UnsupportedModel
 from ovtq.graph import ancestors, constant_of, consumers, id_of, static_dim
+from ovtq.models.description import KVPath
 
 SEQUENCE_AXIS = 2
 

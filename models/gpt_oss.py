@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import openvino as ov
 from openvino import Node
-from ovtq.models.attention import kv_path, mask_window, projection_bias
-from ovtq.models.description import AttentionLayer, ModelDescription
 
 from ovtq.errors import UnsupportedModel
 from ovtq.graph import Port, constant_of, static_dim
+from ovtq.models.attention import kv_path, mask_window, projection_bias
+from ovtq.models.description import AttentionLayer, ModelDescription
 
 INPUTS = ("input_ids", "attention_mask", "beam_idx")
 LAYER_TYPES = ("sliding_attention", "full_attention")

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import openvino as ov
-from ovtq.models import gpt_oss
-from ovtq.models.description import ModelDescription
 
 from ovtq.errors import UnsupportedModel
+from ovtq.models import gpt_oss
+from ovtq.models.description import ModelDescription
 
 ARCHITECTURES: dict[str, Callable[[ov.Model, Mapping[str, Any]], ModelDescription]] = {
     "gpt_oss": gpt_oss.describe,

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_type_hints
 
 import openvino as ov
-from ovtq.models.description import ModelDescription
 
 from ovtq.errors import InputError, PreconditionFailed, VerificationFailed
+from ovtq.models.description import ModelDescription
 
 
 @dataclass(frozen=True)

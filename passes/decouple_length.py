@@ -8,11 +8,11 @@ from typing import ClassVar
 import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
-from ovtq.models.description import ModelDescription
-from ovtq.passes.base import Pass, Rewrite
 
 from ovtq.errors import VerificationFailed
 from ovtq.graph import constant_of, consumers, dim, i64, id_of, redirect, scalar
+from ovtq.models.description import ModelDescription
+from ovtq.passes.base import Pass, Rewrite
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import ClassVar
 import numpy as np
 import openvino as ov
 from openvino import opset15 as op
-from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.passes.base import Pass, Rewrite, option
 
 from ovtq.errors import VerificationFailed
 from ovtq.graph import consumers, f32, insert_after
+from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.rotation import digest, randomized_hadamard
 
 

@@ -8,11 +8,11 @@ from typing import ClassVar
 import openvino as ov
 from openvino import Node
 from openvino import opset15 as op
-from ovtq.models.description import ModelDescription
-from ovtq.passes.base import Pass, Rewrite
 
 from ovtq.errors import VerificationFailed
 from ovtq.graph import MASKED, Port, ancestors, dim, f32, i64, scalar
+from ovtq.models.description import ModelDescription
+from ovtq.passes.base import Pass, Rewrite
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ import numpy as np
 import openvino as ov
 from openvino import Node
 from openvino import opset15 as op
+
+from ovtq.errors import VerificationFailed
+from ovtq.graph import MASKED, Port, dim, f32, i64, new_variable, rebuild, redirect, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.passes.decouple_length import shape_readers
 
-from ovtq.errors import VerificationFailed
-from ovtq.graph import MASKED, Port, dim, f32, i64, new_variable, rebuild, redirect, scalar
-
+STATE = "ovtq.window"  # the name of the one state of all sliding layers
 FAR = 2**30  # a row index past any sequence
 
 
@@ -23,10 +24,11 @@ FAR = 2**30  # a row index past any sequence
 class TruncateWindow(Pass):
     """A query at position t sees the keys t − window < k ≤ t: so the state is the last window − 1 tokens, always.
 
-    The K and V states of a sliding layer become one state (batch, 2·kv_heads, window − 1 + slack, head_dim) of fixed
-    length, zero before the text begins. Attention is computed in blocks of at most `window` queries, each against its
-    own window − 1 + block keys: a prefill of n tokens costs n·2·window scores a head instead of n², a decode step one
-    block of one query. Query heads that share a KV head are rows of one product, so K and V are never broadcast.
+    The K and V states of all sliding layers become one state (batch, layers·2·kv_heads, window − 1 + slack, head_dim)
+    of fixed length, zero before the text begins: one copy and one wait in a step, where a state a layer costs one each.
+    Attention is computed in blocks of at most `window` queries, each against its own window − 1 + block keys: a prefill
+    of n tokens costs n·2·window scores a head instead of n², a decode step one block of one query. Query heads that
+    share a KV head are rows of one product, so K and V are never broadcast.
 
     The sink logit is the score of an all-zero key and value row, added to it where the mask is. The exported mask is
     not used: the band is constant, the padding is read from attention_mask.
@@ -69,30 +71,23 @@ class TruncateWindow(Pass):
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each sliding layer's states and attention."""
         layers = description.sliding
-        blocks = _Blocks(description, layers[0], self.slack)
+        blocks = _Blocks(description, self.slack)
         changed = {layer.index: blocks.attend(layer) for layer in layers}
         old = [path.assign for layer in layers for path in layer.paths]
-        model = rebuild(model, drop=old, add=blocks.assigns)
+        model = rebuild(model, drop=old, add=[blocks.store()])
         facts = {"window": layers[0].window, "rows": blocks.rows, "layers": [layer.index for layer in layers]}
         return Rewrite(model, description.with_layers(changed), len(changed), facts)
 
     def ensures(self, rewrite: Rewrite) -> None:
-        """The sliding layers' states have a fixed length, and no other states are left of them."""
+        """One state of fixed length for the sliding layers, and two for each full layer, are all there are."""
         states = {v.get_info().variable_id: v.get_info().data_shape for v in rewrite.model.get_variables()}
         layers = rewrite.description.sliding
-        rows = layers[0].window - 1 + self.slack
-        expected = len(layers) + 2 * len(rewrite.description.full)
+        shape = [-1, 2 * len(layers) * layers[0].kv_heads, layers[0].window - 1 + self.slack, layers[0].head_dim]
+        if STATE not in states or states[STATE] != ov.PartialShape(shape):
+            raise VerificationFailed(f"{self.name}: expected a state {shape}, found {states.get(STATE)}")
+        expected = 1 + 2 * len(rewrite.description.full)
         if len(states) != expected:
             raise VerificationFailed(f"{self.name}: expected {expected} states, found {len(states)}")
-        for layer in layers:
-            shape = states.get(state_name(layer.index))
-            if shape is None or shape[2].is_dynamic or shape[2].get_length() != rows:
-                raise VerificationFailed(f"{self.name}: the state of layer {layer.index} is {shape}, not {rows} tokens")
-
-
-def state_name(layer: int) -> str:
-    """The name of a truncated layer's state."""
-    return f"ovtq.window.{layer}"
 
 
 def _shape(layer: AttentionLayer) -> tuple[int | None, int, int, int]:
@@ -106,11 +101,10 @@ class _Blocks:
     Rows of a layer's keys: [0, rows) the state, then the new tokens, then one row of zeros (the sink's).
     """
 
-    def __init__(self, description: ModelDescription, layer: AttentionLayer, slack: int) -> None:
-        window = layer.window
-        self.beam_idx = description.beam_idx
+    def __init__(self, description: ModelDescription, slack: int) -> None:
+        layers = description.sliding
+        layer, window = layers[0], layers[0].window
         self.rows = window - 1 + slack
-        self.assigns: list[Node] = []
         one, origin = i64([1]), i64([0])
         self.batch, self.new = (dim(description.input_ids, axis) for axis in (0, 1))
         m = op.minimum(self.new, i64([window]))
@@ -141,20 +135,25 @@ class _Blocks:
         is_sink[0] = 1
         self.is_sink = op.slice(f32(is_sink), origin, w, one, origin)
 
-        heads = 2 * layer.kv_heads
-        self.zero_rows = op.broadcast(f32(0), op.concat([self.batch, i64([heads, 1, layer.head_dim])], 0))
+        heads, d = 2 * layer.kv_heads, layer.head_dim
+        self.zero_rows = op.broadcast(f32(0), op.concat([self.batch, i64([heads, 1, d])], 0))
+        self.variable = new_variable(STATE, [-1, len(layers) * heads, self.rows, d], ov.Type.f32)
+        empty = op.broadcast(f32(0), op.concat([self.batch, i64([len(layers) * heads, self.rows, d])], 0))
+        self.past = op.gather(op.read_value(empty, self.variable), description.beam_idx, i64(0))
+        self.parts = iter(op.split(self.past, i64(1), len(layers)).outputs())
+        self.news: list[Node] = []
+
+    def store(self) -> Node:
+        """The Assign that keeps the last tokens of all layers, once every layer is rewritten."""
+        tokens = op.concat([self.past, op.concat(self.news, 1)], 2)
+        return op.assign(op.gather(tokens, self.tail_rows, i64(2)), self.variable)
 
     def attend(self, layer: AttentionLayer) -> AttentionLayer:
         """Rewrite one layer; shapes are noted with H = kv_heads, G = query heads a KV head, d = head_dim."""
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
         new = op.concat([layer.key.source, layer.value.source], 1)  # (batch, 2H, new, d)
-        variable = new_variable(state_name(layer.index), [-1, 2 * H, self.rows, d], ov.Type.f32)
-        # An initial value of its own, so that the CPU plugin makes it at a reset only and not in every step.
-        empty = op.broadcast(f32(0), op.concat([self.batch, i64([2 * H, self.rows, d])], 0))
-        past = op.gather(op.read_value(empty, variable), self.beam_idx, i64(0))
-        tokens = op.concat([past, new, self.zero_rows], 2)
-        self.assigns.append(op.assign(op.gather(tokens, self.tail_rows, i64(2)), variable))
-
+        self.news.append(new)
+        tokens = op.concat([next(self.parts), new, self.zero_rows], 2)
         blocks = op.gather(tokens, self.key_rows, i64(2))  # (batch, 2H, nb, w, d)
         keys, values = op.split(blocks, i64(1), 2).outputs()
         entry = op.reshape(layer.query.source, i64([0, H, G, -1, d]), True)

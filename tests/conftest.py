@@ -8,10 +8,10 @@ from pathlib import Path
 
 import openvino as ov
 import pytest
-from ovtq.models import ModelDescription, describe
 
 from ovtq import io
 from ovtq.convert import main
+from ovtq.models import ModelDescription, describe
 
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT / "models" / "gpt-oss-mini"

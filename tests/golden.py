@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 
 from conftest import TINY, load
-from ovtq.passes import PASSES, Pass
 
 from ovtq.dump import dump
 from ovtq.graph import Port, consumers
+from ovtq.passes import PASSES, Pass
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 

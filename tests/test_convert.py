@@ -144,7 +144,7 @@ def test_dump_after_prints_the_graph_on_stdout(capsys: pytest.CaptureFixture[str
     assert main([str(TINY["5.5"]), "--dry-run", "--dump-after", "truncate-window"]) == 0
     captured = capsys.readouterr()
     assert captured.out.startswith("# after truncate-window\n%0 = Parameter{'name': [")
-    assert "state ovtq.window.0 : f32[?,4,15,64]" in captured.out
+    assert "state ovtq.window : f32[?,8,15,64]" in captured.out
     assert "dry run" in captured.err
 
 

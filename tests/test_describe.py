@@ -12,11 +12,11 @@ import openvino as ov
 import pytest
 from conftest import MINI, TINY, load
 from openvino import opset15 as op
-from ovtq.models import describe
 
 from ovtq import io
 from ovtq.errors import UnsupportedModel
 from ovtq.graph import constant_of, f32, i64
+from ovtq.models import describe
 
 
 def test_finds_every_layer_of_both_exports(tiny: Path) -> None:

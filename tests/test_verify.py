@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import openvino as ov
-import ovtq.passes.rotate_heads
-import ovtq.passes.truncate_window
 import pytest
 from conftest import TINY, load
-from ovtq.passes import DecoupleLength, RotateHeads, TruncateWindow
 
+import ovtq.passes.rotate_heads
+import ovtq.passes.truncate_window
 from ovtq.convert import main
 from ovtq.errors import VerificationFailed
+from ovtq.passes import DecoupleLength, RotateHeads, TruncateWindow
 from ovtq.rotation import randomized_hadamard
 from ovtq.verify import TOLERANCE, Call, Scope, compare, schedule, scope, verify
 

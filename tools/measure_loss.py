@@ -103,8 +103,11 @@ def main() -> int:
         for model_dir in args.models:
             loss = measure(text, model_dir, args.window)
             print(f"{loss.nats_per_token:10.4f} {loss.bits_per_byte:10.4f} {loss.tokens:8d}  {model_dir}", flush=True)
-    except (OSError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
+    except UnicodeDecodeError:
+        print(f"{parser.prog}: {args.text} is not UTF-8 text", file=sys.stderr)
+        return 2
+    except (OSError, ValueError, RuntimeError) as error:  # OpenVINO raises RuntimeError
+        print(f"{parser.prog}: {str(error).strip()}", file=sys.stderr)
         return 2
     return 0
 
