@@ -318,7 +318,8 @@ def main() -> int:
         for name in SOURCES if args.only is None else args.only:
             found = texts(name, args.packages, seen)
             by_hash |= {hashlib.sha256(text.encode()).hexdigest(): text for text in found}
-            print(f"{name:16} {len(found):6} documents {sum(len(t.encode()) for t in found) / 1e6:7.2f} MB", flush=True)
+            megabytes = sum(len(text.encode()) for text in found) / 1e6
+            print(f"{name:16} {len(found):6} documents {megabytes:7.2f} MB, {SOURCES[name].licence}", flush=True)
         limit = int(args.heldout * 2**256)
         args.out.mkdir(parents=True, exist_ok=True)
         write(args.out / "train.txt", (by_hash[h] for h in sorted(by_hash) if int(h, 16) >= limit))

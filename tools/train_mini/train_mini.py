@@ -15,7 +15,7 @@ them, and trained for twice as long, held-out loss rises again from the tenth pa
 
     python tools/train_mini/train_mini.py CORPUS(.txt|.txt.xz) TOKENIZER.json OUT_DIR [--heldout NAME=FILE ...]
 
-The bundled model is `--seed 1` with the defaults otherwise: 263 M tokens in 268 s on one H200. A second model, with
+The bundled model is `--seed 1` with the defaults otherwise: 263 M tokens in 268 s. A second model, with
 other sizes and other wordings of the tasks:
 
     --seed 7 --seconds 300 --phrasings b --config '{"num_hidden_layers": 4, "hidden_size": 512,
@@ -471,10 +471,10 @@ def train(trunk, tok, ids, heldout, a):
     step = seen = stage_step = 0
     stage_start, length, loader = start, None, None
 
-    def log_stage(*more):
+    def log_stage(more=""):
         torch.cuda.synchronize()
         speed = (step - stage_step) * TOKENS_PER_STEP / (time.time() - stage_start)
-        log(f"T={length}: {speed:.0f} tokens/s", *more)
+        log(f"T={length}: {speed:.0f} tokens/s{more}")
 
     while (done := (time.time() - start) / span) < 1:
         T = next(T for until, T in CURRICULUM if done < until)
