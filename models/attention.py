@@ -89,12 +89,12 @@ def mask_window(mask: Output, attention_mask: Node, where: str) -> int | None:
         raise UnsupportedModel(f"{where}: expected a mask of 0 and -inf")
     causal, padding, windows = False, False, []
     for leaf in _conjunction(node.input_value(0)):
-        kind, left, right = leaf.get_type_name(), *_operands(leaf)
+        kind = leaf.get_type_name()
         if kind == "Constant" and np.all(leaf.get_data()):
             continue
         if kind == "LessEqual":
             causal = True
-        elif kind == "Greater" and (shift := _shift(right)) is not None:
+        elif kind == "Greater" and (shift := _shift(leaf.input_value(1))) is not None:
             windows.append(-shift)
         elif id_of(attention_mask) in {id_of(node) for node in ancestors(leaf.output(0))}:
             padding = True
@@ -103,18 +103,12 @@ def mask_window(mask: Output, attention_mask: Node, where: str) -> int | None:
                 f"{where}: the mask contains {kind} ({leaf.get_friendly_name()}), which is neither "
                 "causality nor a window nor padding"
             )
-        del left
     if not causal or not padding or len(windows) > 1:
         raise UnsupportedModel(
             f"{where}: expected causality, padding and at most one window in the mask, found "
             f"causal={causal}, padding={padding}, windows={windows}"
         )
     return windows[0] if windows else None
-
-
-def _operands(node: Node) -> tuple[Output | None, Output | None]:
-    values = [*node.input_values(), None, None]
-    return values[0], values[1]
 
 
 def _conjunction(output: Output) -> list[Node]:

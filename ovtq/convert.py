@@ -23,9 +23,10 @@ from rich.table import Table
 from ovtq import __version__, io, pipeline, verify
 from ovtq.dump import dump
 from ovtq.errors import InputError, OvtqError
-from ovtq.models import ModelDescription, describe
+from ovtq.models import AttentionLayer, ModelDescription, describe
 from ovtq.models.description import state_bytes
 from ovtq.passes import PASSES, Pass
+from ovtq.runner import check_device
 
 FLOAT_BYTES = {"GPU": 2, "CPU": 4}  # of a floating-point state: f16 on the GPU, as declared (f32) on the CPU
 CONTEXTS = (4096, 131072)
@@ -140,6 +141,8 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
         if options.out_dir is None:
             raise InputError("OUT_DIR is missing (only --dry-run does without)")
         io.check_output(options.model_dir, options.out_dir, options.force)
+        if options.verify:
+            check_device(options.verify_device)
 
     started = time.perf_counter()
     with _progress(errors) as progress:
@@ -165,7 +168,7 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             "ovtq": __version__,
             "preset": preset,
             "passes": [dataclasses.asdict(step) for step in steps],
-            "layers": [_layer(layer.index, layer.window, layer) for layer in description.layers],
+            "layers": [_layer(layer) for layer in description.layers],
             "device": options.device,
             "state_bytes": {"before": before, "after": _memory(model, float_bytes)},
             "paged_attention": all(item.paged_attention for item in passes),
@@ -228,14 +231,8 @@ def _memory(model: ov.Model, float_bytes: int) -> dict[str, int]:
     return {"flat": flat, "per_token": one - flat, **at}
 
 
-def _layer(index: int, window: int | None, layer: Any) -> dict[str, Any]:
-    return {
-        "index": index,
-        "window": window,
-        "query_heads": layer.query_heads,
-        "kv_heads": layer.kv_heads,
-        "head_dim": layer.head_dim,
-    }
+def _layer(layer: AttentionLayer) -> dict[str, Any]:
+    return {name: getattr(layer, name) for name in ("index", "window", "query_heads", "kv_heads", "head_dim")}
 
 
 def _sha256(path: Path) -> str:

@@ -80,11 +80,16 @@ def ancestors(output: Output) -> Iterator[Node]:
 
 
 def constant_of(output: Output) -> np.ndarray | None:
-    """The value of a constant, also through the Convert of a compressed one; None if it is no constant."""
+    """The value of a constant, also through the Convert of a compressed one; None if it is no constant.
+
+    Floating-point values come as f32, whatever they are stored in: numpy has no bf16, and reads one as f16.
+    """
     node = output.get_node()
     if node.get_type_name() == "Convert":
         node = node.input_value(0).get_node()
-    return node.get_data() if node.get_type_name() == "Constant" else None
+    if node.get_type_name() != "Constant":
+        return None
+    return node.get_data(dtype=np.float32) if node.get_element_type().is_real() else node.get_data()
 
 
 def static_dim(output: Output, axis: int) -> int | None:

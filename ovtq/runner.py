@@ -19,6 +19,13 @@ EXACT_PROPERTIES = {
 }
 
 
+def check_device(device: str) -> None:
+    """Raise InputError if this machine has no such device; `GPU` stands for `GPU.0`, `GPU.1`, …"""
+    present = ov.Core().available_devices
+    if device not in present and device not in {name.split(".")[0] for name in present}:
+        raise InputError(f"device {device} is not there; available: {', '.join(present) or 'none'}")
+
+
 class Runner:
     """A compiled model fed call by call, the attention mask always as long as the logical past.
 
@@ -26,11 +33,9 @@ class Runner:
     """
 
     def __init__(self, model: Path | ov.Model, device: str, properties: Mapping[str, str] | None = None) -> None:
-        core = ov.Core()
-        if device.split(".")[0] not in {name.split(".")[0] for name in core.available_devices}:
-            raise InputError(f"device {device} is not there; available: {', '.join(core.available_devices) or 'none'}")
+        check_device(device)
         try:
-            self.request = core.compile_model(model, device, dict(properties or {})).create_infer_request()
+            self.request = ov.Core().compile_model(model, device, dict(properties or {})).create_infer_request()
         except RuntimeError as error:
             name = model.get_friendly_name() if isinstance(model, ov.Model) else model
             raise InputError(f"{name}: {device} does not compile it ({last_line(error)})") from None

@@ -44,6 +44,18 @@ def test_finds_biases_and_sinks_behind_compressed_weights() -> None:
     assert all(np.abs(layer.key_bias).max() > 0 and np.abs(layer.sinks).max() > 0 for layer in description.layers)
 
 
+@pytest.mark.parametrize("stored", [ov.Type.f32, ov.Type.f16, ov.Type.bf16])
+def test_constants_are_read_in_any_float_type(stored: ov.Type) -> None:
+    """The bundled model's biases are bf16, as in the checkpoint; read as f16 they would be plausible and wrong."""
+    values = np.array([1.5, -0.34375, 3e-5, 40], np.float32)
+    constant = op.constant(values, dtype=stored)
+    node = op.convert(constant, ov.Type.f32)
+    x = op.parameter([4], np.float32)
+    device = ov.Core().compile_model(ov.Model([op.add(x, node)], [x]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    np.testing.assert_array_equal(constant_of(node.output(0)), device([np.zeros(4, np.float32)])[0])
+    np.testing.assert_allclose(constant_of(constant.output(0)), values, rtol=2**-8, atol=2**-24)
+
+
 def _without_sinks(model: ov.Model) -> None:
     for node in _sdpas(model):
         five = op.scaled_dot_product_attention(*(node.input_value(i) for i in range(5)))
