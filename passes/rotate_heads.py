@@ -70,15 +70,16 @@ class RotateHeads(Pass):
             if layer.head_dim not in constants:
                 rotation = randomized_hadamard(layer.head_dim, self.seed)
                 hashes[str(layer.head_dim)] = digest(rotation)
-                # The inverse is a constant of its own: with transpose_b instead, the CPU plugin takes the repacked
-                # weights of one MatMul for the other's and silently gives wrong numbers.
-                constants[layer.head_dim] = f32(rotation), f32(np.ascontiguousarray(rotation.T))
+                # Both matrices are stored as the CPU plugin wants weights, transposed. They are constants of their own:
+                # with one constant, and transpose_b on one MatMul only, the plugin takes the repacked weights of the
+                # one for the other's and silently gives wrong numbers.
+                constants[layer.head_dim] = f32(np.ascontiguousarray(rotation.T)), f32(rotation)
             forward, inverse = constants[layer.head_dim]
             ports = (layer.query, layer.key) if "qk" in self.tensors else ()
             for port in (*ports, *((layer.value,) if "v" in self.tensors else ())):
-                port.feed(op.matmul(port.source, forward, False, False))
+                port.feed(op.matmul(port.source, forward, False, True))
             if "v" in self.tensors:
-                insert_after(layer.context, lambda x, inverse=inverse: op.matmul(x, inverse, False, False))
+                insert_after(layer.context, lambda x, inverse=inverse: op.matmul(x, inverse, False, True))
             rotated += 1
         return Rewrite(model, description, rotated, {"matrix_sha256": hashes})
 

@@ -63,9 +63,10 @@ def measure(runners: list[Runner], names: list[Path], context: int, steps: int) 
         prefill.append(time.perf_counter() - started)
     seconds = np.empty((steps, len(runners)))
     for step in track(range(steps), f"{context} tokens", console=Console(stderr=True), transient=True):
-        for index, runner in enumerate(runners):
+        for turn in range(len(runners)):
+            index = (step + turn) % len(runners)  # whoever follows another model finds its caches cold: take turns
             started = time.perf_counter()
-            runner.step(ids[:, context + step : context + step + 1])
+            runners[index].step(ids[:, context + step : context + step + 1])
             seconds[step, index] = time.perf_counter() - started
     ratios = seconds / seconds[:, :1]
     return [
