@@ -22,7 +22,9 @@ LAYERS = [
     {"ovtq.pipeline", "ovtq.verify"},
     {"ovtq.passes"},
     {"ovtq.models", "ovtq.runner", "ovtq.dump"},
-    {"ovtq.graph", "ovtq.io", "ovtq.rotation"},
+    {"ovtq.graph", "ovtq.io", "ovtq.codec"},
+    {"ovtq.codebook", "ovtq.packing"},
+    {"ovtq.rotation"},
     {"ovtq.errors", "ovtq"},
 ]
 

@@ -1,0 +1,526 @@
+"""The numpy codec held to the TurboQuant paper (arXiv 2504.19874), to integrals, and to bounds of chance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.integrate import quad
+from scipy.stats import beta
+
+from ovtq.codebook import Codebook, lloyd_max, uniform
+from ovtq.codec import (
+    TurboQuantMSE,
+    TurboQuantProd,
+    dequantize,
+    gaussian_projection,
+    qjl_decode,
+    qjl_encode,
+    quantize,
+)
+from ovtq.packing import pack, packed_bytes, planes, unpack
+from ovtq.rotation import random_orthogonal, randomized_hadamard
+
+BITS = range(1, 9)
+EPS = float(np.finfo(np.float32).eps)
+DIGESTS = {  # d = 64, 1 to 7 bits; at 8 a centroid is so near the middle of two f32 that another scipy may round it so
+    lloyd_max: "b5a0fd21e29e7a16 8982b836930bf416 243b6c87786f5c2d aa5049085b4ca8f2 e542a03dede2c2fc "
+    "04c07dfa4fe9d20d b8b5513716d22e74",
+    uniform: "b5a0fd21e29e7a16 1cf7173215ecd2ea 4c6252038eeb617d d4d77c88670cf630 52391ee4d31e0fc7 "
+    "f5078efc4412f5d4 ca41a71b8ece41fd",
+}
+both = pytest.mark.parametrize("make", [lloyd_max, uniform], ids=lambda make: make.__name__)
+
+
+def unit_vectors(count: int, head_dim: int, seed: int) -> np.ndarray:
+    x = np.random.RandomState(seed).standard_normal((count, head_dim))
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def squared_error(x: np.ndarray, codebook: Codebook, norm_correction: bool) -> np.ndarray:
+    decoded = dequantize(*quantize(x, codebook, norm_correction), codebook)
+    return np.sum((decoded - x) ** 2, axis=-1)
+
+
+def within(samples: np.ndarray, expected: float, sharpness: float) -> bool:
+    """Whether the mean is within 4 standard errors of `expected`, and these errors are small enough to tell."""
+    error = samples.std() / np.sqrt(len(samples))
+    assert 4 * error < sharpness, f"too few samples: 4 standard errors are {4 * error}"
+    return abs(samples.mean() - expected) < 4 * error
+
+
+# ------------------------------------------------------------------------------------------ rotations
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 7, 64, 128])
+def test_random_orthogonal(head_dim: int) -> None:
+    rotation = random_orthogonal(head_dim, 5)
+    assert rotation.dtype == np.float32
+    assert np.abs(rotation @ rotation.T - np.eye(head_dim)).max() < 8 * EPS
+    assert np.array_equal(rotation, random_orthogonal(head_dim, 5))
+
+
+def test_random_orthogonal_is_haar() -> None:
+    """Without the sign fix LAPACK's first column has a sign of its own; the trace of a Haar matrix is N(0, 1)-like."""
+    traces = np.array([np.trace(random_orthogonal(6, seed)) for seed in range(4000)])
+    assert within(traces, 0, 0.1)
+    assert within(traces**2, 1, 0.1)
+
+
+# ------------------------------------------------------------------------------------------ codebooks
+
+
+def density(y: np.ndarray, head_dim: int) -> np.ndarray:
+    """Of √d times a coordinate of a random unit vector, by way of scipy's Beta distribution."""
+    a, end = (head_dim - 1) / 2, np.sqrt(head_dim)
+    return beta.pdf((1 + y / end) / 2, a, a) / (2 * end)
+
+
+def integral_over_cells(codebook: Codebook, value) -> np.ndarray:
+    d = codebook.head_dim
+    end = min(np.sqrt(d), 12)
+    edges = [-end, *codebook.boundaries.astype(float), end]
+    return np.array(
+        [
+            quad(lambda y, c=c: value(y, c) * density(y, d), low, high, epsabs=1e-14)[0]
+            for c, low, high in zip(codebook.centroids.astype(float), edges, edges[1:], strict=False)
+        ]
+    )
+
+
+@both
+@pytest.mark.parametrize("head_dim", [4, 64, 128])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6])
+def test_distortion_is_the_integral(make, bits: int, head_dim: int) -> None:
+    codebook = make(bits, head_dim)
+    error = integral_over_cells(codebook, lambda y, c: (y - c) ** 2).sum()
+    assert codebook.distortion == pytest.approx(error, rel=1e-9)
+
+
+@pytest.mark.parametrize("head_dim", [4, 64, 128])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
+def test_each_centroid_is_the_mean_of_its_cell(bits: int, head_dim: int) -> None:
+    codebook = lloyd_max(bits, head_dim)
+    mass = integral_over_cells(codebook, lambda y, c: 1)
+    mean = integral_over_cells(codebook, lambda y, c: y) / mass
+    assert mass.sum() == pytest.approx(1, abs=1e-9)
+    # the boundaries, rounded to f32, move the mean of a cell by up to an ulp of theirs
+    assert np.abs(codebook.centroids - mean).max() < EPS * np.abs(codebook.centroids).max()
+
+
+@pytest.mark.parametrize(
+    ("bits", "expected"), [(1, 0.3584), (2, 0.1145), (3, 0.0334), (4, 0.00913), (5, 0.00240), (6, 0.000616)]
+)
+def test_distortion_at_head_dim_64(bits: int, expected: float) -> None:
+    assert lloyd_max(bits, 64).distortion == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(("bits", "digits"), [(1, "0.36"), (2, "0.117"), (3, "0.03"), (4, "0.009")])
+def test_distortion_of_theorem_1(bits: int, digits: str) -> None:
+    """At large d, to the digits that the paper prints."""
+    assert f"{lloyd_max(bits, 4096).distortion:.{len(digits) - 2}f}" == digits
+
+
+MAX_1960 = {  # the optimal quantisers of a normal distribution, tables I and II there
+    lloyd_max: [0.3634, 0.1175, 0.03454, 0.009497, 0.002499],
+    uniform: [0.3634, 0.1188, 0.03744, 0.01154, 0.003495],
+}
+
+
+@both
+def test_large_head_dim_is_gaussian(make) -> None:
+    found = [make(bits, 4096).distortion for bits in range(1, 6)]
+    assert found == pytest.approx(MAX_1960[make], rel=0.005)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256, 4096])
+def test_distortion_falls_as_four_to_the_bits(head_dim: int) -> None:
+    found = np.array([lloyd_max(bits, head_dim).distortion for bits in BITS])
+    bound = 4.0 ** -np.array(BITS)
+    assert (found > bound).all()
+    assert (found < np.sqrt(3) * np.pi / 2 * bound).all()
+    ratios = found[:-1] / found[1:]
+    assert (np.diff(ratios) > 0).all()
+    assert ratios[0] > 3
+    assert 3.9 < ratios[-1] < 4
+
+
+def test_codebooks_known_in_closed_form() -> None:
+    """d = 3: y is uniform on ±√3 (Archimedes). 1 bit: the centroid is E|y|, the error 1 − E|y|²."""
+    for make in (lloyd_max, uniform):
+        for bits in BITS:
+            n = 2**bits
+            assert make(bits, 3).centroids == pytest.approx(np.sqrt(3) * (2 * np.arange(n) + 1 - n) / n, rel=EPS)
+            assert make(bits, 3).distortion == pytest.approx(4.0**-bits, rel=1e-6)
+        assert make(1, 2).centroids[1] == pytest.approx(np.sqrt(8) / np.pi, rel=EPS)
+        assert make(1, 2).distortion == pytest.approx(1 - 8 / np.pi**2, rel=1e-9)  # below 4^-1: see TurboQuantMSE
+        assert make(1, 5).centroids[1] == pytest.approx(np.sqrt(5) * 3 / 8, rel=EPS)
+        assert make(1, 5).distortion == pytest.approx(19 / 64, rel=1e-9)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_no_codebook_near_is_better(bits: int) -> None:
+    best, affine = lloyd_max(bits, 64), uniform(bits, 64)
+    assert best.distortion <= affine.distortion
+    for factor in (0.99, 1.01):
+        scaled = Codebook(bits, 64, (affine.centroids * factor).astype(np.float32))
+        assert scaled.distortion > affine.distortion
+    half = best.centroids[2 ** (bits - 1) :]
+    for seed in range(10):
+        moved = half + 0.1 * half[0] * np.random.RandomState(seed).uniform(-1, 1, len(half))
+        near = Codebook(bits, 64, np.concatenate([-moved[::-1], moved]).astype(np.float32))
+        assert near.distortion > best.distortion
+
+
+@both
+@pytest.mark.parametrize("head_dim", [2, 3, 5, 64, 96, 128, 4096])
+@pytest.mark.parametrize("bits", BITS)
+def test_codebook_is_well_formed(make, bits: int, head_dim: int) -> None:
+    codebook = make(bits, head_dim)
+    centroids, boundaries = codebook.centroids, codebook.boundaries
+    assert centroids.dtype == boundaries.dtype == np.float32
+    assert len(centroids) == len(boundaries) + 1 == 2**bits
+    assert np.array_equal(centroids, -centroids[::-1])
+    assert np.array_equal(boundaries, -boundaries[::-1])
+    assert (centroids[:-1] < boundaries).all()
+    assert (boundaries < centroids[1:]).all()
+    assert make(bits, head_dim) is codebook
+    for array in (centroids, boundaries):
+        with pytest.raises(ValueError, match="read-only"):
+            array[0] = 0
+
+
+@both
+def test_codebooks_do_not_drift(make) -> None:
+    assert [make(bits, 64).digest for bits in range(1, 8)] == DIGESTS[make].split()
+
+
+@both
+def test_codebook_refusals(make) -> None:
+    for bits in (0, 9, -1):
+        with pytest.raises(ValueError, match=f"bits must be 1 to 8, got {bits}"):
+            make(bits, 64)
+    with pytest.raises(ValueError, match="head_dim must be at least 2, got 1"):
+        make(4, 1)
+
+
+# ------------------------------------------------------------------------------------------ quantising
+
+
+@both
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_are_those_of_the_nearest_centroid(make, bits: int) -> None:
+    codebook = make(bits, 64)
+    x = unit_vectors(50, 64, seed=bits)
+    codes, scale = quantize(3 * x, codebook, norm_correction=False)
+    assert codes.dtype == np.uint8
+    assert scale.dtype == np.float32
+    assert scale.shape == (50, 1)
+    assert scale == pytest.approx(3, rel=EPS)
+    assert np.array_equal(codes, np.abs(8 * x[..., None] - codebook.centroids).argmin(-1))
+    assert np.array_equal(codes, (8 * x[..., None] > codebook.boundaries).sum(-1))
+
+
+def test_a_tie_gets_the_lower_code() -> None:
+    codebook = Codebook(2, 4, np.array([-1.5, -0.5, 0.5, 1.5], np.float32))
+    assert quantize(np.array([7.0, -7.0, 7.0, 7.0]), codebook)[0].tolist() == [2, 0, 2, 2]  # y = ±1
+    assert quantize(np.array([0.0, -0.0, 5.0, 0.0]), codebook)[0].tolist() == [1, 1, 3, 1]
+    above, below = np.nextafter(1, 2), np.nextafter(1, 0)
+    assert np.searchsorted(codebook.boundaries, [below, 1, above]).tolist() == [2, 2, 3]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_norm_correction_restores_the_norm(bits: int) -> None:
+    codebook = lloyd_max(bits, 64)
+    x = unit_vectors(200, 64, seed=bits) * np.logspace(-6, 6, 200)[:, None]
+    norm = np.linalg.norm(x, axis=-1)
+    corrected, plain = (
+        np.linalg.norm(dequantize(*quantize(x, codebook, on), codebook), axis=-1) for on in (True, False)
+    )
+    assert corrected == pytest.approx(norm, rel=4 * EPS)
+    assert np.abs(plain / norm - 1).max() > 100 * EPS
+
+
+@pytest.mark.parametrize(("bits", "gain"), [(1, -0.45), (2, -0.07), (4, 0.14), (6, 0.18)])
+def test_norm_correction_by_error(bits: int, gain: float) -> None:
+    """In decibels, of ‖x − x̂‖² and so of ⟨q, x̂⟩ for random q; it costs below 3 bits. The bias of ⟨x, x̂⟩ is halved."""
+    codebook = lloyd_max(bits, 64)
+    x, q = unit_vectors(20000, 64, seed=1), unit_vectors(20000, 64, seed=2)
+    plain, corrected = (dequantize(*quantize(x, codebook, on), codebook) - x for on in (False, True))
+    for measure, tolerance in ((lambda e: e**2, 0.02), (lambda e: np.sum(e * q, -1) ** 2, 0.05)):
+        assert 10 * np.log10(measure(plain).mean() / measure(corrected).mean()) == pytest.approx(gain, abs=tolerance)
+    bias = [np.sum(error * x, axis=-1).mean() for error in (plain, corrected)]
+    assert bias[0] == pytest.approx(-codebook.distortion, rel=0.05)
+    assert 0.4 < bias[1] / bias[0] < 0.6
+
+
+@pytest.mark.parametrize("norm_correction", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_zero_vectors(bits: int, norm_correction: bool) -> None:
+    codebook = lloyd_max(bits, 64)
+    x = np.zeros((3, 64), np.float32)
+    x[1] = unit_vectors(1, 64, seed=0)
+    codes, scale = quantize(x, codebook, norm_correction)
+    assert scale[[0, 2]].tolist() == [[0], [0]]
+    assert (codes[0] == 2 ** (bits - 1) - 1).all()
+    decoded = dequantize(codes, scale, codebook)
+    assert not decoded[[0, 2]].any()
+    assert decoded[1].any()
+
+
+def test_float_types_and_shapes() -> None:
+    codebook = lloyd_max(4, 64)
+    x = np.random.RandomState(0).standard_normal((2, 3, 5, 64)).astype(np.float16)
+    codes, scale = quantize(x, codebook)
+    assert codes.shape == x.shape
+    assert scale.shape == (2, 3, 5, 1)
+    for kind in (np.float32, np.float64):
+        for found, expected in zip(quantize(x.astype(kind), codebook), (codes, scale), strict=True):
+            assert np.array_equal(found, expected)
+    single = quantize(x[1, 2, 3], codebook)
+    assert np.array_equal(single[0], codes[1, 2, 3])
+    assert np.array_equal(single[1], scale[1, 2, 3])
+    assert dequantize(codes, scale, codebook).dtype == np.float32
+    assert quantize(x[:0], codebook)[0].shape == (0, 3, 5, 64)
+    # a power of two moves the scale and no code: not with f16's largest numbers, nor with f32's smallest
+    for power in (2.0**12, 2.0**-126):
+        moved = quantize(x.astype(np.float64) * power, codebook)
+        assert np.array_equal(moved[0], codes)
+        assert moved[1] == pytest.approx(scale * power, rel=EPS, abs=2.0**-149)
+
+
+def test_quantize_refusals() -> None:
+    codebook = lloyd_max(4, 64)
+    for bad in (np.nan, np.inf, -np.inf, 1e39):
+        with pytest.raises(ValueError, match="must be finite in f32"):
+            quantize(np.full((2, 64), bad), codebook)
+    with pytest.raises(ValueError, match="norm is too large for f32"):
+        quantize(np.full(64, 3e38), codebook)
+    for shape in ((64, 63), (), (0,)):
+        with pytest.raises(ValueError, match="expected vectors of 64, got shape"):
+            quantize(np.zeros(shape), codebook)
+    scale = np.ones((2, 1), np.float32)
+    for codes in (np.zeros((2, 32), np.uint8), np.zeros((2, 64), np.int8), np.full((2, 64), 16, np.uint8)):
+        with pytest.raises(ValueError, match=r"expected u8 codes \(…, 64\) below 16"):
+            dequantize(codes, scale, codebook)
+
+
+# ------------------------------------------------------------------------------------------ packing
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("shape", [(8,), (24,), (3, 64), (2, 4, 5, 80), (1, 128), (0, 64)])
+def test_packing_round_trip(shape: tuple[int, ...], bits: int) -> None:
+    codes = np.random.RandomState(bits).randint(0, 2**bits, shape).astype(np.uint8)
+    packed = pack(codes, bits)
+    assert packed.dtype == np.int8
+    assert packed.shape == (*shape[:-1], shape[-1] * bits // 8)
+    assert packed.shape[-1] == packed_bytes(bits, shape[-1]) == shape[-1] * bits / 8
+    back = unpack(packed, bits)
+    assert back.dtype == np.uint8
+    assert np.array_equal(back, codes)
+    assert np.array_equal(pack(codes.astype(np.int64), bits), packed)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_every_byte_is_a_code(bits: int) -> None:
+    """No bit is left over: unpacking any bytes and packing them again is the identity, too."""
+    length = 8 // min(planes(bits)) * bits // 8
+    packed = np.random.RandomState(bits).randint(-128, 128, (5000, length)).astype(np.int8)
+    assert packed.min() == -128
+    assert packed.max() == 127
+    assert np.array_equal(pack(unpack(packed, bits), bits), packed)
+
+
+def test_packing_layout() -> None:
+    d = 16
+    c = {bits: np.random.RandomState(bits).randint(0, 2**bits, d) for bits in BITS}
+    four = lambda c: c[:8] + 16 * c[8:]  # noqa: E731
+    two = lambda c: c[:4] + 4 * c[4:8] + 16 * c[8:12] + 64 * c[12:]  # noqa: E731
+    one = lambda c: sum(2**k * c[2 * k : 2 * k + 2] for k in range(8))  # noqa: E731
+    layout = {
+        1: [one(c[1])],
+        2: [two(c[2])],
+        3: [two(c[3] % 4), one(c[3] // 4)],
+        4: [four(c[4])],
+        5: [four(c[5] % 16), one(c[5] // 16)],
+        6: [four(c[6] % 16), two(c[6] // 16)],
+        7: [four(c[7] % 16), two(c[7] // 16 % 4), one(c[7] // 64)],
+        8: [c[8]],
+    }
+    for bits, expected in layout.items():
+        assert (pack(c[bits], bits).astype(int) + 128).tolist() == np.concatenate(expected).tolist()
+
+
+def test_packing_refusals() -> None:
+    for bits, head_dim, needs in ((1, 60, 8), (2, 30, 4), (3, 60, 8), (4, 63, 2), (5, 12, 8), (6, 66, 4), (4, 0, 2)):
+        with pytest.raises(ValueError, match=f"{bits}-bit codes need a head_dim divisible by {needs}, got {head_dim}"):
+            pack(np.zeros((2, head_dim), np.uint8), bits)
+    for bits in (0, 9):
+        for call in (pack, unpack):
+            with pytest.raises(ValueError, match=f"bits must be 1 to 8, got {bits}"):
+                call(np.zeros(64, np.int8), bits)
+    for code in (-1, 16):
+        with pytest.raises(ValueError, match=f"4-bit codes must be 0 to 15, got {min(code, 0)} to {max(code, 0)}"):
+            pack(np.array([0, 0, 0, code]), 4)
+    with pytest.raises(TypeError, match="codes must be integers, got float32"):
+        pack(np.zeros(64, np.float32), 4)
+    with pytest.raises(TypeError, match="must be int8, got uint8"):
+        unpack(np.zeros(32, np.uint8), 4)
+    for length, bits in ((47, 6), (0, 4), (1, 3), (5, 3)):
+        with pytest.raises(ValueError, match=f"{length} bytes are no packed vector of {bits}-bit codes"):
+            unpack(np.zeros(length, np.int8), bits)
+
+
+# ------------------------------------------------------------------------------------------ algorithm 1
+
+
+@pytest.fixture(scope="module")
+def rotations() -> list[np.ndarray]:
+    return [random_orthogonal(64, seed) for seed in range(400)]
+
+
+@both
+@pytest.mark.parametrize("bits", range(1, 7))
+def test_algorithm_1_for_the_worst_vectors(make, bits: int, rotations: list[np.ndarray]) -> None:
+    """Theorem 1 is about any vector: here those with all their length in one coordinate."""
+    codebook, x = make(bits, 64), np.eye(64)
+    errors = []
+    for rotation in rotations:
+        algorithm = TurboQuantMSE(codebook, rotation, norm_correction=False)
+        errors.append(np.sum((algorithm.decode(*algorithm.encode(x)) - x) ** 2, axis=-1).mean())
+    assert within(np.array(errors), codebook.distortion, sharpness=0.03 * codebook.distortion)
+
+
+@pytest.mark.parametrize("bits", range(1, 7))
+def test_algorithm_1_for_random_vectors(bits: int) -> None:
+    """For these any rotation will do."""
+    x = unit_vectors(20000, 64, seed=bits)
+    algorithm = TurboQuantMSE(lloyd_max(bits, 64), randomized_hadamard(64, 0), norm_correction=False)
+    errors = np.sum((algorithm.decode(*algorithm.encode(x)) - x) ** 2, axis=-1)
+    assert within(errors, algorithm.codebook.distortion, sharpness=0.02 * algorithm.codebook.distortion)
+
+
+def test_theorem_1_needs_more_than_a_hadamard_rotation() -> None:
+    """One coordinate becomes ±1/√d everywhere: every y is ±1, whatever the seed."""
+    codebook = lloyd_max(1, 64)
+    for seed in range(5):
+        algorithm = TurboQuantMSE(codebook, randomized_hadamard(64, seed), norm_correction=False)
+        errors = np.sum((algorithm.decode(*algorithm.encode(np.eye(64))) - np.eye(64)) ** 2, axis=-1)
+        assert errors == pytest.approx((1 - codebook.centroids[1]) ** 2, rel=1e-5)
+        assert errors.max() < codebook.distortion / 5
+
+
+def test_algorithm_1_is_the_codec_between_two_rotations() -> None:
+    codebook, rotation = lloyd_max(4, 64), random_orthogonal(64, 3)
+    x = np.random.RandomState(3).standard_normal((2, 5, 64)).astype(np.float32)
+    algorithm = TurboQuantMSE(codebook, rotation)
+    codes, scale = quantize(x @ rotation.astype(np.float64), codebook)
+    found = algorithm.encode(x)
+    assert np.array_equal(found[0], codes)
+    assert np.array_equal(found[1], scale)
+    decoded = algorithm.decode(codes, scale)
+    assert decoded.dtype == np.float32
+    assert decoded == pytest.approx(dequantize(codes, scale, codebook) @ rotation.T.astype(np.float64), abs=1e-6)
+    for bad in (rotation[:32], rotation[:32, :32], np.eye(65)):
+        with pytest.raises(ValueError, match=r"rotation must be \(64, 64\), got"):
+            TurboQuantMSE(codebook, bad)
+
+
+# ------------------------------------------------------------------------------------------ algorithm 2
+
+
+def estimates(bits: int, x: np.ndarray, q: np.ndarray, rotations: list[np.ndarray]) -> np.ndarray:
+    """⟨q, x̂⟩ of Algorithm 2, or of QJL alone for 1 bit, with a projection of its own for each rotation: (seeds, n)."""
+    found = []
+    for seed, rotation in enumerate(rotations):
+        projection = gaussian_projection(64, 1000 + seed)
+        if bits == 1:
+            decoded = qjl_decode(*qjl_encode(x, projection), projection)
+        else:
+            algorithm = TurboQuantProd(bits, rotation, projection)
+            decoded = algorithm.decode(*algorithm.encode(x))
+        found.append(np.sum(q * decoded, axis=-1))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_algorithm_2_is_unbiased(bits: int, rotations: list[np.ndarray]) -> None:
+    """Where Algorithm 1 is most biased, q = x, and a random q; over rotations and projections."""
+    x = 2 * np.concatenate([unit_vectors(8, 64, seed=1)] * 2)
+    q = np.concatenate([x[:8], 3 * unit_vectors(8, 64, seed=2)])
+    errors = estimates(bits, x, q, rotations) - np.sum(q * x, axis=-1)
+    sharpness = 0.1 if bits > 1 else 0.2  # ⟨x, x⟩ is 4
+    assert within(errors[:, :8].mean(axis=-1), 0, sharpness)
+    assert within(errors[:, 8:].mean(axis=-1), 0, sharpness)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_algorithm_1_is_biased(bits: int, rotations: list[np.ndarray]) -> None:
+    """The same measure finds the bias −distortion·‖x‖²: it could find one in Algorithm 2."""
+    x, codebook = 2 * unit_vectors(8, 64, seed=1), lloyd_max(bits, 64)
+    errors = []
+    for rotation in rotations:
+        algorithm = TurboQuantMSE(codebook, rotation, norm_correction=False)
+        errors.append((np.sum(x * algorithm.decode(*algorithm.encode(x)), axis=-1) - 4).mean())
+    assert within(np.array(errors), -4 * codebook.distortion, 0.1)
+    assert not within(np.array(errors), 0, 0.1)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_variance_of_algorithm_2(bits: int, rotations: list[np.ndarray]) -> None:
+    """Var⟨q, x̂⟩ over projections is (π/2·‖q‖²‖r‖² − ⟨q, r⟩²)/d; in the mean over rotations below Theorem 2's bound."""
+    x, q, rotation = unit_vectors(64, 64, seed=3), unit_vectors(64, 64, seed=4), rotations[0]
+    q[:16] = x[:16]
+    residual = x
+    if bits > 1:
+        first = TurboQuantProd(bits, rotation, rotation).first
+        residual = x - first.decode(*first.encode(x))
+    expected = (np.pi / 2 * np.sum(residual**2, -1) - np.sum(q * residual, -1) ** 2) / 64
+    fixed = estimates(bits, x, q, [rotation] * 400)
+    ratios = np.mean((fixed - np.sum(q * x, -1)) ** 2 / expected, axis=-1)
+    assert within(ratios, 1, sharpness=0.06)
+    over_rotations = (estimates(bits, x, q, rotations) - np.sum(q * x, -1)) ** 2
+    assert over_rotations.mean() < np.sqrt(3) * np.pi**2 / 64 * 4.0**-bits
+    codebook = lloyd_max(bits, 64)
+    if bits > 1:  # and several times the error of Algorithm 1 with as many bits, for q that doesn't depend on x
+        assert over_rotations[:, 16:].mean() > 4 * codebook.distortion / 64
+
+
+def test_algorithm_2_is_algorithm_1_and_qjl_of_what_is_left() -> None:
+    rotation, projection = randomized_hadamard(64, 1), gaussian_projection(64, 2)
+    x = np.random.RandomState(5).standard_normal((2, 3, 64)).astype(np.float16)
+    x[0, 1] = 0
+    algorithm = TurboQuantProd(4, rotation, projection)
+    assert algorithm.first.codebook is lloyd_max(3, 64)
+    codes, scale, signs, residual_norm = algorithm.encode(x)
+    mse = algorithm.first.decode(codes, scale)
+    residual = x - mse
+    assert codes.shape == signs.shape == x.shape
+    assert scale.shape == residual_norm.shape == (2, 3, 1)
+    assert scale[..., 0] == pytest.approx(np.linalg.norm(x.astype(float), axis=-1), rel=EPS)  # no norm correction
+    assert residual_norm[..., 0] == pytest.approx(np.linalg.norm(residual, axis=-1), rel=1e-5)
+    assert np.array_equal(signs, residual.astype(float) @ projection.T.astype(float) > 0)
+    expected = mse + np.sqrt(np.pi / 2) / 64 * residual_norm * ((2.0 * signs - 1) @ projection)
+    assert algorithm.decode(codes, scale, signs, residual_norm) == pytest.approx(expected, abs=1e-5)
+    assert not algorithm.decode(codes, scale, signs, residual_norm)[0, 1].any()
+
+
+def test_algorithm_2_refusals() -> None:
+    square = np.eye(64, dtype=np.float32)
+    for bits in (1, 10):
+        with pytest.raises(ValueError, match=f"bits must be 2 to 9, one of them for the residual, got {bits}"):
+            TurboQuantProd(bits, square, square)
+    with pytest.raises(ValueError, match=r"projection must be \(64, 64\), got \(32, 64\)"):
+        TurboQuantProd(4, square, square[:32])
+    with pytest.raises(ValueError, match=r"rotation must be \(64, 64\), got \(64, 32\)"):
+        TurboQuantProd(4, square[:, :32], square)
+    with pytest.raises(ValueError, match="expected vectors of 64"):
+        qjl_encode(np.zeros(32), square)
+    with pytest.raises(ValueError, match="must be finite in f32"):
+        TurboQuantProd(4, square, square).encode(np.full(64, np.nan))
+
+
+def test_random_matrices_do_not_drift() -> None:
+    """RandomState's stream is frozen; an orthogonal matrix comes from LAPACK, so only its digits to 1e-6 are."""
+    assert gaussian_projection(4, 7)[0] == pytest.approx([1.6905257, -0.46593738, 0.03282016, 0.40751629], abs=1e-7)
+    assert random_orthogonal(3, 7)[0] == pytest.approx([0.97215307, 0.08177661, 0.21961550], abs=1e-6)
