@@ -22,7 +22,7 @@ def describe(model: ov.Model, config: Mapping[str, Any]) -> ModelDescription:
     Raises UnsupportedModel if the architecture is unknown or the graph is not of its known form.
     """
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UnsupportedModel(
             f"config.json says model_type {model_type!r}; ovtq knows {', '.join(map(repr, ARCHITECTURES))}"
         )

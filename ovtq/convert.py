@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import platform
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -34,17 +33,24 @@ BIG = 2 << 30  # bytes of weights; above it only the first layers are verified, 
 BIG_LAYERS = 4  # two of each kind in every known architecture
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Let the caller decide; rich would exit with 1."""
+        raise BrokenPipeError
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, or 2 after one line on stderr that says what is wrong."""
     errors = Console(stderr=True, highlight=False)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         options = parser().parse_args(argv)
-        convert(options, Console(stderr=options.dump_after != [], highlight=False), errors)
+        convert(options, _Console(stderr=options.dump_after != [], highlight=False, markup=False), errors)
     except KeyboardInterrupt:
         return _fail(errors, "interrupted; nothing was written")
     except OvtqError as error:
         return _fail(errors, str(error))
+    except BrokenPipeError:
+        raise
     except OSError as error:
         return _fail(errors, f"{error.filename or 'system'}: {error.strerror or error}")
     return 0
@@ -94,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
         "--device",
         choices=FLOAT_BYTES,
         default="GPU",
-        help="where the model will run; sets the float size that bytes are counted in (default: GPU)",
+        help="where the model will run: bytes are counted at f16 for GPU, at f32 for CPU (default: GPU)",
     )
     p.add_argument(
         "--verify",
@@ -127,16 +133,16 @@ def parser() -> argparse.ArgumentParser:
 
 def convert(options: argparse.Namespace, console: Console, errors: Console) -> None:
     """Do what the command line asks. Raises OvtqError; leaves the input untouched, and OUT_DIR whole or as it was."""
-    preset = None if options.passes else options.preset
-    passes = pipeline.parse_passes(options.passes) if options.passes else pipeline.PRESETS[preset].passes
+    preset = options.preset if options.passes is None else None
+    passes = pipeline.PRESETS[preset].passes if preset else pipeline.parse_passes(options.passes)
     passes = pipeline.with_settings(passes, options.settings)
     if not 0 <= options.verify_seed < 2**32:
         raise InputError(f"--verify-seed must be from 0 to {2**32 - 1}, got {options.verify_seed}")
     if options.verify_layers is not None and options.verify_layers < 1:
         raise InputError(f"--verify-layers must be at least 1, got {options.verify_layers}")
-    if options.json and not options.json.resolve().parent.is_dir():
-        raise InputError(f"--json {options.json}: no such folder")
     source = io.model_xml(options.model_dir)
+    if options.json:
+        io.check_json(options.json, options.model_dir, options.out_dir)
     if not options.dry_run:
         if options.out_dir is None:
             raise InputError("OUT_DIR is missing (only --dry-run does without)")
@@ -176,12 +182,11 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             "versions": {"openvino": ov.__version__, "python": platform.python_version()},
             "verified": None,
         }
-        if not options.dry_run:
+        if options.dry_run:
+            _write_json(options, record)
+        else:
             _write(options, model, description, extent, record, source, progress)
-    record["seconds"] = round(time.perf_counter() - started, 1)
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    _report(console, options, record)
+    _report(console, options, record, time.perf_counter() - started)
 
 
 def _write(
@@ -213,6 +218,12 @@ def _write(
                 **dataclasses.asdict(found),
             }
         (folder / io.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        _write_json(options, record)
+
+
+def _write_json(options: argparse.Namespace, record: dict[str, Any]) -> None:
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _refuse_converted(model_dir: Path, model: ov.Model) -> None:
@@ -254,7 +265,7 @@ def _phase(progress: Progress, name: str, total: int) -> Iterator[Any]:
     yield lambda: progress.advance(task)
 
 
-def _report(console: Console, options: argparse.Namespace, record: dict[str, Any]) -> None:
+def _report(console: Console, options: argparse.Namespace, record: dict[str, Any], seconds: float) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column, justify in (("pass", "left"), ("sites", "right"), ("", "left")):
         table.add_column(column, justify=justify)
@@ -294,11 +305,5 @@ def _report(console: Console, options: argparse.Namespace, record: dict[str, Any
     if options.dry_run:
         console.print("dry run: nothing was written")
     else:
-        console.print(
-            f"written to {options.out_dir} in {record['seconds']} s" + ("" if record["verified"] else "; not verified"),
-            soft_wrap=True,
-        )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        doubt = "" if record["verified"] else "; not verified"
+        console.print(f"written to {options.out_dir} in {seconds:.1f} s{doubt}", soft_wrap=True)

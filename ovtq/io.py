@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
+import signal
+import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +23,7 @@ from ovtq.errors import InputError
 MODEL = "openvino_model"
 RECORD = "ovtq.json"
 STAMP = "ovtq"  # the key in an IR's rt_info
+STAGING = ".ovtq-staging"  # marks a folder that is being written
 
 
 def model_xml(model_dir: Path) -> Path:
@@ -51,7 +56,7 @@ def _bytes_needed(xml: Path) -> int:
                     raise InputError(f"{xml}: not an OpenVINO IR (its root is <{element.tag}>, not <net>)")
                 if element.tag == "data" and "offset" in element.attrib:
                     needed = max(needed, int(element.attrib["offset"]) + int(element.attrib["size"]))
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise InputError(f"{xml}: not an OpenVINO IR ({error})") from None
     return needed
 
@@ -116,54 +121,115 @@ def check_output(model_dir: Path, out_dir: Path, force: bool) -> None:
         raise InputError(f"{parent}: no space left ({free >> 20} MiB free, {needed >> 20} MiB needed)")
 
 
+def check_json(path: Path, model_dir: Path, out_dir: Path | None) -> None:
+    """Raise InputError if a record can't or must not be written to `path`."""
+    target = path.resolve()
+    if not target.parent.is_dir() or target.is_dir() or not os.access(target.parent, os.W_OK):
+        raise InputError(f"--json {path}: no such folder, or not a file that can be written")
+    for folder in filter(None, (model_dir, out_dir)):
+        if folder.resolve() in target.parents:
+            raise InputError(f"--json {path}: must not be inside {folder}")
+
+
 def files_of(model_dir: Path) -> list[Path]:
-    """All files of a folder, at any depth."""
-    return sorted(path for path in model_dir.rglob("*") if path.is_file())
+    """All files of a folder, at any depth, behind links too; but not of version control or download caches."""
+    found, seen, todo = [], set(), [model_dir]
+    while todo:
+        folder = todo.pop()
+        if folder.resolve() in seen:
+            continue
+        seen.add(folder.resolve())
+        for path in folder.iterdir():
+            if not path.is_dir():
+                found.append(path)
+            elif path.name not in (".git", ".cache"):
+                todo.append(path)
+    return sorted(found)
 
 
 @contextmanager
 def staged(out_dir: Path) -> Iterator[Path]:
-    """A temporary folder beside `out_dir` that takes its place when the block ends well and vanishes otherwise."""
+    """A temporary folder beside `out_dir` that takes its place when the block ends well and vanishes otherwise.
+
+    Raises InputError if the system does not let it be written.
+    """
     target = out_dir.resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name}.ovtq-"
-    for stale in target.parent.glob(f"{prefix}*"):
-        if not _alive(stale.name.removeprefix(prefix).partition(".")[0]):  # left by a killed run
-            _bring_back(stale, target)
-    folder = target.parent / f"{prefix}{os.getpid()}"
-    folder.mkdir()
     try:
-        yield folder
-        if target.exists():
-            aside = folder.with_name(f"{folder.name}.old")
-            target.rename(aside)
-            folder.rename(target)
-            shutil.rmtree(aside)
-        else:
-            folder.rename(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _tidy_up(target)
+        folder = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
+        folder.chmod(0o777 & ~_umask())
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / STAGING).touch()
+            yield folder
+            (folder / STAGING).unlink()
+            _swap(folder, target)
+        finally:
+            os.close(lock)
+            shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         reason = "no space left" if error.errno == errno.ENOSPC else error.strerror or str(error)
         raise InputError(f"{target.parent}: can't write there ({reason})") from None
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _alive(pid: str) -> bool:
+def _swap(folder: Path, target: Path) -> None:
+    """Put `folder` in the place of `target`, which is whole under another name until the new one is there."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    old = folder.with_name(f"{folder.name}.old")
     try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
+        if target.exists():
+            target.rename(old)
+        try:
+            folder.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
+        if old.exists():
+            _remove(old)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _tidy_up(target: Path) -> None:
+    """What killed runs left: an old result set aside is put back if nothing took its place, the rest removed."""
+    for path in target.parent.glob(f"{glob.escape(_prefix(target))}*"):
+        if path.name.endswith(".old") and (path / RECORD).is_file():
+            if target.exists():
+                _remove(path)
+            else:
+                path.rename(target)
+        elif path.name.endswith(".gone") or ((path / STAGING).is_file() and not _locked(path)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a result, first taking away its name, so that no half of it can be taken for the whole."""
+    gone = path.rename(path.with_name(f"{path.name}.gone"))
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _locked(folder: Path) -> bool:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
         return True
-    return True
+    finally:
+        os.close(handle)
+    return False
 
 
-def _bring_back(stale: Path, target: Path) -> None:
-    """A run killed between its two renames leaves the old result aside: put it back; else remove what is stale."""
-    if stale.name.endswith(".old") and not target.exists():
-        stale.rename(target)
-    else:
-        shutil.rmtree(stale, ignore_errors=True)
+def _prefix(target: Path) -> str:
+    return f".{target.name}.ovtq-"
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def save(model: ov.Model, folder: Path) -> None:

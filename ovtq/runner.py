@@ -63,7 +63,10 @@ class Runner:
         self.mask = shown if self.mask is None else np.concatenate([self.mask[beams], shown], axis=1)
         positions = np.maximum(np.cumsum(self.mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
         inputs = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions, "beam_idx": beams}
-        outputs = self.request.infer({name: value for name, value in inputs.items() if name in self.names})
+        try:
+            outputs = self.request.infer({name: value for name, value in inputs.items() if name in self.names})
+        except RuntimeError as error:
+            raise InputError(f"a step of {ids.shape[1]} tokens failed ({last_line(error)})") from None
         return outputs[0]
 
     def state_bytes(self) -> int:

@@ -20,8 +20,9 @@ class DecoupleLength(Pass):
     """past = length(attention_mask) − length(input_ids), wherever the graph asks a KV state for its shape.
 
     Exported graphs take the past length of every mask and every head broadcast from layer 0's key state. That layer
-    is a sliding one: as soon as its state is cut, every length in the model would be wrong. All consumers
-    (optimum-intel, openvino_genai) pass the full logical attention mask, so the inputs say the same.
+    is a sliding one: as soon as its state is cut, every length in the model would be wrong. The attention mask must be
+    as long as past and new tokens together, which is how all consumers (optimum-intel, openvino_genai) pass it; a
+    longer or shorter one, which an exported model tolerates, is an error or another length from here on.
 
     Rewrites every ShapeOf of a state's past or appended tokens. Refuses if there is none.
     """

@@ -64,6 +64,5 @@ def _mask(description: ModelDescription, window: int | None) -> Node:
     visible = op.less_equal(key, query)
     if window is not None:
         visible = op.logical_and(visible, op.greater(key, op.subtract(query, i64(window))))
-    shown = op.convert(op.unsqueeze(description.attention_mask, i64([1, 2])), ov.Type.f32)
-    padding = op.multiply(op.subtract(shown, f32(1)), f32(-MASKED))
-    return op.select(visible, padding, f32(MASKED))
+    shown = op.not_equal(op.unsqueeze(description.attention_mask, i64([1, 2])), i64(0))
+    return op.select(op.logical_and(visible, shown), f32(0), f32(MASKED))

@@ -48,8 +48,8 @@ class TruncateWindow(Pass):
     slack: int = option(0, "tokens to keep beyond those that can be seen")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.slack < FAR:
-            raise ValueError(f"slack must not be negative, got {self.slack}")
+        if not 0 <= self.slack <= 4096:
+            raise ValueError(f"slack must be from 0 to 4096, got {self.slack}")
 
     def sites(self, description: ModelDescription) -> int:
         """One per sliding layer."""
@@ -134,7 +134,7 @@ class _Blocks:
         shown = op.pad(description.attention_mask, i64([0, self.rows]), i64([0, 1]), "constant", i64(0))
         shown = op.slice(shown, op.negative(op.add(zero_row, one)), i64([FAR]), one, one)  # (batch, rows + new + 1)
         shown = op.unsqueeze(op.gather(shown, self.key_rows, i64(1)), i64(2))  # (batch, nb, 1, w)
-        padding = op.multiply(op.subtract(op.convert(shown, ov.Type.f32), f32(1)), f32(-MASKED))
+        padding = op.select(op.equal(shown, i64(0)), f32(MASKED), f32(0))
         mask = op.minimum(op.add(padding, band), f32(0))  # (batch, nb, m, w)
         self.mask = op.reshape(mask, op.concat([i64([0, 1, -1, 1]), w], 0), True)  # (batch, 1, nb·m, 1, w)
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from ovtq import __version__, io
 from ovtq.convert import main
 from ovtq.runner import EXACT_PROPERTIES, Runner
 
-COMMAND = [sys.executable, "-m", "ovtq.convert"]
+COMMAND = [sys.executable, "-c", "import sys; from ovtq.cli import convert; sys.exit(convert())"]
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
@@ -216,6 +217,8 @@ def _config(folder: Path, text: str) -> None:
         (lambda d: (d / "config.json").unlink(), r"config.json: no such file"),
         (lambda d: _config(d, "{"), r"config.json: can't be read"),
         (lambda d: _config(d, "[]"), r"config.json: expected a JSON object"),
+        (lambda d: _config(d, '{"model_type": ["gpt_oss"]}'), r"model_type \['gpt_oss'\]; ovtq knows 'gpt_oss'"),
+        (lambda d: (d / "openvino_model.xml").write_text('<net><data offset="1"/></net>'), r"not an OpenVINO IR"),
         (lambda d: _config(d, '{"model_type": "mistral"}'), r"model_type 'mistral'; ovtq knows 'gpt_oss'"),
     ],
 )
@@ -251,6 +254,10 @@ def test_bad_models(
         (["{model}", "{tmp}/out", "--verify-seed", "-1"], "--verify-seed must be from 0 to"),
         (["{model}", "{tmp}/out", "--verify-layers", "0"], "--verify-layers must be at least 1, got 0"),
         (["{model}", "{tmp}/out", "--json", "{tmp}/no/x.json"], "no such folder"),
+        (["{model}", "{tmp}/out", "--json", "{tmp}"], "not a file that can be written"),
+        (["{model}", "--dry-run", "--json", "{model}/config.json"], "must not be inside"),
+        (["{model}", "{tmp}/out", "--json", "{tmp}/out/x.json"], "no such folder"),
+        (["{model}", "{tmp}/out", "--passes", ""], "--passes names no pass"),
         (["{model}", "{tmp}/out", "--colour"], "unrecognized arguments: --colour"),
     ],
 )
@@ -323,6 +330,30 @@ def test_interruption_leaves_nothing(number: int, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+def test_a_folder_of_a_like_name_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".out.ovtq-backup").mkdir()
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--no-verify"]) == 0
+    assert sorted(os.listdir(tmp_path)) == [".out.ovtq-backup", "out"]
+
+
+def test_two_runs_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    with io.staged(tmp_path / "out") as first:
+        assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--no-verify"]) == 0
+        assert first.is_dir()
+        (first / "mark").touch()
+    assert (tmp_path / "out" / "mark").exists()  # the last to finish stays
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_odd_names_and_a_reader_that_leaves(tmp_path: Path) -> None:
+    out = tmp_path / "out[/x] [red]"
+    script = f"{shlex.join(map(str, [*COMMAND, TINY['5.5'], out, '--no-verify']))} | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((out / "ovtq.json").read_text())["preset"] == "exact"
+    assert main([str(TINY["5.5"]), str(out), "--no-verify", "--force"]) == 0
+
+
 def test_kill_leaves_no_half_result_and_the_next_run_cleans_up(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main([str(TINY["5.5"]), str(out)]) == 0
@@ -338,7 +369,7 @@ def test_a_run_killed_between_its_renames_is_repaired(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main([str(TINY["5.5"]), str(out)]) == 0
     before = fingerprint(out)
-    out.rename(tmp_path / ".out.ovtq-999999999.old")
+    out.rename(tmp_path / ".out.ovtq-x.old")
     with pytest.raises(KeyboardInterrupt), io.staged(out):
         raise KeyboardInterrupt
     assert fingerprint(out) == before

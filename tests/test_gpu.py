@@ -88,7 +88,8 @@ def cpu_logits(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
 @emulated
 def test_converting_verifies_on_the_gpu(tmp_path: Path) -> None:
     """f32, the whole schedule: prefill past the window, chunks, single tokens, a padded batch, swapped beams."""
-    command = [TOOLS / "emulated", sys.executable, "-m", "ovtq.convert", TINY["5.5"], tmp_path / "out"]
+    entry = "import sys; from ovtq.cli import convert; sys.exit(convert())"
+    command = [TOOLS / "emulated", sys.executable, "-c", entry, TINY["5.5"], tmp_path / "out"]
     done = subprocess.run([*command, "--verify-device", "GPU"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "verified on GPU at f32, all 4 layers" in done.stdout

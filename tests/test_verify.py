@@ -74,8 +74,8 @@ def test_a_broken_conversion_is_refused(
     assert not any(tmp_path.iterdir())
 
 
-def test_equal_constants_of_mixed_transposes_would_be_caught(tmp_path: Path) -> None:
-    """The trap that the passes step around: if a plugin falls into it again, the file read back shows it."""
+def test_rotation_survives_saving_and_reading_back(tmp_path: Path) -> None:
+    """A file merges equal constants; the CPU plugin has confused two products over one matrix because of it."""
     model, description = load(TINY["5.5"])
     rewrite = RotateHeads().apply(model, description)
     ov.save_model(rewrite.model, tmp_path / "openvino_model.xml", compress_to_fp16=False)
@@ -83,8 +83,7 @@ def test_equal_constants_of_mixed_transposes_would_be_caught(tmp_path: Path) -> 
     assert found.relative <= TOLERANCE
 
 
-def test_a_step_without_decoupling_is_caught(tmp_path: Path) -> None:
-    """Cut layer 0's state although the graph's lengths come from it: the model must not pass."""
+def test_a_scale_wrong_by_one_in_ten_thousand_is_caught(tmp_path: Path) -> None:
     model, description = load(TINY["5.5"])
     decoupled = DecoupleLength().apply(model, description)
     wrong = {
