@@ -213,7 +213,6 @@ def _write(
                 )
             record["verified"] = {
                 "device": options.verify_device,
-                "seed": options.verify_seed,
                 "tolerance": verify.TOLERANCE,
                 **dataclasses.asdict(found),
             }
@@ -299,7 +298,8 @@ def _report(console: Console, options: argparse.Namespace, record: dict[str, Any
             f"verified on {found['device']} at f32, {'all' if every else 'the first'} {found['layers']} layers: "
             f"largest difference {found['largest']:.3g} ({found['relative']:.2g} of the largest "
             f"{'logit' if every else 'result'}, allowed {found['tolerance']:.2g}), same top at "
-            f"{found['same_top']:.2%} of {found['positions']} positions",
+            f"{found['same_top']:.2%} of {found['positions']} positions"
+            + (f"; {found['skipped']} behind a tie in a router left out" if found["skipped"] else ""),
             soft_wrap=True,
         )
     if options.dry_run:

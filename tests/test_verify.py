@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
-from conftest import TINY, load
+from conftest import MINI, TINY, load
 
 import ovtq.passes.rotate_heads
 import ovtq.passes.truncate_window
+import ovtq.verify
 from ovtq.convert import main
 from ovtq.errors import VerificationFailed
 from ovtq.passes import DecoupleLength, RotateHeads, TruncateWindow
 from ovtq.rotation import randomized_hadamard
-from ovtq.verify import TOLERANCE, Call, Scope, compare, schedule, scope, verify
+from ovtq.verify import TOLERANCE, Call, Played, Scope, compare, schedule, scope, undecided, verify
 
 
 def _not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,9 +114,26 @@ def test_the_first_layers_alone(layers: int, tiny: Path, tmp_path: Path, monkeyp
         verify(*pair, 16, "CPU", 0, extent)
 
 
+def test_ties_in_a_router_are_no_difference(exact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With this seed two experts of the bundled model are 8e-7 apart: rounding decides which one answers."""
+    pair = MINI / "openvino_model.xml", exact / "openvino_model.xml"
+    found = verify(*pair, 128, "CPU", 23, Scope(6))
+    assert (found.seed, found.skipped > 50, found.relative <= TOLERANCE) == (23, True, True)
+    monkeypatch.setattr(ovtq.verify, "ROUTER_TIE", -1)
+    with pytest.raises(VerificationFailed, match="wrong on CPU"):
+        verify(*pair, 128, "CPU", 23, Scope(6))
+
+
+def test_a_router_tie_is_seen() -> None:
+    logits = np.array([[3, 1, 2, 1], [3, 1, 2, 2 - 1e-7], [1, 1, 0, 3]], np.float32)
+    assert undecided(logits, 2).tolist() == [False, True, True]
+    assert undecided(logits, 1).tolist() == [False, False, False]
+
+
 def test_not_a_number_never_passes() -> None:
     good, bad = np.ones((2, 3), np.float32), np.full((2, 3), np.nan, np.float32)
-    found = compare([good], [bad], 1)
+    shown = np.ones((1, 2), bool)
+    found = compare([Played(good[None], shown, shown)], [Played(bad[None], shown, shown)], 1)
     assert found.largest == math.inf
     assert not found.relative <= TOLERANCE
 
