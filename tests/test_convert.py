@@ -69,7 +69,7 @@ def test_record_and_stamp_say_what_was_done(exact: Path) -> None:
         "simplify-mask",
         "rotate-heads",
     ]
-    assert record["passes"][3]["options"] == {"seed": 0, "tensors": "qkv", "layers": "full"}
+    assert record["passes"][3]["options"] == {"seed": 0, "tensors": "v", "layers": "full"}
     assert re.fullmatch("[0-9a-f]{16}", record["passes"][3]["facts"]["matrix_sha256"]["64"])
     assert record["versions"]["openvino"] == ov.__version__
     assert record["verified"]["relative"] <= record["verified"]["tolerance"] < 2e-5

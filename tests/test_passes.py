@@ -17,6 +17,7 @@ from ovtq.errors import InputError, PreconditionFailed, VerificationFailed
 from ovtq.graph import Port, consumers
 from ovtq.models import ModelDescription
 from ovtq.passes import PASSES, DecoupleLength, Pass, Rewrite, RotateHeads, SimplifyMask, TruncateWindow
+from ovtq.pipeline import PRESETS
 from ovtq.rotation import digest, randomized_hadamard
 from ovtq.runner import EXACT_PROPERTIES
 from ovtq.verify import TOLERANCE, Call, compare, play
@@ -86,7 +87,7 @@ COMBINATIONS: dict[str, tuple[Pass, ...]] = {
     "rotate": (RotateHeads(seed=3),),
     "rotate qk": (RotateHeads(tensors="qk"),),
     "rotate v": (RotateHeads(tensors="v"),),
-    "exact": (DecoupleLength(), TruncateWindow(), SimplifyMask(), RotateHeads(layers="full")),
+    "exact": PRESETS["exact"].passes,
     "rotate first": (RotateHeads(), SimplifyMask(), DecoupleLength(), TruncateWindow()),
 }
 
