@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import openvino as ov
+from openvino import Output
 
 from ovtq.errors import VerificationFailed
 from ovtq.graph import ancestors, constant_of, consumers, id_of
@@ -73,7 +74,20 @@ def cut(model: ov.Model, end: str) -> ov.Model:
         if step.get_type_name() == "ReadValue" and id_of(step) in needed
     }
     sinks = [sink for sink in model.get_sinks() if sink.get_variable_id() in reads]
+    for (
+        sink
+    ) in sinks:  # a state that layers share is also written by later ones: let an earlier one write in their stead
+        for step in list(ancestors(sink.input_value(0))):
+            if step.get_type_name() == "Concat":
+                kept = [value for value in step.input_values() if id_of(value.get_node()) in needed]
+                for index, value in enumerate(step.input_values()):
+                    if kept and id_of(value.get_node()) not in needed and _alike(value, kept[0]):
+                        step.input(index).replace_source_output(kept[0])
     return ov.Model([ov.opset15.result(node.output(0))], sinks, model.get_parameters())
+
+
+def _alike(a: Output, b: Output) -> bool:
+    return str(a.get_partial_shape()) == str(b.get_partial_shape())
 
 
 def schedule(window: int) -> list[Call]:

@@ -15,11 +15,12 @@ from conftest import MINI, TINY, load
 import ovtq.passes.rotate_heads
 import ovtq.passes.truncate_window
 import ovtq.verify
+from ovtq import io
 from ovtq.convert import main
 from ovtq.errors import VerificationFailed
 from ovtq.passes import DecoupleLength, RotateHeads, TruncateWindow
 from ovtq.rotation import randomized_hadamard
-from ovtq.verify import TOLERANCE, Call, Played, Scope, compare, schedule, scope, undecided, verify
+from ovtq.verify import TOLERANCE, Call, Played, Scope, compare, cut, schedule, scope, undecided, verify
 
 
 def _not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +113,19 @@ def test_the_first_layers_alone(layers: int, tiny: Path, tmp_path: Path, monkeyp
     ov.save_model(RotateHeads().apply(model, description).model, pair[1], compress_to_fp16=False)
     with pytest.raises(VerificationFailed, match="wrong on CPU"):
         verify(*pair, 16, "CPU", 0, extent)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_a_cut_model_holds_no_later_layers(layers: int, tiny: Path, convert: Callable[..., Path]) -> None:
+    """Else verifying four layers of a big model would need the memory of all: the truncated layers share one state."""
+    converted = convert(tiny, "--preset", "exact")
+    extent = scope(load(tiny)[1], layers)
+    for folder in (tiny, converted):
+        kinds = [node.get_type_name() for node in cut(io.load(folder), extent.end).get_ops()]
+        assert kinds.count("TopK") == layers - 1  # one router a layer, behind its attention
+        assert kinds.count("Assign") == (2 * layers if folder == tiny else 1 + 2 * (layers // 2))
+    xml = "openvino_model.xml"
+    assert verify(tiny / xml, converted / xml, 16, "CPU", 0, extent).relative <= TOLERANCE
 
 
 def test_ties_in_a_router_are_no_difference(exact: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
