@@ -74,9 +74,8 @@ def cut(model: ov.Model, end: str) -> ov.Model:
         if step.get_type_name() == "ReadValue" and id_of(step) in needed
     }
     sinks = [sink for sink in model.get_sinks() if sink.get_variable_id() in reads]
-    for (
-        sink
-    ) in sinks:  # a state that layers share is also written by later ones: let an earlier one write in their stead
+    # a state that layers share is written by later ones too: let an earlier one write in their stead
+    for sink in sinks:
         for step in list(ancestors(sink.input_value(0))):
             if step.get_type_name() == "Concat":
                 kept = [value for value in step.input_values() if id_of(value.get_node()) in needed]
