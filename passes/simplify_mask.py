@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import openvino as ov
@@ -10,7 +10,7 @@ from openvino import Node
 from openvino import opset15 as op
 
 from ovtq.errors import VerificationFailed
-from ovtq.graph import MASKED, Port, ancestors, dim, f32, i64, scalar
+from ovtq.graph import MASKED, ancestors, dim, f32, i64, scalar
 from ovtq.models.description import ModelDescription
 from ovtq.passes.base import Pass, Rewrite
 
@@ -20,7 +20,7 @@ class SimplifyMask(Pass):
     """mask[b, q, k] = 0 if k ≤ q, k > q − window and attention_mask[b, k], else −65504, from those three terms alone.
 
     Exporters look up the padding of each key by index arithmetic and broadcast every term to (batch, 1, query, key)
-    before combining them: some thirty nodes in every step. Layers of one window share one mask.
+    before combining them: some forty nodes in every step. Layers of one window share one mask.
 
     Refuses if no layer has an exported mask left. Paged attention recognises sliding windows by the exported mask,
     so leave this pass out of models meant for it.
@@ -46,8 +46,8 @@ class SimplifyMask(Pass):
         for layer in layers:
             if layer.window not in masks:
                 masks[layer.window] = _mask(description, layer.window)
-            Port(layer.mask.node, layer.mask.index).feed(masks[layer.window])
-        return Rewrite(model, replace(description), len(layers))
+            layer.mask.feed(masks[layer.window])
+        return Rewrite(model, description, len(layers))
 
     def ensures(self, rewrite: Rewrite) -> None:
         """No mask depends on a state."""
