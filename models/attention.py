@@ -44,6 +44,12 @@ def _expect(node: Node, type_name: str, where: str) -> Node:
 
 def projection_bias(new: Output, kv_heads: int, head_dim: int) -> np.ndarray | None:
     """The bias of the projection that makes `new`, (kv_heads, head_dim), or None: climbs to the nearest MatMul."""
+    found = biased_projection(new, kv_heads, head_dim)
+    return found[1] if found else None
+
+
+def biased_projection(new: Output, kv_heads: int, head_dim: int) -> tuple[Node, np.ndarray] | None:
+    """The node that adds the bias of the projection that makes `new`, and that bias, (kv_heads, head_dim)."""
     width = kv_heads * head_dim
     for node in _breadth_first(new):
         if static_dim(node.output(0), -1) != width:
@@ -54,7 +60,7 @@ def projection_bias(new: Output, kv_heads: int, head_dim: int) -> np.ndarray | N
             for value in node.input_values():
                 bias = constant_of(value)
                 if bias is not None and bias.size == width:
-                    return np.asarray(bias, dtype=np.float32).reshape(kv_heads, head_dim)
+                    return node, np.asarray(bias, dtype=np.float32).reshape(kv_heads, head_dim)
     return None
 
 

@@ -5,10 +5,13 @@ if __name__ != "ovtq.passes":
 
 from ovtq.passes.base import Pass, Rewrite
 from ovtq.passes.decouple_length import DecoupleLength
+from ovtq.passes.quantize_kv import QuantizeKv
 from ovtq.passes.rotate_heads import RotateHeads
 from ovtq.passes.simplify_mask import SimplifyMask
 from ovtq.passes.truncate_window import TruncateWindow
 
-PASSES: dict[str, type[Pass]] = {cls.name: cls for cls in (DecoupleLength, TruncateWindow, SimplifyMask, RotateHeads)}
+PASSES: dict[str, type[Pass]] = {
+    cls.name: cls for cls in (DecoupleLength, TruncateWindow, SimplifyMask, RotateHeads, QuantizeKv)
+}
 
-__all__ = ["PASSES", "DecoupleLength", "Pass", "Rewrite", "RotateHeads", "SimplifyMask", "TruncateWindow"]
+__all__ = ["PASSES", "DecoupleLength", "Pass", "QuantizeKv", "Rewrite", "RotateHeads", "SimplifyMask", "TruncateWindow"]

@@ -11,9 +11,10 @@ from openvino import Node
 from openvino import opset15 as op
 
 from ovtq.errors import VerificationFailed
-from ovtq.graph import MASKED, Port, dim, f32, i64, new_variable, rebuild, redirect, scalar
+from ovtq.graph import MASKED, Port, dim, f32, i64, rebuild, redirect, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
+from ovtq.ring import Ring
 from ovtq.passes.decouple_length import shape_readers
 
 STATE = "ovtq.window"  # the name of the one state of all sliding layers
@@ -112,6 +113,7 @@ class _Blocks:
         self.rows = window - 1 + slack
         one, origin = i64([1]), i64([0])
         batch, self.new = (dim(description.input_ids, axis) for axis in (0, 1))
+        self.ring = Ring(description, STATE, layers, self.rows)
         m = op.minimum(self.new, i64([window]))
         w = op.add(m, i64([window]))
         nb = op.divide(op.add(self.new, op.subtract(m, one)), m)
@@ -124,7 +126,6 @@ class _Blocks:
         self.query_rows = op.minimum(op.add(start, queries), op.subtract(self.new, one))  # (nb, m)
         keys = op.slice(i64([FAR, *range(slack, slack + 2 * window - 1)]), origin, w, one, origin)
         self.key_rows = op.minimum(op.add(start, keys), zero_row)  # (nb, w)
-        self.tail_rows = op.add(i64(range(self.rows)), self.new)
 
         # Query i of a block sees key rows i … i + window − 1 of it, and always the sink.
         i, j = np.arange(window)[:, None], np.arange(-1, 2 * window - 1)[None]
@@ -144,18 +145,13 @@ class _Blocks:
         sinks = op.split(op.multiply(is_sink, f32(sinks)), i64(0), len(layers))  # (1, H, 1, G, w) each
         self.sinks = iter(sinks.outputs())
 
-        heads, d = 2 * layer.kv_heads, layer.head_dim
-        self.zero_rows = op.broadcast(f32(0), op.concat([batch, i64([heads, 1, d])], 0))
-        self.variable = new_variable(STATE, [-1, len(layers) * heads, self.rows, d], ov.Type.f32)
-        empty = op.broadcast(f32(0), op.concat([batch, i64([len(layers) * heads, self.rows, d])], 0))
-        self.past = op.gather(op.read_value(empty, self.variable), description.beam_idx, i64(0))
-        self.parts = iter(op.split(self.past, i64(1), len(layers)).outputs())
+        self.zero_rows = op.broadcast(f32(0), op.concat([batch, i64([2 * layer.kv_heads, 1, layer.head_dim])], 0))
+        self.parts = iter(self.ring.parts)
         self.news: list[Node] = []
 
     def store(self) -> Node:
         """The Assign that keeps the last tokens of all layers, once every layer is rewritten."""
-        tokens = op.concat([self.past, op.concat(self.news, 1)], 2)
-        return op.assign(op.gather(tokens, self.tail_rows, i64(2)), self.variable)
+        return self.ring.store(self.news)
 
     def attend(self, layer: AttentionLayer) -> AttentionLayer:
         """Rewrite one layer; shapes are noted with H = kv_heads, d = head_dim."""

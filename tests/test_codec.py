@@ -9,6 +9,8 @@ from scipy.stats import beta
 
 from ovtq.codebook import Codebook, lloyd_max, uniform
 from ovtq.codec import (
+    STEPS,
+    AdaptiveUniform,
     TurboQuantMSE,
     TurboQuantProd,
     dequantize,
@@ -17,7 +19,7 @@ from ovtq.codec import (
     qjl_encode,
     quantize,
 )
-from ovtq.packing import pack, packed_bytes, planes, unpack
+from ovtq.packing import layout, pack, packed_bytes, unpack
 from ovtq.rotation import random_orthogonal, randomized_hadamard
 
 BITS = range(1, 9)
@@ -304,6 +306,56 @@ def test_quantize_refusals() -> None:
             dequantize(codes, scale, codebook)
 
 
+# ------------------------------------------------------------------------------------------ a step for each vector
+
+
+@pytest.mark.parametrize(("bits", "worse"), [(2, 1.03), (3, 1.07), (4, 1.05), (5, 1.01), (6, 0.97), (8, 0.93)])
+def test_an_adaptive_step_is_as_good_as_a_codebook(bits: int, worse: float) -> None:
+    """Distortion in proportion to that of Lloyd-Max codes, both with norm correction, on the same random vectors."""
+    x = unit_vectors(20_000, 64, 1)
+    codec = AdaptiveUniform(bits, 64)
+    ours = np.sum((codec.decode(*codec.encode(x)) - x) ** 2, axis=-1)
+    ratio = ours.mean() / squared_error(x, lloyd_max(bits, 64), norm_correction=True).mean()
+    assert worse - 0.02 < ratio < worse + 0.01
+
+
+@pytest.mark.parametrize("bits", STEPS)
+def test_adaptive_codes_by_their_definition(bits: int) -> None:
+    x = np.random.RandomState(bits).standard_normal((300, 64)) * np.exp(np.linspace(-12, 12, 300))[:, None]
+    codec = AdaptiveUniform(bits, 64)
+    codes, scale = codec.encode(x)
+    assert (codes.dtype, scale.dtype, codes.max() < 2**bits) == (np.uint8, np.float32, True)
+    peak, spread = STEPS[bits]
+    for row, code, factor in zip(x, codes, scale, strict=True):
+        step = (peak * max(abs(row)) + spread * np.sqrt(np.mean(row**2))) / codec.mid
+        nearest = np.abs(row[:, None] / step - (np.arange(2**bits) - codec.mid)).argmin(1)
+        assert np.array_equal(code, nearest)
+        assert np.isclose(factor, np.linalg.norm(row) / np.linalg.norm(nearest - codec.mid), rtol=EPS)
+    norms = np.linalg.norm(codec.decode(codes, scale).astype(np.float64), axis=-1)
+    assert np.allclose(norms, np.linalg.norm(x, axis=-1), rtol=4 * EPS)  # norm correction
+
+
+@pytest.mark.parametrize("bits", STEPS)
+def test_adaptive_scales_with_its_input(bits: int) -> None:
+    x, codec = unit_vectors(100, 64, 2), AdaptiveUniform(bits, 64)
+    codes, scale = codec.encode(x)
+    louder, scale_8 = codec.encode(8 * x)
+    assert np.array_equal(louder, codes)
+    assert np.array_equal(scale_8, 8 * scale)
+    zero, nothing = codec.encode(np.zeros((2, 64)))
+    assert np.array_equal(codec.decode(zero, nothing), np.zeros((2, 64)))
+
+
+def test_adaptive_refusals() -> None:
+    for bits in (1, 7, 9):
+        with pytest.raises(ValueError, match=f"bits must be one of 2, 3, 4, 5, 6, 8, got {bits}"):
+            AdaptiveUniform(bits, 64)
+    with pytest.raises(ValueError, match="expected vectors of 64"):
+        AdaptiveUniform(4, 64).encode(np.zeros((2, 32)))
+    assert len({AdaptiveUniform(bits, d).digest for bits in STEPS for d in (64, 128)}) == 2 * len(STEPS)
+    assert AdaptiveUniform(6, 64).digest == "eeb1307a1a7c739f"  # the same on every platform
+
+
 # ------------------------------------------------------------------------------------------ packing
 
 
@@ -322,33 +374,51 @@ def test_packing_round_trip(shape: tuple[int, ...], bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_every_byte_is_a_code(bits: int) -> None:
-    """No bit is left over: unpacking any bytes and packing them again is the identity, too."""
-    length = 8 // min(planes(bits)) * bits // 8
-    packed = np.random.RandomState(bits).randint(-128, 128, (5000, length)).astype(np.int8)
+@pytest.mark.parametrize("head_dim", [8, 64, 80])
+def test_no_bit_is_left_over(bits: int, head_dim: int) -> None:
+    """Every bit of every byte and of every code in exactly one field; so any bytes unpack to codes that pack to them."""
+    where = layout(bits, head_dim)
+    in_bytes, in_codes = np.zeros((where.bytes, 8), int), np.zeros((head_dim, bits), int)
+    for f in where.fields:
+        in_bytes[f.first : f.first + f.count, f.shift : f.shift + f.width] += 1
+        in_codes[f.code : f.code + f.count, f.low : f.low + f.width] += 1
+    assert (in_bytes == 1).all()
+    assert (in_codes == 1).all()
+    packed = np.random.RandomState(bits).randint(-128, 128, (5000, where.bytes)).astype(np.int8)
     assert packed.min() == -128
     assert packed.max() == 127
     assert np.array_equal(pack(unpack(packed, bits), bits), packed)
 
 
 def test_packing_layout() -> None:
-    d = 16
-    c = {bits: np.random.RandomState(bits).randint(0, 2**bits, d) for bits in BITS}
-    four = lambda c: c[:8] + 16 * c[8:]  # noqa: E731
-    two = lambda c: c[:4] + 4 * c[4:8] + 16 * c[8:12] + 64 * c[12:]  # noqa: E731
-    one = lambda c: sum(2**k * c[2 * k : 2 * k + 2] for k in range(8))  # noqa: E731
-    layout = {
-        1: [one(c[1])],
-        2: [two(c[2])],
-        3: [two(c[3] % 4), one(c[3] // 4)],
-        4: [four(c[4])],
-        5: [four(c[5] % 16), one(c[5] // 16)],
-        6: [four(c[6] % 16), two(c[6] // 16)],
-        7: [four(c[7] % 16), two(c[7] // 16 % 4), one(c[7] // 64)],
-        8: [c[8]],
+    c = {bits: np.random.RandomState(bits).randint(0, 2**bits, 8) for bits in BITS}
+    low, high = c[6][6:] % 4, c[6][6:] // 16
+    layouts = {
+        1: [sum(2**k * c[1][k] for k in range(8))],
+        2: c[2][:2] + 4 * c[2][2:4] + 16 * c[2][4:6] + 64 * c[2][6:],
+        # whole codes, and above them codes 6 and 7: their low two bits in two bytes, their third bits in the last
+        3: c[3][:3] + 8 * c[3][3:6] + 64 * np.array([*(c[3][6:] % 4), c[3][6] // 4 + 2 * (c[3][7] // 4)]),
+        4: c[4][:4] + 16 * c[4][4:],
+        5: c[5][:5]
+        + 32 * np.array([*(c[5][5:] // 4), *(c[5][5:7] % 4)])
+        + 128 * np.array([0, 0, 0, c[5][7] % 2, c[5][7] // 2 % 2]),
+        6: c[6][:6] + 64 * np.array([*low, *(c[6][6:] // 4 % 4), *high]),
+        7: c[7][:7] + 128 * np.array([c[7][7] >> k & 1 for k in range(7)]),
+        8: c[8],
     }
-    for bits, expected in layout.items():
-        assert (pack(c[bits], bits).astype(int) + 128).tolist() == np.concatenate(expected).tolist()
+    for bits, expected in layouts.items():
+        assert (pack(c[bits], bits).astype(int) + 128).tolist() == list(expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_codes_are_linear_in_the_groups(bits: int) -> None:
+    """What a graph unpacks by: one formula a group, then one matrix."""
+    where = layout(bits, 64)
+    codes = np.random.RandomState(bits).randint(0, 2**bits, (500, 64)).astype(np.uint8)
+    raw = pack(codes, bits).astype(np.float32) + 128
+    features = [np.floor(raw[:, g.first : g.first + g.count] / 2**g.shift) % 2**g.width for g in where.groups]
+    assert np.array_equal(np.concatenate(features, 1) @ where.decode, codes)
+    assert len(where.groups) == {1: 8, 2: 4, 3: 5, 4: 2, 5: 4, 6: 2, 7: 2, 8: 1}[bits]
 
 
 def test_packing_refusals() -> None:
