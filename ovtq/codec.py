@@ -49,13 +49,14 @@ STEPS: dict[int, tuple[float, float]] = {
     6: (1.0, 0.0),
     8: (1.0, 0.0),
 }
+FLOOR = 1e-4  # of mid·step, so that a vector of zeros has codes, too; an f16 holds it
 
 
 @dataclass(frozen=True)
 class AdaptiveUniform:
     """Equally spaced codes with a step for each vector: what the graphs use, for x̂ = scale·(code − mid).
 
-    mid = (2^bits − 1)/2, step = (peak·max|x| + spread·‖x‖/√d)/mid, code = round(x/step + mid) clipped to the codes there
+    mid = (2^bits − 1)/2, step = (peak·max|x| + spread·‖x‖/√d + 1e-4)/mid, code = round(x/step + mid) clipped to the codes there
     are, scale = ‖x‖/‖code − mid‖ (norm correction). The step only decides which codes are chosen, so it is not stored.
 
     Decoding is linear in the codes: no table, and the whole of it merges into the matrices beside the attention. It
@@ -89,9 +90,8 @@ class AdaptiveUniform:
         x = _rows(x, self.head_dim)
         peak, spread = STEPS[self.bits]
         norm = np.linalg.norm(x, axis=-1, keepdims=True)
-        step = peak * np.abs(x).max(-1, keepdims=True) + spread * norm / np.sqrt(self.head_dim)
-        y = self.mid * np.divide(x, step, out=np.zeros_like(x), where=step > 0)
-        codes = np.clip(np.round(y + self.mid), 0, 2 * self.mid)
+        top = peak * np.abs(x).max(-1, keepdims=True) + spread * norm / np.sqrt(self.head_dim) + FLOOR
+        codes = np.round(np.clip(x / top, -1, 1) * self.mid + self.mid)
         scale = norm / np.linalg.norm(codes - self.mid, axis=-1, keepdims=True)
         return codes.astype(np.uint8), _f32(scale)
 

@@ -8,61 +8,98 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.codec import STEPS, AdaptiveUniform
+from ovtq.codec import FLOOR, STEPS, AdaptiveUniform
 from ovtq.graph import f32, i64
 from ovtq.packing import OFFSET, Field, Layout
 
-TINY = 1e-6  # a vector whose coordinates are all smaller is stored as zero; an f16 still holds it
+LAST = (3,)  # the axis of head_dim
 
 
-def encode(tensors: Sequence[Node | Output], codecs: Sequence[AdaptiveUniform], heads: int) -> tuple[Node, Node]:
-    """Codes and scales of several tensors at once: each (batch, heads, tokens, d) → both (batch, sum of heads, …).
+def encode(x: Node | Output, codecs: Sequence[AdaptiveUniform], rotation: np.ndarray) -> tuple[Node, Node]:
+    """Quantise vectors (batch, heads, tokens, d), of which each codec has an equal share of the heads.
 
-    codes (…, tokens, d) f32, whole numbers; scale (…, tokens, 1) f32. One stream of nodes for all, with constants by
-    head. Every intermediate stays below 65504 whatever its input's size, so that f16 bears it.
+    Returns code − mid of x·rotation, (batch, heads, tokens, d) f32, and scale, (batch, heads, tokens, 1) f32. One
+    stream of nodes for all heads, with constants by head, because what counts on a GPU is how many kernels it takes.
+    In f16 every intermediate is below 65504 if ‖x‖ is.
     """
-    x = op.concat(list(tensors), 1) if len(tensors) > 1 else tensors[0]
-    last = i64([-1])
+    heads = x.get_output_partial_shape(0)[1] if isinstance(x, Node) else x.get_partial_shape()[1]
 
     def by_head(values: Sequence[float]) -> Node:
-        return f32(np.repeat(np.asarray(values, np.float32), heads).reshape(1, -1, 1, 1))
+        share = heads.get_length() // len(codecs)
+        return f32(np.repeat(np.asarray(values, np.float32), share).reshape(1, -1, 1, 1))
 
-    d = codecs[0].head_dim
     mid = by_head([codec.mid for codec in codecs])
-    peak = op.maximum(op.reduce_max(op.absolute(x), last, True), f32(TINY))
-    u = op.divide(x, peak)
-    norm = op.sqrt(op.reduce_sum(op.multiply(u, u), last, True))
-    steps = [STEPS[codec.bits] for codec in codecs]
-    if any(spread for _, spread in steps):
-        step = op.add(
-            op.multiply(norm, by_head([spread / np.sqrt(d) for _, spread in steps])), by_head([part for part, _ in steps])
-        )
-        u = op.divide(u, step)
-    top = by_head([2 * codec.mid for codec in codecs])
-    codes = op.round(op.add(op.multiply(u, mid), mid), "half_to_even")
-    codes = op.minimum(op.maximum(codes, f32(0)), top)
-    e = op.subtract(op.multiply(codes, by_head([1 / codec.mid for codec in codecs])), f32(1))  # (code − mid)/mid
-    length = op.sqrt(op.reduce_sum(op.multiply(e, e), last, True))
-    scale = op.divide(op.multiply(peak, norm), op.multiply(length, mid))
-    return codes, scale
+    peaks, spreads = zip(*(STEPS[codec.bits] for codec in codecs), strict=True)
+    turned = op.matmul(x, f32(rotation.T), False, True)
+    # the larger of y and −y is what Absolute would take a kernel for
+    both = op.matmul(x, f32(np.concatenate([rotation.T, -rotation.T])), False, True)
+    top = op.add(op.multiply(op.reduce_max(both, i64(LAST), True), by_head(peaks)), f32(FLOOR))
+    norm = op.reduce_l2(x, i64(LAST), True)
+    if any(spreads):
+        top = op.add(op.multiply(norm, by_head(np.divide(spreads, np.sqrt(codecs[0].head_dim)))), top)
+    inside = op.clamp(op.divide(turned, top), -1.0, 1.0)
+    centred = op.subtract(op.round(op.add(op.multiply(inside, mid), mid), "half_to_even"), mid)
+    return centred, op.divide(norm, op.reduce_l2(centred, i64(LAST), True))
 
 
-def pack(codes: Node | Output, layout: Layout) -> Node:
-    """Codes (batch, heads, tokens, d), whole numbers in f32 → bytes (…, d·bits/8) i8."""
+def pack(centred: Node, codecs: Sequence[AdaptiveUniform], layouts: Sequence[Layout]) -> list[Node]:
+    """Bytes (batch, heads/codecs, tokens, d·bits/8) i8 of each codec's heads, from what `encode` returns."""
+    heads = centred.get_output_partial_shape(0)[1].get_length() // len(codecs)
+    if all(_is_pair(layout) for layout in layouts):
+        bytes_ = _pack_pairs(centred, codecs, layouts, heads)
+        return [
+            op.slice(bytes_, i64([k * heads, 0]), i64([(k + 1) * heads, layout.bytes]), i64([1, 1]), i64([1, 3]))
+            for k, layout in enumerate(layouts)
+        ]
+    parts = op.split(centred, i64(1), len(codecs)).outputs() if len(codecs) > 1 else [centred]
+    return [
+        _pack_fields(op.add(part, f32(codec.mid)), layout)
+        for part, codec, layout in zip(parts, codecs, layouts, strict=True)
+    ]
+
+
+def _is_pair(layout: Layout) -> bool:
+    """Whether every byte is one whole code, below at most one field more."""
+    return len(_rows(layout)) <= 2 and layout.fields[0].count == layout.bytes
+
+
+def _pack_pairs(centred: Node, codecs: Sequence[AdaptiveUniform], layouts: Sequence[Layout], heads: int) -> Node:
+    """byte = code + 2^shift·(⌊code'/2^low⌋ mod 2^width) − 128 for all heads at once, code' moved there by a product."""
+    d = codecs[0].head_dim
+    moved = np.zeros((len(codecs), d, d), np.float32)
+    divisor, modulus, weight = (np.ones((len(codecs), 1, d), np.float32) for _ in range(3))
+    weight[:] = 0
+    for k, layout in enumerate(layouts):
+        for f in layout.fields[1:]:
+            span = slice(f.first, f.first + f.count)
+            moved[k, f.code + np.arange(f.count), f.first + np.arange(f.count)] = 1
+            divisor[k, 0, span], modulus[k, 0, span], weight[k, 0, span] = 2**f.low, 2**f.width, 2**f.shift
+
+    def by_head(values: np.ndarray) -> Node:
+        return f32(np.repeat(values, heads, axis=0)[None])
+
+    mid = np.array([codec.mid for codec in codecs], np.float32).reshape(-1, 1, 1)
+    if not weight.any():
+        return op.convert(op.add(centred, by_head(mid - OFFSET)), "i8")
+    other = op.add(op.matmul(centred, by_head(moved), False, False), by_head(mid))
+    piece = op.floor(op.floor_mod(op.multiply(other, by_head(1 / divisor)), by_head(modulus)))
+    total = op.add(op.add(op.multiply(piece, by_head(weight)), centred), by_head(mid - OFFSET))
+    return op.convert(total, "i8")
+
+
+def _pack_fields(codes: Node, layout: Layout) -> Node:
+    """Bytes of any layout: one row of fields over the other, summed."""
     rows = _rows(layout)
-    if len(rows) == 1:
-        return op.convert(op.subtract(codes, f32(OFFSET)), "i8")
-    bytes_, depth = layout.bytes, len(rows)
-    code, low, width, weight = (np.zeros((depth, bytes_), np.float32) for _ in range(4))
+    code = np.zeros((len(rows), layout.bytes), np.int64)
+    divisor, modulus, weight = (np.ones(code.shape, np.float32) for _ in range(3))
+    weight[:] = 0
     for row, fields in enumerate(rows):
         for f in fields:
             span = slice(f.first, f.first + f.count)
             code[row, span] = f.code + np.arange(f.count)
-            low[row, span], width[row, span], weight[row, span] = 2**f.low, 2**f.width, 2**f.shift
-    pieces: Node = op.gather(codes, i64(code.astype(np.int64)), i64(3))  # (batch, heads, tokens, depth, bytes)
-    if low.max() > 1 or (width < 2**layout.bits).any():
-        pieces = op.floor(op.multiply(pieces, f32(1 / np.maximum(low, 1))))
-        pieces = op.floor_mod(pieces, f32(np.maximum(width, 1)))
+            divisor[row, span], modulus[row, span], weight[row, span] = 2**f.low, 2**f.width, 2**f.shift
+    pieces = op.gather(codes, i64(code), i64(3))  # (batch, heads, tokens, rows, bytes)
+    pieces = op.floor_mod(op.floor(op.multiply(pieces, f32(1 / divisor))), f32(modulus))
     total = op.reduce_sum(op.multiply(pieces, f32(weight)), i64([3]), False)
     return op.convert(op.subtract(total, f32(OFFSET)), "i8")
 
@@ -83,8 +120,9 @@ def _rows(layout: Layout) -> list[list[Field]]:
 def unpack(packed: Output, layout: Layout) -> list[Node]:
     """The features of `layout.decode`, group by group, less their mean: (…, bytes) i8 → (…, count) f32 each.
 
-    Less the mean, (2^width − 1)/2, because then features @ decode = code − mid. A field is cut out by FloorMod rather
-    than by subtracting the fields above it: in bf16, which some CPUs compute in, that difference would drown.
+    Less the mean, (2^width − 1)/2, because then features @ decode = code − mid. By arithmetic on whole tensors, which
+    suits a CPU. A field is cut out by FloorMod rather than by subtracting the fields above it: in bf16, which some CPUs
+    compute in, that difference would drown.
 
     The CPU plugin reads the bytes in the node that uses them only if each formula has a Convert of its own; equal ones
     would be merged, so each reads the bytes in another shape.
@@ -96,14 +134,38 @@ def unpack(packed: Output, layout: Layout) -> list[Node]:
             x = op.slice(packed, i64([group.first]), i64([group.first + group.count]), i64([1]), i64([3]))
         x = op.convert(op.reshape(x, i64([0, 0, -1]), True) if number else x, "f32")
         middle = (2**group.width - 1) / 2
-        whole = group.shift + group.width == 8
-        if group.shift == 0:
-            low = x if whole else op.floor_mod(op.add(x, f32(OFFSET)), f32(2**group.width))
-            feature = op.add(low, f32(OFFSET - middle if whole else -middle))
-        else:
-            feature = op.floor(op.multiply(x, f32(2.0**-group.shift)))
-            if not whole:
-                feature = op.floor_mod(op.add(feature, f32(OFFSET / 2**group.shift)), f32(2**group.width))
-            feature = op.add(feature, f32((OFFSET / 2**group.shift if whole else 0) - middle))
-        features.append(op.reshape(feature, i64([0, 0, -1, group.count]), True) if number else feature)
+        topmost = group.shift + group.width == 8
+        if group.shift:
+            x = op.floor(op.multiply(x, f32(2.0**-group.shift)))
+        offset = OFFSET / 2**group.shift
+        if not topmost:
+            x, offset = op.floor_mod(op.add(x, f32(offset)), f32(2**group.width)), 0
+        x = op.add(x, f32(offset - middle))
+        features.append(op.reshape(x, i64([0, 0, -1, group.count]), True) if number else x)
     return features
+
+
+def look_up(packed: Output, layout: Layout, scales: Output) -> Node:
+    """scale·features, interleaved byte by byte: (batch, heads, tokens, bytes) i8 → (…, bytes·fields) f32.
+
+    By one Gather with the bytes themselves as indices, which suits a GPU. `interleaved` decodes the features.
+    """
+    byte = np.arange(256)
+    byte = np.where(byte < 128, byte, byte - 256) + OFFSET  # row j is that of index j, or of index j − 256
+    table = np.stack([(byte >> shift) % 2**width - (2**width - 1) / 2 for shift, width in _kinds(layout)], 1)
+    features = op.multiply(op.gather(f32(table), packed, i64(0)), op.unsqueeze(scales, i64(4)))
+    return op.reshape(features, i64([0, 0, -1, layout.bytes * table.shape[1]]), True)
+
+
+def interleaved(layout: Layout) -> np.ndarray:
+    """(features, head_dim) f32: what `layout.decode` is to `unpack`, for `look_up`."""
+    kinds = _kinds(layout)
+    matrix = np.zeros((layout.bytes, len(kinds), layout.head_dim), np.float32)
+    for f in layout.fields:
+        at = np.arange(f.count)
+        matrix[f.first + at, kinds.index((f.shift, f.width)), f.code + at] = 2**f.low
+    return matrix.reshape(-1, layout.head_dim)
+
+
+def _kinds(layout: Layout) -> list[tuple[int, int]]:
+    return sorted({(field.shift, field.width) for field in layout.fields})

@@ -39,6 +39,7 @@ class Runner:
         except RuntimeError as error:
             name = model.get_friendly_name() if isinstance(model, ov.Model) else model
             raise InputError(f"{name}: {device} does not compile it ({last_line(error)})") from None
+        self.model = model
         self.names = {name for port in self.request.model_inputs for name in port.names}
         self.mask: np.ndarray | None = None
 
@@ -68,6 +69,38 @@ class Runner:
         except RuntimeError as error:
             raise InputError(f"a step of {ids.shape[1]} tokens failed ({last_line(error)})") from None
         return outputs[0]
+
+    def fill(self, tokens: int, seed: int = 0) -> None:
+        """Make the states look as after `tokens` tokens, batch 1, without running any: for timing, the text is noise.
+
+        A state whose sequence axis is dynamic, (1, heads, tokens, d), gets that length, one of fixed length keeps it.
+        Floats are 0.3·N(0, 1), those of a state named `….scale` or `….scales` uniform in 0.01…0.1; integers are random
+        bytes. Raises InputError if a state has another dynamic axis, or if the device does not take states (the CPU's
+        TURBO cache does not).
+        """
+        if tokens < 1:
+            raise InputError(f"fill: {tokens} tokens; at least 1 is needed")
+        model = self.model if isinstance(self.model, ov.Model) else ov.Core().read_model(self.model)
+        infos = {variable.info.variable_id: variable.info for variable in model.get_variables()}
+        draw = np.random.default_rng(seed)
+        self.reset()
+        for state in sorted(self.request.query_state(), key=lambda state: state.name):  # the plugin's order varies
+            shape, kind = infos[state.name].data_shape, infos[state.name].data_type.to_dtype()
+            usual = {0: 1, 2: tokens}
+            sizes = [usual.get(axis) if dim.is_dynamic else dim.get_length() for axis, dim in enumerate(shape)]
+            if None in sizes or kind not in (np.float32, np.float16, np.int8, np.uint8):
+                raise InputError(f"fill: state {state.name} is {shape} {kind}; only axes 0 and 2 may be dynamic")
+            if kind in (np.int8, np.uint8):
+                value = np.frombuffer(draw.bytes(int(np.prod(sizes))), kind).reshape(sizes)
+            elif state.name.endswith((".scale", ".scales")):
+                value = draw.uniform(0.01, 0.1, sizes).astype(kind)
+            else:
+                value = (draw.standard_normal(sizes, np.float32) * np.float32(0.3)).astype(kind)
+            try:
+                state.state = ov.Tensor(value)
+            except RuntimeError as error:
+                raise InputError(f"fill: state {state.name} can't be set ({last_line(error)})") from None
+        self.mask = np.ones((1, tokens), np.int64)
 
     def state_bytes(self) -> int:
         """Bytes of all states as the device gives them out (the CPU plugin converts compressed ones to f32 for it)."""

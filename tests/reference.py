@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+
+from ovtq.codec import AdaptiveUniform
 
 
 def attention(
@@ -34,3 +38,62 @@ def attention(
                 total_weight = weights.sum() + np.exp(float(sinks[h]) - top)
                 out[b, h, i] = weights @ values[b, h // group, visible] / total_weight
     return out
+
+
+class PackedLayer:
+    """A layer's attention over a packed cache, by its definition, in f64, all tokens kept as they came.
+
+    A key k is stored as RᵀQ(R(scale·k − centre)), Q being the codec's rounding; a value without scale and centre. The
+    tokens before past − window are read as stored, the others as they came. `codecs` are (key's, value's) or None.
+    """
+
+    def __init__(
+        self,
+        codecs: tuple[AdaptiveUniform | None, AdaptiveUniform | None],
+        rotation: np.ndarray,
+        centre: np.ndarray,
+        sinks: np.ndarray,
+        scale: float,
+        window: int,
+    ) -> None:
+        self.codecs, self.rotation, self.centre = codecs, rotation.astype(np.float64), centre[None, :, None]
+        self.sinks, self.scale, self.window = sinks, scale, window
+        self.tokens: tuple[np.ndarray, ...] | None = None  # keys, values as they came; as stored
+
+    def _stored(self, x: np.ndarray, codec: AdaptiveUniform | None) -> np.ndarray:
+        if codec is None:
+            return x
+        return codec.decode(*codec.encode(x @ self.rotation)).astype(np.float64) @ self.rotation.T
+
+    def step(
+        self,
+        query: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        shown: np.ndarray,
+        beams: np.ndarray,
+        stored: Callable[[int, np.ndarray], np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """query (batch, query_heads, new, d), k and v (batch, kv_heads, new, d), shown (batch, past + new).
+
+        `stored(which, x)` may say what becomes of the new keys (0) or values (1) in the store.
+        """
+        k, v = self.scale * k.astype(np.float64) - self.centre, v.astype(np.float64)
+        stored = stored or (lambda which, x: self._stored(x, self.codecs[which]))
+        new = (k, v, stored(0, k), stored(1, v))
+        old = tuple(x[beams] for x in self.tokens) if self.tokens else tuple(x[:, :, :0] for x in new)
+        self.tokens = tuple(np.concatenate(pair, 2) for pair in zip(old, new, strict=True))
+        past, count = old[0].shape[2], k.shape[2]
+        is_old = (np.arange(past + count) < past - self.window)[:, None]
+        keys, values = (np.where(is_old, self.tokens[i + 2], self.tokens[i]) for i in (0, 1))
+        group = query.shape[1] // k.shape[1]
+        keys, values, centre = (np.repeat(x, group, 1) for x in (keys, values, self.centre))
+        query = query.astype(np.float64)
+        scores = np.einsum("bhqd,bhkd->bhqk", query, keys)
+        causal = np.arange(past + count) <= past + np.arange(count)[:, None]
+        scores = np.where(causal & (shown != 0)[:, None, None], scores, -np.inf)
+        sink = self.sinks[None, :, None, None] - (query * centre).sum(-1, keepdims=True)
+        scores = np.concatenate([scores, sink], -1)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return np.einsum("bhqk,bhkd->bhqd", weights[..., :-1], values)

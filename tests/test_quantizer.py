@@ -9,9 +9,10 @@ from openvino import opset15 as op
 
 from ovtq.codec import STEPS, AdaptiveUniform
 from ovtq.packing import Layout, layout, pack, unpack
-from ovtq.quantizer import encode
+from ovtq.quantizer import encode, interleaved, look_up
 from ovtq.quantizer import pack as pack_nodes
 from ovtq.quantizer import unpack as unpack_nodes
+from ovtq.rotation import randomized_hadamard
 from ovtq.runner import EXACT_PROPERTIES
 
 EPS = float(np.finfo(np.float32).eps)
@@ -30,55 +31,43 @@ def vectors(heads: int, tokens: int, head_dim: int, seed: int) -> np.ndarray:
     return x
 
 
+ROTATION = randomized_hadamard(64, 0)
+
+
 def near_a_tie(codec: AdaptiveUniform, x: np.ndarray) -> np.ndarray:
     """Where f32 rounding may choose the neighbouring code."""
+    y = x.astype(np.float64) @ ROTATION.astype(np.float64)
     peak, spread = STEPS[codec.bits]
-    x = x.astype(np.float64)
-    step = peak * np.abs(x).max(-1, keepdims=True) + spread * np.sqrt(np.mean(x**2, -1, keepdims=True))
-    y = codec.mid * np.divide(x, step, out=np.zeros_like(x), where=step > 0) + codec.mid
-    return np.abs(y - np.floor(y) - 0.5) < 16 * EPS * codec.mid
+    top = peak * np.abs(y).max(-1, keepdims=True) + spread * np.sqrt(np.mean(y**2, -1, keepdims=True)) + 1e-4
+    code = codec.mid * y / top + codec.mid
+    return np.abs(code - np.floor(code) - 0.5) < 32 * EPS * codec.mid
 
 
+@pytest.mark.parametrize("second", STEPS)
 @pytest.mark.parametrize("bits", STEPS)
-def test_encoding_equals_numpy(bits: int) -> None:
-    codec, x = AdaptiveUniform(bits, 64), vectors(3, 200, 64, bits)
-    source = op.parameter([-1, 3, -1, 64], np.float32)
-    codes, scale = encode([source], [codec], 3)
-    got, got_scale = run(ov.Model([op.result(codes), op.result(scale)], [source]), x)
-    expected, expected_scale = codec.encode(x)
-    tie = near_a_tie(codec, x)
-    assert np.array_equal(got[~tie], expected[~tie])
-    assert np.abs(got - expected).max() <= 1
-    assert tie.mean() < 3e-3
-    clear = ~tie.any(-1, keepdims=True)
-    assert np.allclose(got_scale[clear], expected_scale[clear], rtol=32 * EPS, atol=0)
-
-
-def test_several_tensors_in_one_stream_are_each_its_own() -> None:
-    codecs = [AdaptiveUniform(bits, 64) for bits in (6, 4)]
-    tensors = [vectors(2, 50, 64, seed) for seed in (1, 2)]
-    sources = [op.parameter([-1, 2, -1, 64], np.float32) for _ in codecs]
-    together = encode(sources, codecs, 2)
-    codes, scales = run(ov.Model([op.result(node) for node in together], sources), *tensors)
-    for number, (codec, x) in enumerate(zip(codecs, tensors, strict=True)):
-        alone, scale = codec.encode(x)
-        tie = near_a_tie(codec, x)
-        assert np.array_equal(codes[:, 2 * number : 2 * number + 2][~tie], alone[~tie])
+def test_encoding_equals_numpy(bits: int, second: int) -> None:
+    """Two tensors in one stream of nodes, each with its own width."""
+    codecs, heads = [AdaptiveUniform(bits, 64), AdaptiveUniform(second, 64)], 3
+    x, source = vectors(2 * heads, 100, 64, bits), op.parameter([-1, 2 * heads, -1, 64], np.float32)
+    layouts = [layout(codec.bits, 64) for codec in codecs]
+    centred, scale = encode(source, codecs, ROTATION)
+    nodes = [centred, scale, *pack_nodes(centred, codecs, layouts)]
+    centred, scale, *packed = run(ov.Model([op.result(node) for node in nodes], [source]), x)
+    for number, (codec, bytes_) in enumerate(zip(codecs, packed, strict=True)):
+        span = slice(number * heads, (number + 1) * heads)
+        expected, expected_scale = codec.encode(x[:, span].astype(np.float64) @ ROTATION)
+        got, tie = centred[:, span] + codec.mid, near_a_tie(codec, x[:, span])
+        assert np.array_equal(got[~tie], expected[~tie])
+        assert np.abs(got - expected).max() <= 1
+        assert tie.mean() < 6e-3
         clear = ~tie.any(-1, keepdims=True)
-        assert np.allclose(scales[:, 2 * number : 2 * number + 2][clear], scale[clear], rtol=32 * EPS, atol=0)
+        assert np.allclose(scale[:, span][clear], expected_scale[clear], rtol=32 * EPS, atol=0)
+        assert bytes_.dtype == np.int8
+        assert np.array_equal(bytes_, pack(got.astype(np.uint8), codec.bits))
 
 
 def all_codes(bits: int, head_dim: int) -> np.ndarray:
     return np.random.RandomState(bits).randint(0, 2**bits, (1, 2, 300, head_dim)).astype(np.uint8)
-
-
-@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
-@pytest.mark.parametrize("bits", STEPS)
-def test_packing_equals_numpy(bits: int, head_dim: int) -> None:
-    codes, source = all_codes(bits, head_dim), op.parameter([-1, 2, -1, head_dim], np.float32)
-    got = run(ov.Model([op.result(pack_nodes(source, layout(bits, head_dim)))], [source]), codes.astype(np.float32))[0]
-    assert got.dtype == np.int8
-    assert np.array_equal(got, pack(codes, bits))
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
@@ -91,3 +80,18 @@ def test_unpacking_is_the_inverse(bits: int, head_dim: int) -> None:
     features = run(ov.Model([op.result(node) for node in unpack_nodes(source.output(0), where)], [source]), packed)
     middle = (2**bits - 1) / 2
     assert np.array_equal(np.concatenate(features, -1) @ where.decode + middle, unpack(packed, bits))
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
+@pytest.mark.parametrize("bits", STEPS)
+def test_looking_up_is_the_inverse(bits: int, head_dim: int) -> None:
+    """Every byte there is, in every place, negative indices among them."""
+    where = layout(bits, head_dim)
+    packed = pack(all_codes(bits, head_dim), bits)
+    packed[0, 0, :256] = np.arange(-128, 128, dtype=np.int8)[:, None]
+    source, factor = op.parameter([-1, 2, -1, where.bytes], np.int8), op.parameter([-1, 2, -1, 1], np.float32)
+    scale = np.random.RandomState(1).uniform(0.1, 2, (1, 2, 300, 1)).astype(np.float32)
+    nodes = look_up(source.output(0), where, factor.output(0))
+    got = run(ov.Model([op.result(nodes)], [source, factor]), packed, scale)[0]
+    expected = scale * (unpack(packed, bits) - np.float32((2**bits - 1) / 2))
+    assert np.allclose(got @ interleaved(where), expected, rtol=4 * EPS, atol=4 * EPS * np.abs(expected).max())

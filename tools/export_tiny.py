@@ -14,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from optimum.exporters.openvino import main_export
@@ -27,13 +28,10 @@ CONFIG = dict(
 )  # fmt: skip
 
 
-def main() -> int:
-    if len(sys.argv) != 2:
-        print(__doc__, file=sys.stderr)
-        return 2
-    out = Path(sys.argv[1])
+def export(config: dict[str, Any], out: Path) -> None:
+    """Write the IR of a model of these sizes to `out`, without a tokenizer."""
     torch.manual_seed(0)
-    model = GptOssForCausalLM(GptOssConfig(**CONFIG)).float()
+    model = GptOssForCausalLM(GptOssConfig(**config)).float()
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):  # by name: the order of creation differs by version
@@ -49,6 +47,13 @@ def main() -> int:
         )
     for extra in out.glob("*tokenizer*"):
         shutil.rmtree(extra) if extra.is_dir() else extra.unlink()
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    export(CONFIG, Path(sys.argv[1]))
     return 0
 
 

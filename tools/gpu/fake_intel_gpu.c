@@ -486,6 +486,27 @@ static cl_int CL_API_CALL enqueue(cl_command_queue queue, cl_kernel kernel, cl_u
     return err;
 }
 
+/* Queues are in order, as the plugin asks for on chips with XMX. Out of order, which it asks for on others, this
+ * runtime starts kernels of long graphs before those they read from have ended: results are wrong, and differ by run. */
+
+#define OUT_OF_ORDER ((cl_command_queue_properties)CL_QUEUE_OUT_OF_ORDER_EXEC_MODE_ENABLE)
+
+static cl_command_queue CL_API_CALL create_queue(cl_context context, cl_device_id device,
+                                                 cl_command_queue_properties wanted, cl_int *err) {
+    return next->clCreateCommandQueue(context, device, wanted & ~OUT_OF_ORDER, err);
+}
+
+static cl_command_queue CL_API_CALL create_queue_with(cl_context context, cl_device_id device,
+                                                      const cl_queue_properties *wanted,
+                                                      cl_int *err) {
+    cl_queue_properties given[33] = {0};
+    for (int i = 0; wanted && wanted[i] && i < 32; i += 2) {
+        given[i] = wanted[i];
+        given[i + 1] = wanted[i] == CL_QUEUE_PROPERTIES ? wanted[i + 1] & ~OUT_OF_ORDER : wanted[i + 1];
+    }
+    return next->clCreateCommandQueueWithProperties(context, device, wanted ? given : NULL, err);
+}
+
 /* ---- the layer's own entry points -------------------------------------------------------- */
 
 CL_API_ENTRY cl_int CL_API_CALL clGetLayerInfo(cl_layer_info what, size_t capacity, void *out,
@@ -536,6 +557,8 @@ CL_API_ENTRY cl_int CL_API_CALL clInitLayer(cl_uint entries, const cl_icd_dispat
     mine.clCreateKernel = create_kernel;
     mine.clCreateProgramWithSource = create_program;
     mine.clEnqueueNDRangeKernel = enqueue;
+    mine.clCreateCommandQueue = create_queue;
+    mine.clCreateCommandQueueWithProperties = create_queue_with;
     return CL_SUCCESS;
 }
 

@@ -1,0 +1,205 @@
+"""quantize-kv: its attention against numpy, step by step; its states, byte by byte; what it refuses."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import numpy as np
+import openvino as ov
+import pytest
+import reference
+from conftest import MINI, TINY, load
+from test_passes import Tapped, applied
+
+from ovtq.codec import STEPS, AdaptiveUniform
+from ovtq.errors import InputError, PreconditionFailed
+from ovtq.models import ModelDescription
+from ovtq.models.rope import mean_rotated_bias
+from ovtq.packing import unpack
+from ovtq.passes import DecoupleLength, Pass, QuantizeKv, SimplifyMask, TruncateWindow
+from ovtq.passes.quantize_kv import POSITIONS
+from ovtq.rotation import randomized_hadamard
+from ovtq.runner import EXACT_PROPERTIES
+from ovtq.verify import Call
+
+EPS = float(np.finfo(np.float32).eps)
+EXACT = (DecoupleLength(), TruncateWindow(), SimplifyMask())
+
+SCHEDULES = {
+    "prefill, then one by one": [Call(40), *[Call(1)] * 12, Call(7), *[Call(1)] * 3],
+    "chunks": [Call(5), Call(31), Call(32), Call(33), Call(64), Call(65), Call(1), Call(100), Call(1)],
+    "padding": [Call(24, 3, pad=11), Call(1, 3), Call(39, 3), Call(1, 3), Call(1, 3)],
+    "beams": [Call(40), Call(1, 4, beams=(0, 0, 0, 0)), Call(1, 4, beams=(1, 1, 3, 0)), Call(9, 4, beams=(3, 2, 1, 0))],
+    "from one token": [*[Call(1)] * 30, Call(34), Call(1)],
+}
+FORMS: dict[str, QuantizeKv] = {
+    f"{target}, {name}": QuantizeKv(target=target, residual_window=window, **options)
+    for target in ("cpu", "gpu")
+    for name, window, options in (
+        ("K6V4", 16, {}),
+        ("no window", 0, {}),
+        ("K4V4, no centre", 8, {"k_bits": "4", "centre": "none"}),
+        ("K8V4", 16, {"k_bits": "8"}),
+        ("K2V3", 16, {"k_bits": "2", "v_bits": "3"}),
+        ("K5V2", 16, {"k_bits": "5", "v_bits": "2"}),
+        ("K3V8", 16, {"k_bits": "3", "v_bits": "8"}),
+        ("values alone", 16, {"k_bits": "none", "v_bits": "6"}),
+        ("keys alone", 16, {"v_bits": "none"}),
+    )
+}
+
+
+def references(item: QuantizeKv) -> dict[int, reference.PackedLayer]:
+    model, description = load(TINY["5.5"])
+    made = {}
+    for layer in item.chosen(description):
+        d, texts = layer.head_dim, (item.k_bits, item.v_bits)
+        codecs = tuple(None if bits == "none" else AdaptiveUniform(int(bits), d) for bits in texts)
+        centre = np.zeros((layer.kv_heads, d), np.float32)
+        if item.centre == "bias":
+            centre = mean_rotated_bias(model, layer.key.source, layer.kv_heads, d, POSITIONS)
+            centre = (centre * np.float32(layer.scale)).astype(np.float32)
+        made[layer.index] = reference.PackedLayer(
+            codecs, randomized_hadamard(d, item.seed), centre, layer.sinks, layer.scale, item.residual_window
+        )
+    return made
+
+
+@functools.cache
+def tapped(form: str) -> Tapped:
+    return Tapped(TINY["5.5"], (*EXACT, FORMS[form]))
+
+
+def as_stored(model: Tapped, index: int, packed: reference.PackedLayer, which: int, x: np.ndarray) -> np.ndarray:
+    """New keys or values as the graph stored them: the codec's codes and scale, but where f32 decides about a code."""
+    codec = packed.codecs[which]
+    if codec is None:
+        return x
+    name, new = f"ovtq.{index}.{('key', 'value')[which]}", x.shape[2]
+    states = {state.name: state.state.data for state in model.request.query_state()}
+    codes, scale = unpack(states[name][:, :, -new:], codec.bits), states[f"{name}.scale"][:, :, -new:]
+    y = x @ packed.rotation
+    expected, expected_scale = codec.encode(y)
+    peak, spread = STEPS[codec.bits]
+    top = peak * np.abs(y).max(-1, keepdims=True) + spread * np.sqrt(np.mean(y**2, -1, keepdims=True)) + 1e-4
+    exact = codec.mid * np.clip(y / top, -1, 1) + codec.mid
+    tie = np.abs(exact - np.floor(exact) - 0.5) < 64 * EPS * codec.mid  # x itself is rounded, and so the centre
+    assert np.array_equal(codes[~tie], expected[~tie])
+    assert np.abs(codes.astype(int) - expected).max() <= 1
+    assert tie.sum() <= 3 + 0.01 * tie.size
+    clear = (codes == expected).all(-1, keepdims=True)
+    assert np.allclose(scale[clear], expected_scale[clear], rtol=64 * EPS, atol=0)
+    return codec.decode(codes, scale).astype(np.float64) @ packed.rotation.T
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("form", FORMS)
+def test_attention_equals_numpy(form: str, schedule: str) -> None:
+    """Every packed layer, from its own Q, K, V: its codes but for ties, its scales, and with these codes its context."""
+    model, packed = tapped(form), references(FORMS[form])
+    model.request.reset_state()
+    random, mask = np.random.RandomState(3), None
+    for call in SCHEDULES[schedule]:
+        ids = random.randint(0, 256, (call.batch, call.tokens)).astype(np.int64)
+        shown = np.ones(ids.shape, np.int64)
+        shown[1:, : call.pad] = 0
+        beams = np.array(call.beams or range(call.batch), np.int32)
+        mask = shown if mask is None else np.concatenate([mask[beams], shown], axis=1)
+        _, inner, outer = model.step(ids, mask, beams)
+        real = shown.astype(bool)  # what padding attends to is nobody's business
+        for layer, (q, k, v), got in zip(model.layers, inner, outer, strict=True):
+            if layer.index in packed:
+                stored = functools.partial(as_stored, model, layer.index, packed[layer.index])
+                expected = packed[layer.index].step(q, k, v, mask, beams, stored)
+                got, expected = (np.moveaxis(x, 1, 2)[real] for x in (got, expected))
+                assert np.abs(got - expected).max() <= 32 * EPS * np.abs(expected).max(), (layer.index, call)
+
+
+@pytest.mark.parametrize("bits", STEPS)
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_state_bytes_are_the_formula(bits: int, target: str) -> None:
+    """Read from the compiled model's states: head_dim·bits/8 bytes and one scale a vector, and a flat window."""
+    item = QuantizeKv(k_bits=str(bits), v_bits=str(bits), target=target, residual_window=16)
+    model = applied(MINI, *EXACT, item).model
+    request = ov.Core().compile_model(model, "CPU", EXACT_PROPERTIES).create_infer_request()
+    sizes, past = [], 0
+    for tokens in (40, 60):
+        inputs = {
+            "input_ids": np.ones((1, tokens), np.int64),
+            "attention_mask": np.ones((1, past + tokens), np.int64),
+            "position_ids": np.arange(past, past + tokens)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        request.infer(inputs)
+        past += tokens
+        states = {state.name: state.state for state in request.query_state()}
+        sizes.append(sum(tensor.byte_size for tensor in states.values()))
+        for name, tensor in states.items():
+            if re.fullmatch(r"ovtq\.\d+\.(key|value)", name):
+                assert tensor.element_type == ov.Type.i8
+                assert list(tensor.shape) == [1, 2, past, 64 * bits // 8]
+        assert list(states["ovtq.recent"].shape) == [1, 3 * 2 * 2, 1 + 16, 64]
+    layers, kv_heads, scale_bytes = 3, 2, 4  # scales are f32 on the CPU, f16 on a GPU
+    assert sizes[1] - sizes[0] == 60 * layers * 2 * kv_heads * (64 * bits // 8 + scale_bytes)
+
+
+def test_centre_is_the_mean_of_the_turned_bias() -> None:
+    torch = pytest.importorskip("torch")
+    rotary = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss").GptOssRotaryEmbedding
+    from transformers import AutoConfig
+
+    model, description = load(MINI)
+    rope = rotary(AutoConfig.from_pretrained(MINI))
+    cos, sin = (table[0].numpy() for table in rope(torch.zeros(1, 1, 64), torch.arange(500)[None]))
+    for layer in description.full:
+        got = mean_rotated_bias(model, layer.key.source, layer.kv_heads, layer.head_dim, 500)
+        low, high = np.split(layer.key_bias[:, None].astype(np.float64), 2, -1)
+        expected = np.concatenate([low * cos - high * sin, high * cos + low * sin], -1).mean(1)
+        assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def _chosen(description: ModelDescription, protect: str) -> list[int]:
+    return [layer.index for layer in QuantizeKv(protect=protect).chosen(description)]
+
+
+def test_protected_layers_stay_as_they_are() -> None:
+    model, description = load(MINI)  # full layers 1, 3, 5
+    assert _chosen(description, "") == [1, 3, 5]
+    assert _chosen(description, "first:1,last:1") == [3]
+    assert _chosen(description, "5") == [1, 3]
+    assert _chosen(description, "last:2") == [1]
+    with pytest.raises(PreconditionFailed, match="no full layer is left to quantise"):
+        applied(MINI, *EXACT, QuantizeKv(protect="first:9"))
+    with pytest.raises(PreconditionFailed, match="protect: layer 2 is no full layer; those are 1, 3, 5"):
+        applied(MINI, *EXACT, QuantizeKv(protect="2"))
+    rewrite = applied(MINI, *EXACT, QuantizeKv(protect="1,last:1"))
+    names = {v.get_info().variable_id for v in rewrite.model.get_variables()}
+    assert {name for name in names if "past" in name} == {
+        path.variable_id for i in (1, 5) for path in description.layers[i].paths
+    }
+    assert {name for name in names if name.startswith("ovtq.3.")} == {
+        "ovtq.3.key", "ovtq.3.key.scale", "ovtq.3.value", "ovtq.3.value.scale"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k_bits": "7"}, "quantize-kv: k_bits is one of none, 2, 3, 4, 5, 6, 8, got '7'"),
+        ({"k_bits": "none", "v_bits": "none"}, "k-bits and v-bits are both none; leave the pass out"),
+        ({"protect": "middle"}, "protect: expected first:N, last:N or an index, got 'middle'"),
+        ({"residual-window": "-1"}, "residual-window must be from 0 to 4096, got -1"),
+        ({"seed": "-1"}, "seed must be from 0 to 4294967295, got -1"),
+        ({"target": "npu"}, "quantize-kv: target is one of gpu, cpu, got 'npu'"),
+    ],
+)
+def test_options_are_checked(options: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        QuantizeKv.parse(options)
+
+
+@pytest.mark.parametrize(("before", "message"), [((), "run decouple-length first")])
+def test_refusals(before: tuple[Pass, ...], message: str) -> None:
+    with pytest.raises(PreconditionFailed, match=message):
+        applied(TINY["5.5"], *before, QuantizeKv())
