@@ -32,7 +32,7 @@ class Branches:
         self.far_mask = columns.far_mask(columns.total)
         self.near_mask = columns.near_mask(columns.near, columns.recent, i64([0]), columns.new)
         # an Output: given a Node, If takes its own first input for the condition
-        self.is_decode = op.equal(columns.new, i64([1])).output(0)
+        self.is_prefill = op.not_equal(columns.new, i64([1])).output(0)
 
     def attend(self, sources: Sources) -> Node:
         """The context, (batch, query_heads, new, d)."""
@@ -44,9 +44,9 @@ class Branches:
             self.far_mask.output(0),
             self.near_mask.output(0),
         ]
-        either = op.if_op(self.is_decode)
+        either = op.if_op(self.is_prefill)
         bodies = []
-        for make in (self._decode, self._prefill):
+        for make in (self._prefill, self._decode):
             inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in outer]
             result = op.result(make(sources, *(x.output(0) for x in inner)))
             bodies.append((inner, result, ov.Model([result], inner, make.__name__.strip("_"))))

@@ -38,13 +38,15 @@ class RotateHeads(Pass):
 
     seed: int = option(0, "of the random signs")
     tensors: str = option("qkv", "what to rotate: queries and keys, values, or both", choices=("qkv", "qk", "v"))
-    layers: str = option("all", "which layers", choices=("all", "full"))
+    layers: str = option("all", "which layers; left: full ones not packed, be there any", choices=("all", "full", "left"))
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
 
     def _chosen(self, description: ModelDescription) -> tuple[AttentionLayer, ...]:
+        if self.layers == "left":
+            return tuple(layer for layer in description.full if layer.paths)
         return description.layers if self.layers == "all" else description.full
 
     def sites(self, description: ModelDescription) -> int:
@@ -54,7 +56,7 @@ class RotateHeads(Pass):
     def requires(self, description: ModelDescription) -> None:
         """Refuses a head_dim without a Hadamard matrix, and a model without such layers."""
         chosen = self._chosen(description)
-        if not chosen:
+        if not chosen and self.layers != "left":
             raise self.refuse(f"the model has no {self.layers} layers")
         for layer in chosen:
             if layer.head_dim & (layer.head_dim - 1):
