@@ -1,4 +1,4 @@
-"""Attention to a history of packed codes and to recent tokens at full precision: the parts both targets share.
+"""Attention to a history of packed codes and to recent tokens at full precision: what the forms of both targets share.
 
 One softmax over three kinds of columns: the sink, the recent and new tokens, the history. Query heads that share a KV
 head are rows of one product, so that K and V are never broadcast to them in a decode step. Keys, the sink's among them,
@@ -7,78 +7,148 @@ carry the scale of the attention.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.graph import MASKED, dim, f32, i64, scalar
+from ovtq.codec import AdaptiveUniform
+from ovtq.graph import MASKED, dim, f32, i64, new_variable, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.packing import Layout
+from ovtq.packing import Layout, layout
+from ovtq.quantizer import encode, pack
 
 ALL = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What becomes of the tokens of some layers: codecs of keys and values (None: kept as they are), the rotation.
+
+    `centres`, (kv_heads, head_dim) for each layer, are what was taken from its keys, scale included; `window` is how
+    many recent tokens are at full precision, at the least.
+    """
+
+    layers: tuple[AttentionLayer, ...]
+    key: AdaptiveUniform | None
+    value: AdaptiveUniform | None
+    rotation: np.ndarray
+    centres: dict[int, np.ndarray]
+    window: int
+
+    @cached_property
+    def layouts(self) -> tuple[Layout | None, Layout | None]:
+        """Of keys and values."""
+        key, value = (codec and layout(codec.bits, codec.head_dim) for codec in (self.key, self.value))
+        return key, value
+
+    @cached_property
+    def sink_rows(self) -> np.ndarray:
+        """(layers·2·kv_heads, head_dim): the sink's key, −centre, and value, 0, of each layer."""
+        return np.concatenate([np.concatenate([-c, 0 * c]) for c in (self.centres[x.index] for x in self.layers)])
 
 
 @dataclass(frozen=True)
 class History:
     """One tensor's (K or V) stored tokens: bytes (batch, kv_heads, tokens, ·) i8, scales (batch, kv_heads, tokens, 1).
 
-    `past` are the tokens of earlier calls, `appended` those of this one too. Without `layout` they are not packed, but
-    the tensor itself, (…, head_dim), and have no scales.
+    `past` are the tokens stored before this call, `appended` those of this call too. Without `layout` they are not
+    packed but the tensor itself, (…, head_dim), and have no scales.
     """
 
+    layout: Layout | None
     past: Output
     appended: Output
-    past_scales: Output | None
-    appended_scales: Output | None
-    layout: Layout | None
+    past_scales: Output | None = None
+    appended_scales: Output | None = None
 
 
-@dataclass(frozen=True)
-class Sources:
-    """What the attention of one layer reads: queries (batch, query_heads, new, d), K and V, and the recent tokens.
+def store(
+    description: ModelDescription, plan: Plan, layer: AttentionLayer, tokens: Node
+) -> tuple[History, History, list[Node]]:
+    """Quantise keys and values, (batch, 2·kv_heads, tokens, d), and append them to their states, with the Assigns."""
+    H, d = layer.kv_heads, layer.head_dim
+    halves = op.split(tokens, i64(1), 2).outputs()
+    packed = [(half, codec, where) for half, codec, where in _triples(plan, halves) if codec and where]
+    codecs, layouts = [codec for _, codec, _ in packed], [where for *_, where in packed]
+    centred, scales = encode(tokens if len(packed) == 2 else packed[0][0], codecs, plan.rotation)
+    parts = op.split(scales, i64(1), 2).outputs() if len(packed) == 2 else [scales.output(0)]
+    done = iter(zip(pack(centred, codecs, layouts), parts, strict=True))
+    histories, assigns = [], []
+    for name, (half, codec, where) in zip(("key", "value"), _triples(plan, halves), strict=True):
+        name = f"ovtq.{layer.index}.{name}"
+        if codec and where:
+            data, scale = next(done)
+            past, appended, assign = _append(description, name, data, H, where.bytes, ov.Type.i8)
+            past_scales, appended_scales, more = _append(description, f"{name}.scale", scale, H, 1, ov.Type.f32)
+            histories.append(History(where, past, appended, past_scales, appended_scales))
+            assigns += [assign, more]
+        else:
+            past, appended, assign = _append(description, name, half, H, d, ov.Type.f32)
+            histories.append(History(None, past, appended))
+            assigns.append(assign)
+    return histories[0], histories[1], assigns
 
-    `recent`, (batch, 2·kv_heads, 1 + window + new, d), is first the sink's row, keys above values, then the residual
-    window, then the new tokens. `centre`, (kv_heads, d), is what was taken from every key (scale included).
+
+def _triples(plan: Plan, halves: Sequence[Output]) -> list[tuple[Output, AdaptiveUniform | None, Layout | None]]:
+    return list(zip(halves, (plan.key, plan.value), plan.layouts, strict=True))
+
+
+def _append(
+    description: ModelDescription, name: str, new: Node | Output, heads: int, width: int, kind: ov.Type
+) -> tuple[Output, Output, Node]:
+    """A growing state (batch, heads, tokens, width): what it held, beams in order; that and `new`; its Assign.
+
+    Between the state and the Concat stands one Gather and nothing else: so the GPU plugin appends in place.
     """
-
-    layer: AttentionLayer
-    queries: Output
-    keys: History
-    values: History
-    recent: Output
-    centre: np.ndarray
-    rotation: np.ndarray
+    variable = new_variable(name, [-1, heads, -1, width], kind)
+    shape = op.concat([dim(description.input_ids, 0), i64([heads, 0, width])], 0)
+    empty = op.broadcast(op.constant(np.zeros((), kind.to_dtype())), shape)
+    past = op.gather(op.read_value(empty, variable), description.beam_idx, i64(0))
+    appended = op.concat([past, new], 2)
+    return past.output(0), appended.output(0), op.assign(appended, variable)
 
 
 class Columns:
-    """Lengths and masks that all layers share. Recent columns: the sink, the residual window, the new tokens."""
+    """Lengths and masks that all layers share. Recent columns: the sink, `rows` recent tokens, the new ones.
 
-    def __init__(self, description: ModelDescription, window: int) -> None:
-        self.window, self.shown = window, description.attention_mask
+    `older` of the past tokens are in the history; the others are the last of the recent rows.
+    """
+
+    def __init__(self, description: ModelDescription, rows: int) -> None:
+        self.rows, self.shown = rows, description.attention_mask
         self.batch, self.new = (dim(description.input_ids, axis) for axis in (0, 1))
         self.total = dim(description.attention_mask, 1)
         self.past = op.subtract(self.total, self.new)
-        self.recent = op.add(self.new, i64([1 + window]))
-        near = op.pad(self.shown, i64([0, 1 + window]), i64([0, 0]), "constant", i64(0))
-        near = op.slice(near, op.negative(self.recent), i64([ALL]), i64([1]), i64([1]))
-        self.near = op.unsqueeze(op.not_equal(near, i64(0)), i64([1]))  # (batch, 1, recent), the sink not yet shown
+        self.recent = op.add(self.new, i64([1 + rows]))
 
-    def far_mask(self, columns: Node) -> Node:
-        """(batch, 1, 1, columns), additive: what no recent column holds is seen by every query, but for the padding."""
-        older = op.maximum(op.subtract(self.past, i64([self.window])), i64([0]))
+    def far_mask(self, older: Node, columns: Node | None = None) -> Node:
+        """(batch, 1, 1, columns or older), additive: every query sees the history, but for padding and what follows."""
         old = op.slice(self.shown, i64([0]), older, i64([1]), i64([1]))
-        rest = op.concat([i64([0]), op.subtract(columns, older)], 0)
-        old = op.unsqueeze(op.pad(old, i64([0, 0]), rest, "constant", i64(0)), i64([1, 2]))
-        return op.select(op.equal(old, i64(0)), f32(MASKED), f32(0))
+        if columns is not None:
+            behind = op.concat([i64([0]), op.subtract(columns, older)], 0)
+            old = op.pad(old, i64([0, 0]), behind, "constant", i64(0))
+        return op.select(op.equal(op.unsqueeze(old, i64([1, 2])), i64(0)), f32(MASKED), f32(0))
+
+    def near(self, older: Node) -> Node:
+        """(batch, 1, recent) boolean: the columns that are tokens and no padding. The sink's is not shown yet."""
+        near = op.slice(self.shown, older, i64([ALL]), i64([1]), i64([1]))
+        before = op.concat([i64([0]), op.subtract(self.recent, op.subtract(self.total, older))], 0)
+        near = op.pad(near, before, i64([0, 0]), "constant", i64(0))
+        return op.unsqueeze(op.not_equal(near, i64(0)), i64([1]))
 
     def near_mask(self, near: Node | Output, columns: Node, first: Node, count: Node) -> Node:
-        """(batch, 1, 1, count, recent), additive: query first + i sees the sink and columns ≤ window + 1 + first + i."""
+        """(batch, 1, 1, count, recent), additive: query first + i sees the sink and columns ≤ rows + 1 + first + i.
+
+        The conditions are joined at rank 3: with a boolean of rank 5 and one of rank 2 the GPU plugin joins wrong rows.
+        """
         query = op.range(scalar(first), scalar(op.add(first, count)), i64(1), "i64")
-        column = op.range(i64(0), scalar(columns), i64(1), "i64")
-        column = op.unsqueeze(column, i64([0]))
-        causal = op.less_equal(column, op.add(op.unsqueeze(query, i64([1])), i64([self.window + 1])))
+        column = op.unsqueeze(op.range(i64(0), scalar(columns), i64(1), "i64"), i64([0]))
+        causal = op.less_equal(column, op.add(op.unsqueeze(query, i64([1])), i64([self.rows + 1])))
         visible = op.logical_and(op.unsqueeze(causal, i64([0])), near)  # (batch, count, recent)
         mask = op.select(visible, f32(0), f32(MASKED))
         mask = op.select(op.unsqueeze(op.less(column, i64([1])), i64([0])), f32(0), mask)

@@ -2,8 +2,11 @@
 
 That plugin keeps scores whole, so a call of more than BLOCK tokens runs in a Loop over blocks of as many queries: no
 more than query_heads·BLOCK·tokens scores exist at a time. The last block, which is all of a decode step, is outside of
-the Loop, for a Loop copies what it reads. Only the past is read from the states, as a tensor that is not yet appended
-to.
+the Loop, for a Loop copies what it reads.
+
+It also compiles a product anew for every length it has not met: 2 ms or more in each decode step, if the history grew
+by one. So tokens leave the recent rows, are quantised and join the history FLUSH at a time; in all other steps no
+shape changes.
 """
 
 from __future__ import annotations
@@ -16,49 +19,74 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.attend import ALL, Columns, History, Sources, sink_logits
+from ovtq.attend import ALL, Columns, History, Plan, sink_logits, store
 from ovtq.graph import dim, f32, i64, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.quantizer import unpack
+from ovtq.ring import Ring
 
 BLOCK = 32  # queries at a time: rows enough in a product to be worth the unpacking before it
+FLUSH = 32  # tokens that join the history at a time
 PORTION = 2  # KV heads whose history is unpacked at a time: a product then reads what was just written, from a cache
 
 
 class Blocks:
     """The nodes that all layers share, and the attention of one layer."""
 
-    def __init__(self, description: ModelDescription, layers: Sequence[AttentionLayer], window: int) -> None:
-        self.columns = columns = Columns(description, window)
+    def __init__(self, description: ModelDescription, plan: Plan, name: str) -> None:
+        self.description, self.plan = description, plan
+        rows = plan.window + FLUSH - 1
+        self.columns = columns = Columns(description, rows)
+        self.ring = Ring(description, name, plan.layers, rows, plan.sink_rows)
+        self.parts, self.news, self.assigns = iter(self.ring.parts), [], []
+
+        # Of `past` tokens the oldest ones are stored, a multiple of FLUSH, and at least `window` are not.
+        self.older, later = (self._stored(past) for past in (columns.past, columns.total))
+        held = op.subtract(columns.past, self.older)
+        self.leave = op.subtract(i64([1 + rows]), held)  # the row of the first token to join the history
+        self.left = op.add(self.leave, op.subtract(later, self.older))
+
         trips = op.divide(op.subtract(columns.new, i64([1])), i64([BLOCK]))
         self.trips = scalar(trips)
         self.lead = op.multiply(trips, i64([BLOCK]))  # queries in the Loop
         self.keep = op.multiply(op.minimum(trips, i64([1])), i64([ALL]))  # what it reads of an axis: nothing or all
-        self.far_mask = columns.far_mask(columns.past)
+        self.far_mask, self.near = columns.far_mask(self.older), columns.near(self.older)
         rest = op.subtract(columns.new, self.lead)
-        self.near_mask = columns.near_mask(columns.near, columns.recent, self.lead, rest)
+        self.near_mask = columns.near_mask(self.near, columns.recent, self.lead, rest)
         behind = op.concat([i64([0] * 5), op.subtract(columns.recent, i64([1]))], 0)
-        sinks = f32(np.stack([sink_logits(layer) for layer in layers]))
+        sinks = f32(np.stack([sink_logits(layer) for layer in plan.layers]))
         sinks = op.pad(sinks, i64([0] * 6), behind, "constant", op.constant(np.float32(0)))
-        self.sinks = iter(op.split(sinks, i64(0), len(layers)).outputs())  # (1, 1, H, G, 1, recent) each
+        self.sinks = iter(op.split(sinks, i64(0), len(plan.layers)).outputs())  # (1, 1, H, G, 1, recent) each
 
-    def attend(self, sources: Sources) -> Node:
-        """The context, (batch, query_heads, new, d)."""
-        layer, columns = sources.layer, self.columns
+    def _stored(self, past: Node) -> Node:
+        leaving = op.maximum(op.subtract(past, i64([self.plan.window])), i64([0]))
+        return op.multiply(op.divide(leaving, i64([FLUSH])), i64([FLUSH]))
+
+    def attend(self, layer: AttentionLayer, queries: Output, new: Node) -> Node:
+        """The context, (batch, query_heads, new, d), of the layers in turn; `new` is (batch, 2·kv_heads, new, d)."""
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
-        queries = op.reshape(sources.queries, i64([0, H, G, -1, d]), True)
+        columns = self.columns
+        recent = op.concat([next(self.parts), new], 2)  # first the sink's row
+        leaving = op.slice(recent, self.leave, self.left, i64([1]), i64([2]))
+        keys, values, assigns = store(self.description, self.plan, layer, leaving)
+        self.news.append(new)
+        self.assigns += assigns
+        rows = op.reshape(queries, i64([0, H, G, -1, d]), True)
         sinks = op.squeeze(next(self.sinks), i64([0]))
-        block = _Block(sources)
-        rest = op.slice(queries, self.lead, i64([ALL]), i64([1]), i64([3]))
-        keys, values, recent = sources.keys, sources.values, sources.recent
+        block = _Block(layer, keys, values, self.plan.rotation)
+        rest = op.slice(rows, self.lead, i64([ALL]), i64([1]), i64([3]))
         histories = [keys.past, values.past, *filter(None, (keys.past_scales, values.past_scales))]
-        direct = block(rest, recent, histories, self.far_mask, self.near_mask, sinks, columns.past, columns.recent)
-        leading = self._loop(block, queries, recent, histories, sinks)
+        direct = block(rest, recent, histories, self.far_mask, self.near_mask, sinks, self.older, columns.recent)
+        leading = self._loop(block, rows, recent, histories, sinks)
         tokens = op.concat([columns.new, columns.batch, i64([H * G, d])], 0)
         context = op.reshape(op.concat([leading, _flat(direct)], 0), tokens, False)
         return op.transpose(context, i64([1, 2, 0, 3]))
 
-    def _loop(self, block: _Block, queries: Node, recent: Output, histories: list[Output], sinks: Node) -> Node:
+    def stores(self) -> list[Node]:
+        """The Assigns of all states, once every layer is rewritten."""
+        return [*self.assigns, self.ring.store(self.news)]
+
+    def _loop(self, block: _Block, queries: Node, recent: Node, histories: list[Output], sinks: Node) -> Node:
         """The context of the leading blocks, as a vector, tokens first."""
 
         def cut(x: Node | Output, axis: int, end: Node) -> Output:
@@ -68,7 +96,7 @@ class Blocks:
             cut(queries, 3, self.lead),
             *(cut(x, 2, self.keep) for x in (recent, *histories)),
             cut(self.far_mask, 3, self.keep),
-            cut(self.columns.near, 2, self.keep),
+            cut(self.near, 2, self.keep),
             cut(sinks, 4, self.keep),
         ]
         turn = op.parameter([], np.int64)
@@ -100,14 +128,13 @@ def _flat(context: Node) -> Node:
 class _Block:
     """The attention of some queries of one layer, in the Loop or outside of it."""
 
-    def __init__(self, sources: Sources) -> None:
-        self.layer, self.keys, self.values = sources.layer, sources.keys, sources.values
-        self.rotation = sources.rotation
+    def __init__(self, layer: AttentionLayer, keys: History, values: History, rotation: np.ndarray) -> None:
+        self.layer, self.keys, self.values, self.rotation = layer, keys, values, rotation
 
     def __call__(
         self,
         queries: Node | Output,
-        recent: Output,
+        recent: Node | Output,
         histories: Sequence[Output],
         far_mask: Node | Output,
         near_mask: Node | Output,

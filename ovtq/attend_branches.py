@@ -9,38 +9,46 @@ heads that share a KV head into rows, and reads what was looked up as it is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
-from ovtq.attend import ALL, Columns, History, Sources, sink_logits
+from ovtq.attend import ALL, Columns, History, Plan, sink_logits, store
 from ovtq.graph import MASKED, dim, f32, i64
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packing import Layout
 from ovtq.quantizer import interleaved, look_up
+from ovtq.ring import Ring
 
 
 class Branches:
     """The nodes that all layers share, and the attention of one layer."""
 
-    def __init__(self, description: ModelDescription, layers: Sequence[AttentionLayer], window: int) -> None:
-        self.columns = columns = Columns(description, window)
-        self.far_mask = columns.far_mask(columns.total)
-        self.near_mask = columns.near_mask(columns.near, columns.recent, i64([0]), columns.new)
+    def __init__(self, description: ModelDescription, plan: Plan, name: str) -> None:
+        self.description, self.plan = description, plan
+        self.columns = columns = Columns(description, plan.window)
+        older = op.maximum(op.subtract(columns.past, i64([plan.window])), i64([0]))
+        self.far_mask = columns.far_mask(older, columns.total)
+        self.near_mask = columns.near_mask(columns.near(older), columns.recent, i64([0]), columns.new)
         # an Output: given a Node, If takes its own first input for the condition
         self.is_prefill = op.not_equal(columns.new, i64([1])).output(0)
+        # A window of none still has the sink's row, and a state that tells GenAI not to cut the others.
+        self.ring = Ring(description, name, plan.layers, plan.window, plan.sink_rows)
+        self.parts, self.news, self.assigns = iter(self.ring.parts), [], []
 
-    def attend(self, sources: Sources) -> Node:
-        """The context, (batch, query_heads, new, d)."""
+    def attend(self, layer: AttentionLayer, queries: Output, new: Node) -> Node:
+        """The context, (batch, query_heads, new, d), of the layers in turn; `new` is (batch, 2·kv_heads, new, d)."""
+        keys, values, assigns = store(self.description, self.plan, layer, new)
+        recent = op.concat([next(self.parts), new], 2)  # first the sink's row
+        self.news.append(new)
+        self.assigns += assigns
         outer = [
-            sources.queries,
-            _looked_up(sources.keys),
-            _looked_up(sources.values),
-            sources.recent,  # whole: of a Split's outputs the plugin's If reads the wrong half
+            queries,
+            _looked_up(keys),
+            _looked_up(values),
+            recent.output(0),  # whole: of a Split's outputs the plugin's If reads the wrong half
             self.far_mask.output(0),
             self.near_mask.output(0),
         ]
@@ -48,7 +56,7 @@ class Branches:
         bodies = []
         for make in (self._prefill, self._decode):
             inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in outer]
-            result = op.result(make(sources, *(x.output(0) for x in inner)))
+            result = op.result(make(layer, *(x.output(0) for x in inner)))
             bodies.append((inner, result, ov.Model([result], inner, make.__name__.strip("_"))))
         (then_inner, then_result, then_body), (else_inner, else_result, else_body) = bodies
         either.set_then_body(then_body)
@@ -56,43 +64,63 @@ class Branches:
         for source, in_then, in_else in zip(outer, then_inner, else_inner, strict=True):
             either.set_input(source, in_then, in_else)
         context = either.set_output(then_result, else_result)
-        return op.reshape(context, i64([0, sources.layer.query_heads, -1, sources.layer.head_dim]), True)
+        return op.reshape(context, i64([0, layer.query_heads, -1, layer.head_dim]), True)
+
+    def stores(self) -> list[Node]:
+        """The Assigns of all states, once every layer is rewritten."""
+        return [*self.assigns, self.ring.store(self.news)]
 
     def _decode(
-        self, s: Sources, queries: Output, keys: Output, values: Output, recent: Output, far: Output, near: Output
+        self,
+        layer: AttentionLayer,
+        queries: Output,
+        keys: Output,
+        values: Output,
+        recent: Output,
+        far: Output,
+        near: Output,
     ) -> Node:
         """One new token: the recent columns are 2 + window, so that every sum has a shape that fuses."""
-        H, G, d = s.layer.kv_heads, s.layer.group, s.layer.head_dim
-        width = 2 + self.columns.window
+        H, G, d = layer.kv_heads, layer.group, layer.head_dim
+        (key_layout, value_layout), rotation = self.plan.layouts, self.plan.rotation
+        width = 2 + self.columns.rows
         sinks = np.zeros((1, H, G, width), np.float32)
-        sinks[..., :1] = sink_logits(s.layer)[..., 0]
+        sinks[..., :1] = sink_logits(layer)[..., 0]
         key_rows, value_rows = op.split(recent, i64(1), 2).outputs()
         rows = op.reshape(queries, i64([0, H, -1, d]), True)
-        far_scores = op.add(op.matmul(_into(rows, s.keys.layout, s.rotation), keys, False, True), far)
+        far_scores = op.add(op.matmul(_into(rows, key_layout, rotation), keys, False, True), far)
         near_scores = op.add(op.matmul(rows, key_rows, False, True), op.reshape(near, i64([0, 1, 1, width]), True))
         weights = op.softmax(op.concat([op.add(near_scores, f32(sinks)), far_scores], 3), 3)
         near_weights = op.slice(weights, i64([0]), i64([width]), i64([1]), i64([3]))
         far_weights = op.slice(weights, i64([width]), i64([ALL]), i64([1]), i64([3]))
-        far_context = _out_of(op.matmul(far_weights, values, False, False), s.values.layout, s.rotation)
+        far_context = _out_of(op.matmul(far_weights, values, False, False), value_layout, rotation)
         context = op.add(far_context, op.matmul(near_weights, value_rows, False, False))
         return op.reshape(context, i64([0, H * G, -1, d]), True)
 
     def _prefill(
-        self, s: Sources, queries: Output, keys: Output, values: Output, recent: Output, far: Output, near: Output
+        self,
+        layer: AttentionLayer,
+        queries: Output,
+        keys: Output,
+        values: Output,
+        recent: Output,
+        far: Output,
+        near: Output,
     ) -> Node:
         """Any number of tokens: keys as the model made them (the centre added again), the plugin's own sinks."""
-        heads, d = s.layer.query_heads, s.layer.head_dim
+        heads, centre = layer.query_heads, self.plan.centres[layer.index]
+        (key_layout, value_layout), rotation = self.plan.layouts, self.plan.rotation
         key_rows, value_rows = op.split(recent, i64(1), 2).outputs()
-        keys = op.concat([key_rows, _out_of(keys, s.keys.layout, s.rotation)], 2)
-        keys = op.add(keys, f32(s.centre[None, :, None]))
-        values = op.concat([value_rows, _out_of(values, s.values.layout, s.rotation)], 2)
+        keys = op.concat([key_rows, _out_of(keys, key_layout, rotation)], 2)
+        keys = op.add(keys, f32(centre[None, :, None]))
+        values = op.concat([value_rows, _out_of(values, value_layout, rotation)], 2)
         near = op.slice(op.squeeze(near, i64([1])), i64([1]), i64([ALL]), i64([1]), i64([3]))
         near = op.pad(near, i64([0, 0, 0, 1]), i64([0, 0, 0, 0]), "constant", op.constant(MASKED))
         shape = op.concat([dim(far, 0), i64([1]), dim(queries, 2), dim(far, 3)], 0)
         mask = op.concat([near, op.broadcast(far, shape)], 3)
-        inputs = [queries, _spread(keys, s.layer), _spread(values, s.layer), mask, f32(np.array([1.0]))]
-        if s.layer.sinks is not None:
-            inputs.append(f32(s.layer.sinks.reshape(1, heads, 1, 1)))
+        inputs = [queries, _spread(keys, layer), _spread(values, layer), mask, f32(np.array([1.0]))]
+        if layer.sinks is not None:
+            inputs.append(f32(layer.sinks.reshape(1, heads, 1, 1)))
         ports = [x.output(0) if isinstance(x, Node) else x for x in inputs]
         # the sixth input, sinks, is not in the Python signature of the operation
         return NodeFactory("opset13").create("ScaledDotProductAttention", ports, {"causal": False})
@@ -116,5 +144,7 @@ def _out_of(features: Node | Output, layout: Layout | None, rotation: np.ndarray
 
 def _spread(tensor: Node, layer: AttentionLayer) -> Node:
     """(batch, kv_heads, tokens, d) broadcast to the query heads."""
-    tensor = op.broadcast(op.unsqueeze(tensor, i64([2])), i64([1, 1, layer.group, 1, 1]), broadcast_spec="BIDIRECTIONAL")
+    tensor = op.broadcast(
+        op.unsqueeze(tensor, i64([2])), i64([1, 1, layer.group, 1, 1]), broadcast_spec="BIDIRECTIONAL"
+    )
     return op.reshape(tensor, i64([0, layer.query_heads, -1, layer.head_dim]), True)

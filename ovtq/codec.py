@@ -56,14 +56,15 @@ FLOOR = 1e-4  # of mid·step, so that a vector of zeros has codes, too; an f16 h
 class AdaptiveUniform:
     """Equally spaced codes with a step for each vector: what the graphs use, for x̂ = scale·(code − mid).
 
-    mid = (2^bits − 1)/2, step = (peak·max|x| + spread·‖x‖/√d + 1e-4)/mid, code = round(x/step + mid) clipped to the codes there
-    are, scale = ‖x‖/‖code − mid‖ (norm correction). The step only decides which codes are chosen, so it is not stored.
+    mid = (2^bits − 1)/2, step = (peak·max|x| + spread·‖x‖/√d + 1e-4)/mid, code = round(x/step + mid) clipped to
+    the codes there are, scale = ‖x‖/‖code − mid‖ (norm correction). The step only decides which codes are chosen, so it
+    is not stored.
 
     Decoding is linear in the codes: no table, and the whole of it merges into the matrices beside the attention. It
     costs next to nothing in distortion, E‖x − x̂‖² of a unit vector rotated at random, against Lloyd-Max codes with a
-    fixed step and norm correction, whose table does not know the vector's own peak. At head_dim 64 (tools/fit_steps.py):
-    4 bits .0092 to .0088, 3 bits .0348 to .0328, 2 bits .118 to .117; 5 bits .0023 to .0023, 6 bits .00057 to .00059,
-    8 bits .000035 to .000038. At 128 it is 13% worse at 4 bits (.0104 to .0092), and 9% at 6.
+    fixed step and norm correction, whose table does not know the vector's own peak. At head_dim 64: 4 bits .0092 to
+    .0088, 3 bits .0348 to .0328, 2 bits .118 to .117; 5 bits .0023 to .0023, 6 bits .00057 to .00059, 8 bits .000035 to
+    .000038. At 128 it is 13% worse at 4 bits (.0104 to .0092), and 9% at 6 (tools/fit_steps.py).
 
     Raises ValueError for bits (bits per coordinate) other than 2, 3, 4, 5, 6 and 8.
     """

@@ -1,30 +1,26 @@
-"""quantize-kv: keep the keys and values of full layers as packed codes, quantised once, when they arrive."""
+"""quantize-kv: keep the keys and values of full layers as packed codes, quantised once."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
 import openvino as ov
-from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.attend import History, Sources
+from ovtq.attend import Plan
 from ovtq.attend_blocks import Blocks
 from ovtq.attend_branches import Branches
 from ovtq.codec import STEPS, AdaptiveUniform
 from ovtq.errors import VerificationFailed
-from ovtq.graph import Port, dim, f32, i64, new_variable, rebuild, redirect
+from ovtq.graph import Port, f32, rebuild, redirect
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.models.rope import mean_rotated_bias
-from ovtq.packing import layout, packed_bytes
+from ovtq.packing import packed_bytes
 from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.passes.decouple_length import shape_readers
-from ovtq.quantizer import encode, pack
-from ovtq.ring import Ring
 from ovtq.rotation import digest, randomized_hadamard
 
 # The form that is right on a plugin and fast there. Each also runs on the other, where it is verified too.
@@ -37,9 +33,9 @@ BITS = ("none", *map(str, STEPS))
 class QuantizeKv(Pass):
     """softmax(q·K̂ᵀ)·V̂ with K̂, V̂ = scale·(code − mid) for all tokens but the recent ones, which stay as they are.
 
-    A token's key and value are quantised once, when it arrives, and never again: bytes and scale are appended to the
-    states, and a copy at full precision stays in the residual window until `residual-window` newer tokens have come.
-    New tokens attend to each other, and to the window, at full precision.
+    A token's key and value are quantised once and never again: bytes and scale are appended to the states. The last
+    `residual-window` tokens (at least: a target may keep a few more) are held at full precision; new tokens attend to
+    each other, and to these, as they are.
 
     Keys are centred first: softmax does not change when every key is shifted by the same vector c and the sink logit
     by −q·c, and what is left of a key with a strong bias is smaller. c is the mean of the bias as RoPE turns it over
@@ -98,7 +94,9 @@ class QuantizeKv(Pass):
                 raise self.refuse(f"protect: layer {part} is no full layer; those are {', '.join(map(str, indices))}")
         layers = self.chosen(description)
         if not layers:
-            raise self.refuse("no full layer is left to quantise" if description.full else "the model has no full layers")
+            raise self.refuse(
+                "no full layer is left to quantise" if description.full else "the model has no full layers"
+            )
         for layer in layers:
             if len(layer.paths) != 2:
                 raise self.refuse(f"layer {layer.index} no longer has the exported KV states")
@@ -118,26 +116,23 @@ class QuantizeKv(Pass):
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each layer's states and attention."""
         layers = self.chosen(description)
-        centres = {layer.index: self._centre(model, layer) for layer in layers}
-        sinks = np.stack([np.concatenate([-centres[layer.index], 0 * centres[layer.index]]) for layer in layers])
-        form = FORMS[self.target](description, layers, self.residual_window)
-        if self.residual_window:
-            ring = Ring(description, RECENT, layers, self.residual_window, sinks.reshape(-1, layers[0].head_dim))
-            before = ring.parts
-        else:
-            shape = op.concat([dim(description.input_ids, 0), i64([sinks.shape[1], 1, sinks.shape[2]])], 0)
-            before = [op.broadcast(f32(sink[None, :, None]), shape).output(0) for sink in sinks]
-        changed, news, stores = {}, [], []
-        for layer, rows in zip(layers, before, strict=True):
-            new, more, rewritten = self._rewrite(description, form, rows, layer, centres[layer.index])
-            news.append(new)
-            stores += more
-            changed[layer.index] = rewritten
-        if self.residual_window:
-            stores.append(ring.store(news))
+        plan = Plan(
+            layers,
+            *(None if bits == "none" else AdaptiveUniform(int(bits), layers[0].head_dim) for bits in self.bits),
+            rotation=randomized_hadamard(layers[0].head_dim, self.seed),
+            centres={layer.index: self._centre(model, layer) for layer in layers},
+            window=self.residual_window,
+        )
+        form = FORMS[self.target](description, plan, RECENT)
+        changed = {layer.index: self._rewrite(form, layer, plan.centres[layer.index]) for layer in layers}
         old = [path.assign for layer in layers for path in layer.paths]
-        model = rebuild(model, drop=old, add=stores)
-        return Rewrite(model, description.with_layers(changed), len(changed), self._facts(layers, centres))
+        model = rebuild(model, drop=old, add=form.stores())
+        return Rewrite(model, description.with_layers(changed), len(changed), _facts(plan))
+
+    @property
+    def bits(self) -> tuple[str, str]:
+        """Of keys and values."""
+        return self.k_bits, self.v_bits
 
     def _centre(self, model: ov.Model, layer: AttentionLayer) -> np.ndarray:
         """c·scale, (kv_heads, head_dim): zero if keys are not to be centred or have no bias."""
@@ -148,49 +143,16 @@ class QuantizeKv(Pass):
             return np.zeros((layer.kv_heads, layer.head_dim), np.float32)
         return (mean * np.float32(layer.scale)).astype(np.float32)
 
-    def _rewrite(
-        self,
-        description: ModelDescription,
-        form: Blocks | Branches,
-        before: Output,
-        layer: AttentionLayer,
-        centre: np.ndarray,
-    ) -> tuple[Node, list[Node], AttentionLayer]:
-        """The new tokens of a layer for the ring, its Assigns, and the layer as it is now."""
-        H, d = layer.kv_heads, layer.head_dim
+    def _rewrite(self, form: Blocks | Branches, layer: AttentionLayer, centre: np.ndarray) -> AttentionLayer:
         entry = op.concat([layer.key.source, layer.value.source], 1)  # (batch, 2H, new, d)
-        ones = np.ones((H, 1, 1), np.float32)
-        new = op.multiply(entry, f32(np.concatenate([layer.scale * ones, ones])[None]))
+        scale = np.ones((2 * layer.kv_heads, 1, 1), np.float32)
+        scale[: layer.kv_heads] = layer.scale
+        new = op.multiply(entry, f32(scale[None]))
         if centre.any():
             new = op.subtract(new, f32(np.concatenate([centre, 0 * centre])[None, :, None]))
-
-        codecs = self._codecs(d)
-        rotation = randomized_hadamard(d, self.seed)
-        halves = dict(zip(("key", "value"), op.split(new, i64(1), 2).outputs(), strict=True))
-        centred, scales = encode(new if len(codecs) == 2 else halves[next(iter(codecs))], list(codecs.values()), rotation)
-        layouts = {what: layout(codec.bits, d) for what, codec in codecs.items()}
-        parts = op.split(scales, i64(1), len(codecs)).outputs() if len(codecs) == 2 else [scales.output(0)]
-        packed = zip(codecs, pack(centred, list(codecs.values()), list(layouts.values())), parts, strict=True)
-        packed = {what: (data, scale) for what, data, scale in packed}
-        stores, histories = [], {}
-        for what in halves:
-            name = f"ovtq.{layer.index}.{what}"
-            if what in packed:
-                data, scale = packed[what]
-                past, appended, store = _append(description, name, data, H, layouts[what].bytes, ov.Type.i8)
-                past_scales, appended_scales, more = _append(description, f"{name}.scale", scale, H, 1, ov.Type.f32)
-                histories[what] = History(past, appended, past_scales, appended_scales, layouts[what])
-                stores += [store, more]
-            else:
-                past, appended, store = _append(description, name, halves[what], H, d, ov.Type.f32)
-                histories[what] = History(past, appended, None, None, None)
-                stores.append(store)
-
-        recent = op.concat([before, new], 2).output(0)
-        sources = Sources(layer, layer.query.source, histories["key"], histories["value"], recent, centre, rotation)
-        context = form.attend(sources)
+        context = form.attend(layer, layer.query.source, new)
         redirect(layer.context, context)
-        rewritten = replace(
+        return replace(
             layer,
             key=Port(entry, 0),
             value=Port(entry, 1),
@@ -199,23 +161,6 @@ class QuantizeKv(Pass):
             key_path=None,
             value_path=None,
         )
-        return new, stores, rewritten
-
-    def _codecs(self, head_dim: int) -> dict[str, AdaptiveUniform]:
-        texts = {"key": self.k_bits, "value": self.v_bits}
-        return {what: AdaptiveUniform(int(bits), head_dim) for what, bits in texts.items() if bits != "none"}
-
-    def _facts(self, layers: Sequence[AttentionLayer], centres: dict[int, np.ndarray]) -> dict[str, Any]:
-        d = layers[0].head_dim
-        return {
-            "layers": [layer.index for layer in layers],
-            "quantizer_sha256": {what: codec.digest for what, codec in self._codecs(d).items()},
-            "rotation_sha256": digest(randomized_hadamard(d, self.seed)),
-            "centre_norms": {
-                str(index): [round(float(norm), 4) for norm in np.linalg.norm(centre, axis=-1)]
-                for index, centre in centres.items()
-            },
-        }
 
     def ensures(self, rewrite: Rewrite) -> None:
         """Every layer has a state of packed bytes and one of scales for K and for V, as wide as promised."""
@@ -224,13 +169,11 @@ class QuantizeKv(Pass):
         H, d = layers[0].kv_heads, layers[0].head_dim
         expected: dict[str, tuple[str, list[int]]] = {}
         for layer in layers:
-            for what, bits in (("key", self.k_bits), ("value", self.v_bits)):
+            for what, bits in zip(("key", "value"), self.bits, strict=True):
                 width, kind = (d, "f32") if bits == "none" else (packed_bytes(int(bits), d), "i8")
                 expected[f"ovtq.{layer.index}.{what}"] = (kind, [-1, H, -1, width])
                 if bits != "none":
                     expected[f"ovtq.{layer.index}.{what}.scale"] = ("f32", [-1, H, -1, 1])
-        if self.residual_window:
-            expected[RECENT] = ("f32", [-1, 2 * H * len(layers), 1 + self.residual_window, d])
         for name, (kind, shape) in expected.items():
             info = states.get(name)
             if not info or info.data_type.get_type_name() != kind or info.data_shape != ov.PartialShape(shape):
@@ -245,16 +188,14 @@ def _shape(layer: AttentionLayer) -> tuple[int, int, int]:
     return layer.query_heads, layer.kv_heads, layer.head_dim
 
 
-def _append(
-    description: ModelDescription, name: str, new: Node | Output, heads: int, width: int, kind: ov.Type
-) -> tuple[Output, Output, Node]:
-    """A growing state (batch, heads, tokens, width): what it held, in the order of the beams, that and `new`, its Assign.
-
-    Between the state and the Concat stands one Gather and nothing else: so the GPU plugin appends in place.
-    """
-    variable = new_variable(name, [-1, heads, -1, width], kind)
-    shape = op.concat([dim(description.input_ids, 0), i64([heads, 0, width])], 0)
-    empty = op.broadcast(op.constant(np.zeros((), kind.to_dtype())), shape)
-    past = op.gather(op.read_value(empty, variable), description.beam_idx, i64(0))
-    appended = op.concat([past, new], 2)
-    return past.output(0), appended.output(0), op.assign(appended, variable)
+def _facts(plan: Plan) -> dict[str, Any]:
+    codecs = {"key": plan.key, "value": plan.value}
+    return {
+        "layers": [layer.index for layer in plan.layers],
+        "quantizer_sha256": {what: codec.digest for what, codec in codecs.items() if codec},
+        "rotation_sha256": digest(plan.rotation),
+        "centre_norms": {
+            str(index): [round(float(norm), 4) for norm in np.linalg.norm(centre, axis=-1)]
+            for index, centre in plan.centres.items()
+        },
+    }

@@ -38,7 +38,7 @@ class RotateHeads(Pass):
 
     seed: int = option(0, "of the random signs")
     tensors: str = option("qkv", "what to rotate: queries and keys, values, or both", choices=("qkv", "qk", "v"))
-    layers: str = option("all", "which layers; left: full ones not packed, be there any", choices=("all", "full", "left"))
+    layers: str = option("all", "which layers; left: full ones not packed, if any", choices=("all", "full", "left"))
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:

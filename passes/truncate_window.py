@@ -14,8 +14,8 @@ from ovtq.errors import VerificationFailed
 from ovtq.graph import MASKED, Port, dim, f32, i64, rebuild, redirect, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
-from ovtq.ring import Ring
 from ovtq.passes.decouple_length import shape_readers
+from ovtq.ring import Ring
 
 STATE = "ovtq.window"  # the name of the one state of all sliding layers
 FAR = 2**30  # a row index past any sequence

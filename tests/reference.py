@@ -44,7 +44,8 @@ class PackedLayer:
     """A layer's attention over a packed cache, by its definition, in f64, all tokens kept as they came.
 
     A key k is stored as RᵀQ(R(scale·k − centre)), Q being the codec's rounding; a value without scale and centre. The
-    tokens before past − window are read as stored, the others as they came. `codecs` are (key's, value's) or None.
+    tokens before past − window, in whole flushes, are read as stored, the others as they came. `codecs` are the key's
+    and the value's, or None.
     """
 
     def __init__(
@@ -55,12 +56,15 @@ class PackedLayer:
         sinks: np.ndarray,
         scale: float,
         window: int,
+        flush: int = 1,
     ) -> None:
         self.codecs, self.rotation, self.centre = codecs, rotation.astype(np.float64), centre[None, :, None]
-        self.sinks, self.scale, self.window = sinks, scale, window
-        self.tokens: tuple[np.ndarray, ...] | None = None  # keys, values as they came; as stored
+        self.sinks, self.scale, self.window, self.flush = sinks, scale, window, flush
+        self.tokens: tuple[np.ndarray, np.ndarray] | None = None  # keys and values, all as they came
 
-    def _stored(self, x: np.ndarray, codec: AdaptiveUniform | None) -> np.ndarray:
+    def stored(self, which: int, x: np.ndarray) -> np.ndarray:
+        """What keys (0) or values (1) become in the store."""
+        codec = self.codecs[which]
         if codec is None:
             return x
         return codec.decode(*codec.encode(x @ self.rotation)).astype(np.float64) @ self.rotation.T
@@ -72,20 +76,19 @@ class PackedLayer:
         v: np.ndarray,
         shown: np.ndarray,
         beams: np.ndarray,
-        stored: Callable[[int, np.ndarray], np.ndarray] | None = None,
+        stored: Callable[[int, np.ndarray], np.ndarray],
     ) -> np.ndarray:
         """query (batch, query_heads, new, d), k and v (batch, kv_heads, new, d), shown (batch, past + new).
 
-        `stored(which, x)` may say what becomes of the new keys (0) or values (1) in the store.
+        `stored` is this object's, or says what a graph has stored instead.
         """
-        k, v = self.scale * k.astype(np.float64) - self.centre, v.astype(np.float64)
-        stored = stored or (lambda which, x: self._stored(x, self.codecs[which]))
-        new = (k, v, stored(0, k), stored(1, v))
+        new = self.scale * k.astype(np.float64) - self.centre, v.astype(np.float64)
         old = tuple(x[beams] for x in self.tokens) if self.tokens else tuple(x[:, :, :0] for x in new)
         self.tokens = tuple(np.concatenate(pair, 2) for pair in zip(old, new, strict=True))
         past, count = old[0].shape[2], k.shape[2]
-        is_old = (np.arange(past + count) < past - self.window)[:, None]
-        keys, values = (np.where(is_old, self.tokens[i + 2], self.tokens[i]) for i in (0, 1))
+        older = max(past - self.window, 0) // self.flush * self.flush
+        is_old = (np.arange(past + count) < older)[:, None]
+        keys, values = (np.where(is_old, stored(i, self.tokens[i]), self.tokens[i]) for i in (0, 1))
         group = query.shape[1] // k.shape[1]
         keys, values, centre = (np.repeat(x, group, 1) for x in (keys, values, self.centre))
         query = query.astype(np.float64)

@@ -372,7 +372,7 @@ def test_packing_round_trip(shape: tuple[int, ...], bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("head_dim", [8, 64, 80])
 def test_no_bit_is_left_over(bits: int, head_dim: int) -> None:
-    """Every bit of every byte and of every code in exactly one field; so any bytes unpack to codes that pack to them."""
+    """Every bit of every byte and code is in exactly one field; so any bytes unpack to codes that pack to them."""
     where = layout(bits, head_dim)
     in_bytes, in_codes = np.zeros((where.bytes, 8), int), np.zeros((head_dim, bits), int)
     for f in where.fields:
