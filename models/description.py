@@ -9,6 +9,7 @@ import openvino as ov
 from openvino import Node, Output
 
 from ovtq.graph import Port
+from ovtq.packed_attention import PackedAttention
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class AttentionLayer:
     mask: Port | None
     key_path: KVPath | None
     value_path: KVPath | None
+    packed: PackedAttention | None = None  # what it should compute once its cache is quantised
 
     @property
     def paths(self) -> tuple[KVPath, ...]:

@@ -33,6 +33,8 @@ PORTION = 2  # KV heads whose history is unpacked at a time: a product then read
 class Blocks:
     """The nodes that all layers share, and the attention of one layer."""
 
+    flush = FLUSH
+
     def __init__(self, description: ModelDescription, plan: Plan, name: str) -> None:
         self.description, self.plan = description, plan
         rows = plan.window + FLUSH - 1
@@ -81,6 +83,11 @@ class Blocks:
         tokens = op.concat([columns.new, columns.batch, i64([H * G, d])], 0)
         context = op.reshape(op.concat([leading, _flat(direct)], 0), tokens, False)
         return op.transpose(context, i64([1, 2, 0, 3]))
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """After t tokens the growing states hold max(t − window, 0) of them, less the rest modulo multiple."""
+        return {"window": self.plan.window, "multiple": FLUSH}
 
     def stores(self) -> list[Node]:
         """The Assigns of all states, once every layer is rewritten."""

@@ -26,6 +26,8 @@ from ovtq.ring import Ring
 class Branches:
     """The nodes that all layers share, and the attention of one layer."""
 
+    flush = 1
+
     def __init__(self, description: ModelDescription, plan: Plan, name: str) -> None:
         self.description, self.plan = description, plan
         self.columns = columns = Columns(description, plan.window)
@@ -65,6 +67,11 @@ class Branches:
             either.set_input(source, in_then, in_else)
         context = either.set_output(then_result, else_result)
         return op.reshape(context, i64([0, layer.query_heads, -1, layer.head_dim]), True)
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """After t tokens the growing states hold all of them."""
+        return {"window": 0, "multiple": 1}
 
     def stores(self) -> list[Node]:
         """The Assigns of all states, once every layer is rewritten."""

@@ -96,6 +96,16 @@ class AdaptiveUniform:
         scale = norm / np.linalg.norm(codes - self.mid, axis=-1, keepdims=True)
         return codes.astype(np.uint8), _f32(scale)
 
+    def near_tie(self, x: np.ndarray, tolerance: float) -> np.ndarray:
+        """Where x (…, d) is so near to the middle between two codes, to `tolerance`·mid, that rounding may choose."""
+        peak, spread = STEPS[self.bits]
+        x = np.asarray(x, np.float64)
+        rms = np.sqrt(np.mean(x**2, -1, keepdims=True))
+        code = (
+            self.mid * np.clip(x / (peak * np.abs(x).max(-1, keepdims=True) + spread * rms + FLOOR), -1, 1) + self.mid
+        )
+        return np.abs(code - np.floor(code) - 0.5) < tolerance * self.mid
+
     def decode(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
         """x̂ = scale·(codes − mid), still rotated: codes (…, d) u8, scale (…, 1) f32 → (…, d) f32."""
         return (scale.astype(np.float64) * (codes.astype(np.float64) - self.mid)).astype(np.float32)

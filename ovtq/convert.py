@@ -24,11 +24,12 @@ from ovtq.dump import dump
 from ovtq.errors import InputError, OvtqError
 from ovtq.models import AttentionLayer, ModelDescription, describe
 from ovtq.models.description import state_bytes
-from ovtq.passes import PASSES, Pass
+from ovtq.passes import PASSES, Pass, QuantizeKv
 from ovtq.runner import check_device
 
-FLOAT_BYTES = {"GPU": 2, "CPU": 4}  # of a floating-point state: f16 on the GPU, as declared (f32) on the CPU
+FLOAT_BYTES = {"gpu": 2, "cpu": 4}  # of a floating-point state: f16 on the GPU, as declared (f32) on the CPU
 CONTEXTS = (4096, 131072)
+PACKED_OPTIONS = ("k-bits", "v-bits", "residual-window", "protect", "centre")  # of quantize-kv, with flags of their own
 BIG = 2 << 30  # bytes of weights; above it only the first layers are verified, so that a 20B model needs no 12 GB here
 BIG_LAYERS = 4  # two of each kind in every known architecture
 
@@ -69,6 +70,7 @@ class _Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """The command line; presets, passes and their options come from the code that runs them."""
+    helps = QuantizeKv.option_help()
     presets = "\n".join(
         f"  {name:<16} {preset.purpose}\n{'':<19}= {_names(preset.passes)}" for name, preset in pipeline.PRESETS.items()
     )
@@ -86,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model_dir", type=Path, help="folder with a stateful IR: openvino_model.xml/.bin, config.json")
     p.add_argument("out_dir", type=Path, nargs="?", help="folder to write; not needed with --dry-run")
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--preset", choices=pipeline.PRESETS, default="exact", help="default: %(default)s")
+    what.add_argument("--preset", choices=pipeline.PRESETS, default="k6v4", help="default: %(default)s")
     what.add_argument("--passes", metavar="LIST", help="passes in order, NAME[:OPTION=VALUE]…,NAME…")
     p.add_argument(
         "--set",
@@ -97,11 +99,17 @@ def parser() -> argparse.ArgumentParser:
         help="change an option of a pass; may be repeated",
     )
     p.add_argument(
-        "--device",
+        "--target",
         choices=FLOAT_BYTES,
-        default="GPU",
-        help="where the model will run: bytes are counted at f16 for GPU, at f32 for CPU (default: GPU)",
+        default="gpu",
+        help="where the model will run: chooses the form of packed caches that is fast there, and counts bytes at f16 "
+        "(gpu) or f32 (cpu); the result is right on both (default: %(default)s)",
     )
+    packed = p.add_argument_group("packed caches (short for --set quantize-kv.…)")
+    for option in PACKED_OPTIONS:
+        packed.add_argument(
+            f"--{option}", metavar=option.rpartition("-")[2].upper(), help=helps[option.replace("-", "_")]
+        )
     p.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -135,7 +143,7 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
     """Do what the command line asks. Raises OvtqError; leaves the input untouched, and OUT_DIR whole or as it was."""
     preset = options.preset if options.passes is None else None
     passes = pipeline.PRESETS[preset].passes if preset else pipeline.parse_passes(options.passes)
-    passes = pipeline.with_settings(passes, options.settings)
+    passes = pipeline.with_settings(pipeline.for_target(passes, options.target), _settings(options))
     if not 0 <= options.verify_seed < 2**32:
         raise InputError(f"--verify-seed must be from 0 to {2**32 - 1}, got {options.verify_seed}")
     if options.verify_layers is not None and options.verify_layers < 1:
@@ -160,7 +168,7 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             tick()
         weights = source.with_suffix(".bin").stat().st_size
         extent = verify.scope(description, options.verify_layers or (BIG_LAYERS if weights > BIG else None))
-        float_bytes = FLOAT_BYTES[options.device]
+        float_bytes = FLOAT_BYTES[options.target]
         before = _memory(model, float_bytes)
         with _phase(progress, "rewrite", len(passes)) as tick:
 
@@ -175,7 +183,7 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             "preset": preset,
             "passes": [dataclasses.asdict(step) for step in steps],
             "layers": [_layer(layer) for layer in description.layers],
-            "device": options.device,
+            "target": options.target,
             "state_bytes": {"before": before, "after": _memory(model, float_bytes)},
             "paged_attention": all(item.paged_attention for item in passes),
             "source": {"xml_sha256": _sha256(source), "bin_bytes": weights},
@@ -187,6 +195,15 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
         else:
             _write(options, model, description, extent, record, source, progress)
     _report(console, options, record, time.perf_counter() - started)
+
+
+def _settings(options: argparse.Namespace) -> list[str]:
+    """What --set says, and the options that are short for it."""
+    short = {
+        name: getattr(options, name.replace("-", "_"))
+        for name in ("k-bits", "v-bits", "residual-window", "protect", "centre")
+    }
+    return [*(f"quantize-kv.{name}={value}" for name, value in short.items() if value), *options.settings]
 
 
 def _write(
@@ -206,10 +223,10 @@ def _write(
             io.copy_rest(options.model_dir, folder)
             tick()
         if options.verify:
-            window = max((layer.window or 0 for layer in description.layers), default=0) or 128
-            with _phase(progress, "verify", 2 * len(verify.schedule(window))) as tick:
+            layers = description.layers
+            with _phase(progress, "verify", 2 * len(verify.calls_for(layers))) as tick:
                 found = verify.verify(
-                    source, folder / source.name, window, options.verify_device, options.verify_seed, extent, tick
+                    source, folder / source.name, layers, options.verify_device, options.verify_seed, extent, tick
                 )
             record["verified"] = {
                 "device": options.verify_device,
@@ -218,6 +235,20 @@ def _write(
             }
         (folder / io.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         _write_json(options, record)
+
+
+def _packed_line(found: dict[str, Any]) -> str:
+    packed = found["packed"]
+    line = (
+        f"that is where no token read was quantised; elsewhere each of {packed['layers']} packed layers is within "
+        f"{packed['relative']:.2g} of the same attention in numpy"
+    )
+    if packed["kld"] is None:
+        return line
+    return (
+        f"{line}, and over {packed['positions']} positions of random tokens the logits' mean KLD is "
+        f"{packed['kld']:.2g}, with the same top at {packed['same_top']:.2%}"
+    )
 
 
 def _write_json(options: argparse.Namespace, record: dict[str, Any]) -> None:
@@ -275,7 +306,7 @@ def _report(console: Console, options: argparse.Namespace, record: dict[str, Any
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     before, after = record["state_bytes"]["before"], record["state_bytes"]["after"]
-    for column in (f"state bytes ({options.device})", "before", "after"):
+    for column in (f"state bytes ({options.target})", "before", "after"):
         table.add_column(column, justify="left" if column[0] == "s" else "right")
     rows = {"per token": "per_token", "flat": "flat", **{f"at {tokens:,}": str(tokens) for tokens in CONTEXTS}}
     for label, key in rows.items():
@@ -302,6 +333,8 @@ def _report(console: Console, options: argparse.Namespace, record: dict[str, Any
             + (f"; {found['skipped']} behind a tie in a router left out" if found["skipped"] else ""),
             soft_wrap=True,
         )
+        if found["packed"]:
+            console.print(_packed_line(found), soft_wrap=True)
     if options.dry_run:
         console.print("dry run: nothing was written")
     else:

@@ -16,7 +16,7 @@ import openvino as ov
 from ovtq.errors import InputError
 from ovtq.graph import id_of
 from ovtq.models import ModelDescription
-from ovtq.passes import PASSES, DecoupleLength, Pass, RotateHeads, SimplifyMask, TruncateWindow
+from ovtq.passes import PASSES, DecoupleLength, Pass, QuantizeKv, RotateHeads, SimplifyMask, TruncateWindow
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,22 @@ class Preset:
 
     passes: tuple[Pass, ...]
     purpose: str
+
+
+def _packed(bits: str, purpose: str) -> Preset:
+    """Exact passes, then packed full layers; keys need more bits than values."""
+    return Preset(
+        passes=(
+            DecoupleLength(),
+            TruncateWindow(),
+            SimplifyMask(),
+            # rotates what it packs itself: one product takes the rotation, the decoding and the packing's order
+            QuantizeKv(k_bits=bits, v_bits="4"),
+            # a full layer that is protected is left as by `exact`
+            RotateHeads(layers="left", tensors="v"),
+        ),
+        purpose=purpose,
+    )
 
 
 PRESETS: dict[str, Preset] = {
@@ -45,7 +61,15 @@ PRESETS: dict[str, Preset] = {
         passes=(RotateHeads(),),
         purpose="lossless: the rotation alone, for caches that the runtime itself keeps in 4 bits",
     ),
+    "k8v4": _packed("8", "safe: keys in 8 bits, values in 4"),
+    "k6v4": _packed("6", "keys in 6 bits, values in 4"),
+    "k4v4": _packed("4", "small: keys and values in 4 bits"),
 }
+
+
+def for_target(passes: Sequence[Pass], target: str) -> tuple[Pass, ...]:
+    """`passes`, those that make another graph for each plugin set to `target`."""
+    return tuple(dataclasses.replace(item, target=target) if hasattr(item, "target") else item for item in passes)
 
 
 @dataclass(frozen=True)

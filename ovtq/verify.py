@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import gc
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
 from openvino import Output
+from scipy.special import log_softmax
 
 from ovtq.errors import VerificationFailed
 from ovtq.graph import ancestors, constant_of, consumers, id_of
-from ovtq.models import ModelDescription
+from ovtq.models import AttentionLayer, ModelDescription
+from ovtq.packing import unpack
 from ovtq.runner import EXACT_PROPERTIES, Runner
 
 ATTEMPTS = 5  # seeds
 ROUTER_TIE = 32 * float(np.finfo(np.float32).eps)  # of the largest router logit of a position
+CODE_TIE = 64 * float(np.finfo(np.float32).eps)  # of the largest code
+TIES_UNSEEN = 0.02  # of the largest element, where the device does not show its codes: a code may be off by one
 TOLERANCE = 128 * float(np.finfo(np.float32).eps)  # of the largest logit: 24 layers of f32 sums in another order
 
 
@@ -32,6 +37,67 @@ class Call:
     reset: bool = False
 
 
+class PackedCheck:
+    """Holds the packed layers of a running model to `PackedAttention`, from the queries, keys and values it shows."""
+
+    def __init__(self, layers: Sequence[AttentionLayer]) -> None:
+        self.layers = [layer for layer in layers if layer.packed]
+        ports = [(port.source for port in (x.query, x.key, x.value)) for x in self.layers]
+        taps = [[*inner, layer.context] for inner, layer in zip(ports, self.layers, strict=True)]
+        self.names = [[(tap.get_node().get_friendly_name(), tap.get_index()) for tap in some] for some in taps]
+        self.largest, self.mask = 0.0, np.zeros((1, 0), np.int64)
+
+    def tapped(self, model: ov.Model) -> ov.Model:
+        """`model`, as read from its file, with what is checked as further results."""
+        nodes = {node.get_friendly_name(): node for node in model.get_ops()}
+        taps = [ov.opset15.result(nodes[name].output(index)) for some in self.names for name, index in some]
+        return ov.Model([*model.get_results(), *taps], model.get_sinks(), model.get_parameters())
+
+    def older(self, past: int) -> int:
+        """How many of `past` tokens are read as codes."""
+        return max((layer.packed.older(past) for layer in self.layers if layer.packed), default=0)
+
+    def reset(self) -> None:
+        """Forget everything but the largest difference."""
+        for layer in self.layers:
+            layer.packed.reset()
+
+    def step(self, request: ov.InferRequest, shown: np.ndarray, mask: np.ndarray, beams: np.ndarray) -> None:
+        """Compare one call's results; `shown` (batch, new), `mask` (batch, past + new)."""
+        try:
+            states = {state.name: state.state.data for state in request.query_state()}
+        except RuntimeError:  # the GPU plugin does not give out i8 states
+            states = {}
+        visible = shown.astype(bool)
+        for number, layer in enumerate(self.layers):
+            query, keys, values, got = (
+                np.array(request.get_output_tensor(1 + 4 * number + k).data, np.float64) for k in range(4)
+            )
+            stored = functools.partial(_as_stored, states, layer)
+            expected = layer.packed.step(query, keys, values, mask, beams, stored)
+            got, expected = (np.moveaxis(x, 1, 2)[visible] for x in (got, expected))
+            error = np.abs(got - expected).max(initial=0) / np.abs(expected).max(initial=np.finfo(np.float32).tiny)
+            self.largest = max(self.largest, float(error) if np.isfinite(got).all() else float("inf"))
+        self.exact_codes = bool(states)
+
+
+def _as_stored(states: Mapping[str, np.ndarray], layer: AttentionLayer, which: int, x: np.ndarray) -> np.ndarray:
+    """Keys or values as the codec stores them, but with the graph's code where one is a rounding away from another."""
+    packed, name = layer.packed, f"ovtq.{layer.index}.{('key', 'value')[which]}"
+    codec = packed.codecs[which]
+    if codec is None or name not in states:
+        return packed.stored(which, x)
+    there = unpack(states[name], codec.bits)
+    count = there.shape[2]
+    y = x @ packed.rotation
+    codes, scale = codec.encode(y)
+    tie = codec.near_tie(y[:, :, :count], CODE_TIE)
+    codes[:, :, :count][tie] = there[tie]
+    rows = tie.any(-1)
+    scale[:, :, :count][rows] = states[f"{name}.scale"][rows]
+    return codec.decode(codes, scale).astype(np.float64) @ packed.rotation.T
+
+
 @dataclass(frozen=True)
 class Difference:
     """How far apart two models are over all calls."""
@@ -43,6 +109,20 @@ class Difference:
     positions: int
     skipped: int  # positions behind a tie in a router, where rounding decides which expert answers
     seed: int
+    packed: PackedDifference | None = None  # of layers whose cache is quantised
+
+
+@dataclass(frozen=True)
+class PackedDifference:
+    """How far packed layers are from their definition, and what their quantising did to the logits here."""
+
+    layers: int
+    relative: float  # the largest difference of a layer's context from numpy's, as a share of the largest element
+    positions: int  # at which some layer read codes
+    kld: (
+        float | None
+    )  # mean divergence of the logits from the original's there, in nats; None if not all layers were run
+    same_top: float | None
 
 
 @dataclass(frozen=True)
@@ -91,10 +171,12 @@ def _alike(a: Output, b: Output) -> bool:
 
 def schedule(window: int) -> list[Call]:
     """Calls that reach every case of the cache: empty, growing, longer than the window in one call and in chunks,
-    decode across the window's edge, then a batch of two with left padding, then its sequences swapped by beam_idx."""
+    decode across the window's edge, then a batch of two with left padding, then its sequences swapped by beam_idx; then
+    once more in calls so short that no token is old enough to be quantised."""
     one = [Call(window + 37), Call(1), Call(1), Call(7), Call(2 * window + 5), Call(1)]
     two = [Call(24, 2, pad=9, reset=True), Call(1, 2, beams=(1, 0)), Call(window, 2), Call(1, 2, beams=(1, 1))]
-    return one + two
+    new = [Call(2 * window + 5, reset=True), Call(20, 2, pad=5, reset=True), Call(1, 2, beams=(1, 0)), Call(7, 2)]
+    return one + two + new
 
 
 @dataclass(frozen=True)
@@ -127,6 +209,7 @@ def play(
     seed: int,
     tick: Callable[[], None] = lambda: None,
     chosen: Sequence[int] = (),
+    check: PackedCheck | None = None,
 ) -> list[Played]:
     """Run the calls on seeded random tokens; padding is not usable, nor, with routers, is what follows a tie.
 
@@ -138,11 +221,16 @@ def play(
         if call.reset:
             runner.reset()
             tied = False
+        if check and (call.reset or not played):
+            check.reset()
         ids = random.randint(0, vocabulary, (call.batch, call.tokens)).astype(np.int64)
         shown = np.ones(ids.shape, np.int64)
         shown[1:, : call.pad] = 0
         results = np.array(runner.step(ids, shown, np.asarray(call.beams, np.int32) if call.beams else None))
         visible = shown.astype(bool)
+        if check:
+            beams = np.asarray(call.beams or range(call.batch), np.int32)
+            check.step(runner.request, shown, runner.mask, beams)
         usable = visible & (not tied)
         for index, experts in enumerate(chosen, start=1):
             router = runner.request.get_output_tensor(index).data
@@ -168,19 +256,20 @@ def compare(reference: list[Played], other: list[Played], layers: int, seed: int
 def verify(
     original: Path,
     converted: Path,
-    window: int,
+    layers: Sequence[AttentionLayer],
     device: str,
     seed: int,
     extent: Scope,
     tick: Callable[[], None] = lambda: None,
 ) -> Difference:
-    """Compare two IRs as files, one after the other so that one is in memory at a time.
+    """Compare two IRs as files, one after the other so that one is in memory at a time; `layers` are of the converted.
 
-    Where ties in the routers leave less than half of the positions, the next seeds are tried.
-    Raises VerificationFailed if they differ by more than f32 rounding, InputError if the device can't run them.
+    Where no token that is read was quantised, results must be equal to f32 rounding. Layers that read codes are held
+    to `PackedAttention` besides. Where ties in the routers leave less than half of the positions, the next seeds are
+    tried. Raises VerificationFailed if they differ by more, InputError if the device can't run them.
     """
     for attempt in range(seed, seed + ATTEMPTS):
-        difference = _verify(original, converted, schedule(window), device, attempt % 2**32, extent, tick)
+        difference = _verify(original, converted, layers, device, attempt % 2**32, extent, tick)
         if not difference.relative <= TOLERANCE:
             raise VerificationFailed(
                 f"the converted model is wrong on {device}: its results differ by {difference.largest:.3g} "
@@ -194,10 +283,22 @@ def verify(
     )
 
 
+def calls_for(layers: Sequence[AttentionLayer]) -> list[Call]:
+    """The schedule that reaches every case of these layers."""
+    return schedule(max((layer.window or 0 for layer in layers), default=0) or 128)
+
+
 def _verify(
-    original: Path, converted: Path, calls: list[Call], device: str, seed: int, extent: Scope, tick: Callable[[], None]
+    original: Path,
+    converted: Path,
+    layers: Sequence[AttentionLayer],
+    device: str,
+    seed: int,
+    extent: Scope,
+    tick: Callable[[], None],
 ) -> Difference:
-    results = []
+    calls, results = calls_for(layers), []
+    check = PackedCheck([layer for layer in layers if layer.index < extent.layers])
     for xml in (original, converted):
         model = ov.Core().read_model(xml)
         vocabulary = model.output(0).get_partial_shape()[2].get_length()
@@ -206,8 +307,47 @@ def _verify(
         chosen: list[int] = []
         if xml == original:
             model, chosen = with_routers(model)
+        elif check.layers:
+            model = check.tapped(model)
         runner = Runner(model, device, EXACT_PROPERTIES)
-        results.append(play(runner, calls, vocabulary, seed, tick, chosen))
+        held = check if xml == converted and check.layers else None
+        results.append(play(runner, calls, vocabulary, seed, tick, chosen, held))
         del runner, model
         gc.collect()
-    return compare(*results, extent.layers, seed)
+    lossy = _reads_codes(calls, check)
+    exact = [[played for played, old in zip(side, lossy, strict=True) if not old] for side in results]
+    difference = compare(*exact, extent.layers, seed)
+    if not check.layers:
+        return difference
+    allowed = TOLERANCE if check.exact_codes else TIES_UNSEEN
+    if not check.largest <= allowed:
+        raise VerificationFailed(
+            f"the converted model is wrong on {device}: a layer that reads packed codes is {check.largest:.2g} of its "
+            f"largest result away from what numpy computes (allowed {allowed:.2g}); nothing was written"
+        )
+    rest = [[played for played, old in zip(side, lossy, strict=True) if old] for side in results]
+    kld, same_top = _divergence(*rest) if extent.end is None else (None, None)
+    positions = sum(int(played.usable.sum()) for played in rest[0])
+    return replace(difference, packed=PackedDifference(len(check.layers), check.largest, positions, kld, same_top))
+
+
+def _reads_codes(calls: Sequence[Call], check: PackedCheck) -> list[bool]:
+    """For each call, whether a token old enough to be quantised is read in it."""
+    past, found = 0, []
+    for call in calls:
+        past = 0 if call.reset else past
+        found.append(check.older(past) > 0)
+        past += call.tokens
+    return found
+
+
+def _divergence(reference: list[Played], other: list[Played]) -> tuple[float, float]:
+    """Mean KLD of the logits in nats, and the share of positions with the same top, where the reference is usable."""
+    expected, got = (
+        log_softmax(
+            np.concatenate([b.results[a.usable] for a, b in zip(reference, side, strict=True)]).astype(float), -1
+        )
+        for side in (reference, other)
+    )
+    kld = (np.exp(expected) * (expected - got)).sum(-1).mean()
+    return float(kld), float((expected.argmax(-1) == got.argmax(-1)).mean())

@@ -10,7 +10,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset15 as op
 
-from ovtq.attend import Plan
+from ovtq.attend import Plan, sink_logits
 from ovtq.attend_blocks import Blocks
 from ovtq.attend_branches import Branches
 from ovtq.codec import STEPS, AdaptiveUniform
@@ -18,6 +18,7 @@ from ovtq.errors import VerificationFailed
 from ovtq.graph import Port, f32, rebuild, redirect
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.models.rope import mean_rotated_bias
+from ovtq.packed_attention import PackedAttention
 from ovtq.packing import packed_bytes
 from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.passes.decouple_length import shape_readers
@@ -124,10 +125,11 @@ class QuantizeKv(Pass):
             window=self.residual_window,
         )
         form = FORMS[self.target](description, plan, RECENT)
-        changed = {layer.index: self._rewrite(form, layer, plan.centres[layer.index]) for layer in layers}
+        changed = {layer.index: self._rewrite(form, plan, layer) for layer in layers}
         old = [path.assign for layer in layers for path in layer.paths]
         model = rebuild(model, drop=old, add=form.stores())
-        return Rewrite(model, description.with_layers(changed), len(changed), _facts(plan))
+        facts = {**_facts(plan), "stored": form.stored}
+        return Rewrite(model, description.with_layers(changed), len(changed), facts)
 
     @property
     def bits(self) -> tuple[str, str]:
@@ -143,7 +145,8 @@ class QuantizeKv(Pass):
             return np.zeros((layer.kv_heads, layer.head_dim), np.float32)
         return (mean * np.float32(layer.scale)).astype(np.float32)
 
-    def _rewrite(self, form: Blocks | Branches, layer: AttentionLayer, centre: np.ndarray) -> AttentionLayer:
+    def _rewrite(self, form: Blocks | Branches, plan: Plan, layer: AttentionLayer) -> AttentionLayer:
+        centre = plan.centres[layer.index]
         entry = op.concat([layer.key.source, layer.value.source], 1)  # (batch, 2H, new, d)
         scale = np.ones((2 * layer.kv_heads, 1, 1), np.float32)
         scale[: layer.kv_heads] = layer.scale
@@ -160,7 +163,11 @@ class QuantizeKv(Pass):
             mask=None,
             key_path=None,
             value_path=None,
-        )
+            packed=PackedAttention(
+                (plan.key, plan.value), plan.rotation, centre, sink_logits(layer).reshape(-1), layer.scale,
+                plan.window, form.flush,
+            ),
+        )  # fmt: skip
 
     def ensures(self, rewrite: Rewrite) -> None:
         """Every layer has a state of packed bytes and one of scales for K and for V, as wide as promised."""

@@ -8,7 +8,6 @@ import re
 import numpy as np
 import openvino as ov
 import pytest
-import reference
 from conftest import MINI, TINY, load
 from test_passes import Tapped, applied
 
@@ -17,6 +16,7 @@ from ovtq.codec import STEPS, AdaptiveUniform
 from ovtq.errors import InputError, PreconditionFailed
 from ovtq.models import ModelDescription
 from ovtq.models.rope import mean_rotated_bias
+from ovtq.packed_attention import PackedAttention
 from ovtq.packing import unpack
 from ovtq.passes import DecoupleLength, Pass, QuantizeKv, SimplifyMask, TruncateWindow
 from ovtq.passes.quantize_kv import POSITIONS
@@ -51,7 +51,7 @@ FORMS: dict[str, QuantizeKv] = {
 }
 
 
-def references(item: QuantizeKv) -> dict[int, reference.PackedLayer]:
+def references(item: QuantizeKv) -> dict[int, PackedAttention]:
     model, description = load(TINY["5.5"])
     made = {}
     for layer in item.chosen(description):
@@ -61,7 +61,7 @@ def references(item: QuantizeKv) -> dict[int, reference.PackedLayer]:
         if item.centre == "bias":
             centre = mean_rotated_bias(model, layer.key.source, layer.kv_heads, d, POSITIONS)
             centre = (centre * np.float32(layer.scale)).astype(np.float32)
-        made[layer.index] = reference.PackedLayer(
+        made[layer.index] = PackedAttention(
             codecs, randomized_hadamard(d, item.seed), centre, layer.sinks, layer.scale, item.residual_window,
             FLUSH if item.target == "cpu" else 1,
         )  # fmt: skip
@@ -73,7 +73,7 @@ def tapped(form: str) -> Tapped:
     return Tapped(TINY["5.5"], (*EXACT, FORMS[form]))
 
 
-def as_stored(model: Tapped, index: int, packed: reference.PackedLayer, which: int, x: np.ndarray) -> np.ndarray:
+def as_stored(model: Tapped, index: int, packed: PackedAttention, which: int, x: np.ndarray) -> np.ndarray:
     """All keys or values as the graph has stored them: by the codec's codes and scale, but where f32 decides a code."""
     codec = packed.codecs[which]
     if codec is None:
@@ -87,10 +87,7 @@ def as_stored(model: Tapped, index: int, packed: reference.PackedLayer, which: i
     assert count == (x.shape[2] if packed.flush == 1 else max(x.shape[2] - packed.window, 0) // FLUSH * FLUSH)
     y = x[:, :, :count] @ packed.rotation
     expected, expected_scale = codec.encode(y)
-    peak, spread = STEPS[codec.bits]
-    top = peak * np.abs(y).max(-1, keepdims=True) + spread * np.sqrt(np.mean(y**2, -1, keepdims=True)) + 1e-4
-    exact = codec.mid * np.clip(y / top, -1, 1) + codec.mid
-    tie = np.abs(exact - np.floor(exact) - 0.5) < 64 * EPS * codec.mid  # x itself is rounded, and so the centre
+    tie = codec.near_tie(y, 64 * EPS)  # x itself is rounded, and so the centre
     assert np.array_equal(codes[~tie], expected[~tie])
     assert np.abs(codes.astype(int) - expected).max(initial=0) <= 1
     assert tie.sum() <= 3 + 0.01 * tie.size

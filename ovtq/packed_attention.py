@@ -1,0 +1,79 @@
+"""Attention over a packed cache in numpy, by its definition: what the graphs of quantize-kv are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from ovtq.codec import AdaptiveUniform
+
+
+class PackedAttention:
+    """A layer's attention over a packed cache in f64, all tokens kept as they came.
+
+    A key k is stored as RᵀQ(R(scale·k − centre)), Q being the codec's rounding; a value without scale and centre. The
+    tokens before past − window, in whole flushes, are read as stored, the others as they came. `codecs` are the key's
+    and the value's, or None; `centre` is (kv_heads, d), `sinks` (query_heads,).
+    """
+
+    def __init__(
+        self,
+        codecs: tuple[AdaptiveUniform | None, AdaptiveUniform | None],
+        rotation: np.ndarray,
+        centre: np.ndarray,
+        sinks: np.ndarray,
+        scale: float,
+        window: int,
+        flush: int = 1,
+    ) -> None:
+        self.codecs, self.rotation, self.centre = codecs, rotation.astype(np.float64), centre[None, :, None]
+        self.sinks, self.scale, self.window, self.flush = sinks, scale, window, flush
+        self.tokens: tuple[np.ndarray, np.ndarray] | None = None  # keys and values, all as they came
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.tokens = None
+
+    def older(self, past: int) -> int:
+        """How many of `past` tokens are read as stored."""
+        return max(past - self.window, 0) // self.flush * self.flush
+
+    def stored(self, which: int, x: np.ndarray) -> np.ndarray:
+        """What keys (0) or values (1), (batch, kv_heads, tokens, d), become in the store."""
+        codec = self.codecs[which]
+        if codec is None:
+            return x
+        return codec.decode(*codec.encode(x @ self.rotation)).astype(np.float64) @ self.rotation.T
+
+    def step(
+        self,
+        query: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        shown: np.ndarray,
+        beams: np.ndarray,
+        stored: Callable[[int, np.ndarray], np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """Σ_k p_k v_k, p the softmax over the visible keys and the sink: (batch, query_heads, new, d).
+
+        query (batch, query_heads, new, d), k and v (batch, kv_heads, new, d), shown (batch, past + new), beams
+        (batch,). `stored` may say what a graph has stored, in place of this object's.
+        """
+        new = self.scale * k.astype(np.float64) - self.centre, v.astype(np.float64)
+        old = tuple(x[beams] for x in self.tokens) if self.tokens else tuple(x[:, :, :0] for x in new)
+        self.tokens = tuple(np.concatenate(pair, 2) for pair in zip(old, new, strict=True))
+        past, count = old[0].shape[2], k.shape[2]
+        is_old = (np.arange(past + count) < self.older(past))[:, None]
+        stored = stored or self.stored
+        keys, values = (np.where(is_old, stored(i, self.tokens[i]), self.tokens[i]) for i in (0, 1))
+        batch, kv_heads, total, d = keys.shape
+        query = query.astype(np.float64).reshape(batch, kv_heads, -1, d)  # query heads that share a KV head as rows
+        causal = np.arange(total) <= past + np.arange(count)[:, None]
+        visible = np.tile(causal, (query.shape[2] // count, 1)) & (shown != 0)[:, None, None]
+        scores = np.where(visible, query @ keys.swapaxes(2, 3), -np.inf)
+        sink = np.repeat(self.sinks.reshape(1, kv_heads, -1), count, 2) - (query * self.centre).sum(-1)
+        scores = np.concatenate([scores, sink[..., None]], -1)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        return (weights[..., :-1] @ values).reshape(batch, -1, count, d)
