@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from functools import reduce
 
 import numpy as np
-import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.attend import ALL, Columns, History, Plan, sink_logits, store
-from ovtq.graph import dim, f32, i64, scalar
+from ovtq.graph import body, dim, f32, i64, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.quantizer import unpack
 from ovtq.ring import Ring
@@ -116,7 +115,7 @@ class Blocks:
         context = block(some, rows, past, far, mask, sink, dim(far, 3), width)
         results = [op.result(op.constant(np.array(True))), op.result(op.unsqueeze(_flat(context), i64([0])))]
         loop = op.loop(self.trips, op.constant(np.array(True)))
-        loop.set_function(ov.Model(results, [turn, *inner], "blocks"))
+        loop.set_function(body(results, [turn, *inner], "blocks"))
         loop.set_special_body_ports([0, 0])
         for parameter, source in zip(inner, outer, strict=True):
             loop.set_invariant_input(parameter, source)

@@ -10,13 +10,12 @@ heads that share a KV head into rows, and reads what was looked up as it is.
 from __future__ import annotations
 
 import numpy as np
-import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
 from ovtq.attend import ALL, Columns, History, Plan, sink_logits, store
-from ovtq.graph import MASKED, dim, f32, i64
+from ovtq.graph import MASKED, body, dim, f32, i64
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packing import Layout
 from ovtq.quantizer import interleaved, look_up
@@ -59,7 +58,7 @@ class Branches:
         for make in (self._prefill, self._decode):
             inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in outer]
             result = op.result(make(layer, *(x.output(0) for x in inner)))
-            bodies.append((inner, result, ov.Model([result], inner, make.__name__.strip("_"))))
+            bodies.append((inner, result, body([result], inner, make.__name__.strip("_"))))
         (then_inner, then_result, then_body), (else_inner, else_result, else_body) = bodies
         either.set_then_body(then_body)
         either.set_else_body(else_body)

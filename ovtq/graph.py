@@ -114,6 +114,16 @@ def rebuild(model: ov.Model, drop: Sequence[Node] = (), add: Sequence[Node] = ()
     return fresh
 
 
+def body(results: Sequence[Node], parameters: Sequence[Node], name: str) -> ov.Model:
+    """The inside of a Loop or If. Its nodes are named by their order, so that equal conversions write equal files."""
+    model = ov.Model(list(results), list(parameters), name)
+    for number, node in enumerate(model.get_ordered_ops()):
+        node.set_friendly_name(f"{name}/{node.get_type_name()}_{number}")
+    for parameter in model.get_parameters():  # Python gave its tensor the old name
+        parameter.output(0).set_names({parameter.get_friendly_name()})
+    return model
+
+
 @dataclass(frozen=True)
 class Port:
     """One input of a node: a place where a tensor enters, whatever produces it."""

@@ -285,7 +285,8 @@ def verify(
 
 def calls_for(layers: Sequence[AttentionLayer]) -> list[Call]:
     """The schedule that reaches every case of these layers."""
-    return schedule(max((layer.window or 0 for layer in layers), default=0) or 128)
+    packed = [layer.packed.window + layer.packed.flush for layer in layers if layer.packed]
+    return schedule(max([*(layer.window or 0 for layer in layers), *packed]) or 128)
 
 
 def _verify(

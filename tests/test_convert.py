@@ -85,10 +85,12 @@ def test_verifying_the_first_layers_only(capsys: pytest.CaptureFixture[str], tmp
     assert json.loads((tmp_path / "out" / "ovtq.json").read_text())["verified"]["layers"] == 2
 
 
-def test_the_same_conversion_gives_the_same_file(exact: Path, tmp_path: Path) -> None:
-    assert main([str(MINI), str(tmp_path / "again"), "--no-verify"]) == 0
+@pytest.mark.parametrize("preset", ["exact", "k6v4"])
+def test_the_same_conversion_gives_the_same_file(preset: str, convert: Callable[..., Path], tmp_path: Path) -> None:
+    first = convert(MINI, "--preset", preset)
+    assert main([str(MINI), str(tmp_path / "again"), "--preset", preset, "--no-verify"]) == 0
     for name in ("openvino_model.xml", "openvino_model.bin"):
-        assert (tmp_path / "again" / name).read_bytes() == (exact / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (first / name).read_bytes()
 
 
 def test_bytes_in_the_record_are_the_bytes_on_the_device(exact: Path) -> None:
@@ -118,7 +120,7 @@ def test_weights_keep_their_types(exact: Path) -> None:
 def test_dry_run_writes_nothing_and_says_the_bytes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main([str(MINI), "--dry-run", "--json", str(tmp_path / "record.json")]) == 0
     out = capsys.readouterr().out
-    assert re.search(r"per token +3,072 +1,536", out)
+    assert re.search(r"per token +3,072 +504", out)  # 3 full layers, 2 KV heads, 48 + 32 bytes of codes, 2 scales
     assert "dry run: nothing was written" in out
     assert os.listdir(tmp_path) == ["record.json"]
     assert json.loads((tmp_path / "record.json").read_text())["verified"] is None
@@ -131,8 +133,8 @@ def test_pass_list_and_settings(convert: Callable[..., Path]) -> None:
         "decouple-length,truncate-window:slack=3",
         "--set",
         "truncate-window.slack=9",
-        "--device",
-        "CPU",
+        "--target",
+        "cpu",
     )
     record = json.loads((folder / "ovtq.json").read_text())
     assert record["preset"] is None
@@ -155,7 +157,7 @@ def test_force_replaces_an_earlier_result(capsys: pytest.CaptureFixture[str], tm
     capsys.readouterr()
     assert "not empty; --force replaces it" in complaint(capsys, TINY["5.5"], out)
     assert main([str(TINY["5.5"]), str(out), "--force"]) == 0
-    assert json.loads((out / "ovtq.json").read_text())["preset"] == "exact"
+    assert json.loads((out / "ovtq.json").read_text())["preset"] == "k6v4"
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -250,6 +252,17 @@ def test_bad_models(
         (["{model}", "{tmp}/out", "--passes", "truncate-window"], "truncate-window: lengths in this model come from"),
         (["{model}", "{tmp}/out", "--set", "rotate-heads.seed=x"], "rotate-heads: seed needs int, got 'x'"),
         (["{model}", "{tmp}/out", "--set", "seed=1"], "--set seed=1: write PASS.OPTION=VALUE"),
+        (
+            ["{model}", "{tmp}/out", "--preset", "exact", "--k-bits", "4"],
+            "--set quantize-kv.k-bits=4: write PASS.OPTION",
+        ),
+        (["{model}", "{tmp}/out", "--k-bits", "7"], "quantize-kv: k-bits is one of none, 2, 3, 4, 5, 6, 8, got '7'"),
+        (
+            ["{model}", "{tmp}/out", "--protect", "middle"],
+            "protect: expected first:N, last:N or an index, got 'middle'",
+        ),
+        (["{model}", "{tmp}/out", "--protect", "0"], "protect: layer 0 is no full layer; those are 1, 3"),
+        (["{model}", "{tmp}/out", "--residual-window", "few"], "quantize-kv: residual-window needs int, got 'few'"),
         (["{model}", "{tmp}/out", "--verify-device", "NPU"], "device NPU is not there; available: CPU"),
         (["{model}", "{tmp}/out", "--verify-seed", "-1"], "--verify-seed must be from 0 to"),
         (["{model}", "{tmp}/out", "--verify-layers", "0"], "--verify-layers must be at least 1, got 0"),
@@ -350,7 +363,7 @@ def test_odd_names_and_a_reader_that_leaves(tmp_path: Path) -> None:
     script = f"{shlex.join(map(str, [*COMMAND, TINY['5.5'], out, '--no-verify']))} | head -n 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads((out / "ovtq.json").read_text())["preset"] == "exact"
+    assert json.loads((out / "ovtq.json").read_text())["preset"] == "k6v4"
     assert main([str(TINY["5.5"]), str(out), "--no-verify", "--force"]) == 0
 
 

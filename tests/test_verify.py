@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,14 +13,17 @@ import openvino as ov
 import pytest
 from conftest import MINI, TINY, load
 
+import ovtq.attend
+import ovtq.packing
 import ovtq.passes.rotate_heads
 import ovtq.passes.truncate_window
 from ovtq import io
+from ovtq.attend import Columns, Plan
 from ovtq.convert import main
 from ovtq.errors import VerificationFailed
 from ovtq.passes import DecoupleLength, RotateHeads, TruncateWindow
 from ovtq.rotation import randomized_hadamard
-from ovtq.verify import TOLERANCE, Call, Played, Scope, compare, cut, schedule, scope, undecided, verify
+from ovtq.verify import TOLERANCE, Call, Played, Scope, calls_for, compare, cut, schedule, scope, undecided, verify
 
 
 def _not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,9 +74,84 @@ def test_a_broken_conversion_is_refused(
     tmp_path: Path,
 ) -> None:
     harm(monkeypatch)
-    assert main([str(TINY["5.5"]), str(tmp_path / "out")]) == 2
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--preset", "exact"]) == 2
     assert "the converted model is wrong on CPU: its results differ by" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def _scales_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = ovtq.attend.encode
+
+    def louder(*args: object) -> tuple[ov.Node, ov.Node]:
+        codes, scale = encode(*args)
+        return codes, ov.opset15.multiply(scale, np.float32(1.1))
+
+    monkeypatch.setattr(ovtq.attend, "encode", louder)
+
+
+def _packed_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = dict(ovtq.packing._FIELDS)
+    fields[6] = (fields[6][0], *((*field[:4], 6, low) for field, low in zip(fields[6][1:], (4, 2, 0), strict=True)))
+    pack = ovtq.attend.pack
+
+    def other(centred: ov.Node, codecs: list, layouts: list) -> list[ov.Node]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ovtq.packing, "_FIELDS", fields)
+            layouts = [ovtq.packing.layout.__wrapped__(layout.bits, layout.head_dim) for layout in layouts]
+        return pack(centred, codecs, layouts)
+
+    monkeypatch.setattr(ovtq.attend, "pack", other)
+
+
+def _tokens_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest recent token, in the history too (gpu), or the youngest of the history among the recent (cpu)."""
+    far, near = Columns.far_mask, Columns.near
+
+    def wider(self: Columns, older: ov.Node, columns: ov.Node | None = None) -> ov.Node:
+        return far(self, older if columns is None else ov.opset15.minimum(older + 1, columns), columns)
+
+    monkeypatch.setattr(Columns, "far_mask", wider)
+    monkeypatch.setattr(Columns, "near", lambda self, older: near(self, ov.opset15.maximum(older - 1, older * 0)))
+
+
+def _not_causal(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = Columns.near_mask
+    monkeypatch.setattr(Columns, "near_mask", lambda self, *args: mask(self, *args[:2], args[2] + 1, args[3]))
+
+
+def _sink_not_centred(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Plan, "sink_rows", property(lambda self: 0 * np.concatenate(2 * list(self.centres.values()))))
+
+
+@pytest.mark.parametrize("target", ["gpu", "cpu"])
+@pytest.mark.parametrize(
+    "harm", [_scales_too_large, _packed_in_another_order, _tokens_counted_twice, _not_causal, _sink_not_centred]
+)
+def test_a_broken_packed_cache_is_refused(
+    harm: Callable[[pytest.MonkeyPatch], None],
+    target: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    harm(monkeypatch)
+    options = ["--preset", "k6v4", "--residual-window", "16", "--target", target]
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), *options]) == 2
+    assert "the converted model is wrong on CPU: " in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_packed_layers_are_held_to_numpy_where_they_read_codes(convert: Callable[..., Path]) -> None:
+    found = json.loads((convert(TINY["5.5"], "--preset", "k6v4") / io.RECORD).read_text())["verified"]
+    assert found["packed"]["layers"] == 2
+    assert found["packed"]["positions"] > 50
+    assert 0 < found["packed"]["relative"] <= TOLERANCE
+    assert 0 < found["packed"]["kld"] < 0.1
+    assert found["positions"] > 50
+
+
+def _pair(folder: Path) -> tuple[Path, Path]:
+    return TINY["5.5"] / "openvino_model.xml", folder / "openvino_model.xml"
 
 
 def test_rotation_survives_saving_and_reading_back(tmp_path: Path) -> None:
@@ -80,7 +159,7 @@ def test_rotation_survives_saving_and_reading_back(tmp_path: Path) -> None:
     model, description = load(TINY["5.5"])
     rewrite = RotateHeads().apply(model, description)
     ov.save_model(rewrite.model, tmp_path / "openvino_model.xml", compress_to_fp16=False)
-    found = verify(TINY["5.5"] / "openvino_model.xml", tmp_path / "openvino_model.xml", 16, "CPU", 1, Scope(4))
+    found = verify(*_pair(tmp_path), load(TINY["5.5"])[1].layers, "CPU", 1, Scope(4))
     assert found.relative <= TOLERANCE
 
 
@@ -93,7 +172,7 @@ def test_a_scale_wrong_by_one_in_ten_thousand_is_caught(tmp_path: Path) -> None:
     rewrite = TruncateWindow().apply(decoupled.model, decoupled.description.with_layers(wrong))
     ov.save_model(rewrite.model, tmp_path / "openvino_model.xml", compress_to_fp16=False)
     with pytest.raises(VerificationFailed, match="wrong on CPU"):
-        verify(TINY["5.5"] / "openvino_model.xml", tmp_path / "openvino_model.xml", 16, "CPU", 0, Scope(4))
+        verify(*_pair(tmp_path), load(TINY["5.5"])[1].layers, "CPU", 0, Scope(4))
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -105,13 +184,13 @@ def test_the_first_layers_alone(layers: int, tiny: Path, tmp_path: Path, monkeyp
     pair = (tiny / "openvino_model.xml", tmp_path / "openvino_model.xml")
     rewrite = RotateHeads().apply(model, description)
     ov.save_model(rewrite.model, pair[1], compress_to_fp16=False)
-    found = verify(*pair, 16, "CPU", 0, extent)
+    found = verify(*pair, description.layers, "CPU", 0, extent)
     assert (found.layers, found.relative <= TOLERANCE) == (layers, True)
     _not_orthogonal(monkeypatch)
     model, description = load(tiny)
     ov.save_model(RotateHeads().apply(model, description).model, pair[1], compress_to_fp16=False)
     with pytest.raises(VerificationFailed, match="wrong on CPU"):
-        verify(*pair, 16, "CPU", 0, extent)
+        verify(*pair, description.layers, "CPU", 0, extent)
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -124,14 +203,15 @@ def test_a_cut_model_holds_no_later_layers(layers: int, tiny: Path, convert: Cal
         assert kinds.count("TopK") == layers - 1  # one router a layer, behind its attention
         assert kinds.count("Assign") == (2 * layers if folder == tiny else 1 + 2 * (layers // 2))
     xml = "openvino_model.xml"
-    assert verify(tiny / xml, converted / xml, 16, "CPU", 0, extent).relative <= TOLERANCE
+    assert verify(tiny / xml, converted / xml, load(tiny)[1].layers, "CPU", 0, extent).relative <= TOLERANCE
 
 
 def test_ties_in_a_router_are_no_difference(exact: Path) -> None:
     """With this seed two experts of the bundled model are 8e-7 apart: rounding decides which one answers."""
-    found = verify(MINI / "openvino_model.xml", exact / "openvino_model.xml", 128, "CPU", 23, Scope(6))
+    found = verify(MINI / "openvino_model.xml", exact / "openvino_model.xml", load(MINI)[1].layers, "CPU", 23, Scope(6))
     assert (found.seed, found.skipped > 50, found.relative <= TOLERANCE) == (23, True, True)
-    assert found.positions + found.skipped == 735
+    shown = [call.tokens * call.batch - call.pad * (call.batch - 1) for call in calls_for(load(MINI)[1].layers)]
+    assert found.positions + found.skipped == sum(shown)
 
 
 def test_what_follows_a_tie_is_not_compared() -> None:
