@@ -119,8 +119,8 @@ def body(results: Sequence[Node], parameters: Sequence[Node], name: str) -> ov.M
     model = ov.Model(list(results), list(parameters), name)
     for number, node in enumerate(model.get_ordered_ops()):
         node.set_friendly_name(f"{name}/{node.get_type_name()}_{number}")
-    for parameter in model.get_parameters():  # Python gave its tensor the old name
-        parameter.output(0).set_names({parameter.get_friendly_name()})
+    for node in (*model.get_parameters(), *model.get_results()):  # Python gave their tensors the old names
+        node.output(0).set_names({node.get_friendly_name()})
     return model
 
 
