@@ -4,9 +4,9 @@ That plugin keeps scores whole, so a call of more than BLOCK tokens runs in a Lo
 more than query_heads·BLOCK·tokens scores exist at a time. The last block, which is all of a decode step, is outside of
 the Loop, for a Loop copies what it reads.
 
-It also compiles a product anew for every length it has not met: 2 ms or more in each decode step, if the history grew
-by one. So tokens leave the recent rows, are quantised and join the history FLUSH at a time; in all other steps no
-shape changes.
+It also compiles a product anew for every length it has not met, 2 ms or more, and keeps it, 1.5 MB: in each decode
+step, if the history grew by one. So tokens leave the recent rows, are quantised and join the history FLUSH at a time;
+in all other steps no shape changes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ovtq.quantizer import unpack
 from ovtq.ring import Ring
 
 BLOCK = 32  # queries at a time: rows enough in a product to be worth the unpacking before it
-FLUSH = 32  # tokens that join the history at a time
+FLUSH = 128  # tokens that join the history at a time
 PORTION = 2  # KV heads whose history is unpacked at a time: a product then reads what was just written, from a cache
 
 

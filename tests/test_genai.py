@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import MINI, ROOT
 
+from ovtq.attend_blocks import FLUSH
 from ovtq.runner import EXACT_PROPERTIES, Runner
 from ovtq.verify import TOLERANCE
 
@@ -23,9 +30,19 @@ def pipeline(model_dir: Path, properties: dict[str, str]) -> Any:
     return genai.LLMPipeline(model_dir, "CPU", **properties)
 
 
+@functools.lru_cache(maxsize=4)
+def _kept(model_dir: Path, properties: frozenset[tuple[str, str]]) -> Any:
+    return pipeline(model_dir, dict(properties))
+
+
+def kept(model_dir: Path, properties: dict[str, str]) -> Any:
+    """A pipeline that others use too: for what is no chat, each time starts with empty states."""
+    return _kept(model_dir, frozenset(properties.items()))
+
+
 def generate(model_dir: Path, properties: dict[str, str], prompt: str, **settings: object) -> list[list[int]]:
     """Tokens of each returned sequence."""
-    pipe = pipeline(model_dir, properties)
+    pipe = kept(model_dir, properties)
     config = genai.GenerationConfig(max_new_tokens=48, ignore_eos=True, apply_chat_template=False)
     for name, value in settings.items():
         setattr(config, name, value)
@@ -33,6 +50,43 @@ def generate(model_dir: Path, properties: dict[str, str], prompt: str, **setting
 
 
 PROMPTS = {"short": TEXT[:200], "longer than the window": TEXT[:4000]}
+ALLOWANCE = 64 << 20  # bytes: scores, unpacked keys and values of the longest history, and malloc's slack
+PACKED = ["k6v4 --target gpu", "k6v4 --target cpu"]  # options of ovtq-convert behind --preset
+TRUNCATED = ["exact", *PACKED]  # whose states GenAI can't cut
+
+
+@pytest.fixture
+def folder(preset: str, convert: Callable[..., Path]) -> Path:
+    """The bundled model, converted with the test's parameter `preset`."""
+    return convert(MINI, "--preset", *preset.split())
+
+
+def encoded(text: str) -> np.ndarray:
+    return np.array(genai.Tokenizer(MINI).encode(text).input_ids.data)
+
+
+@functools.lru_cache(maxsize=4)
+def _runner(model_dir: Path) -> Runner:
+    return Runner(model_dir / "openvino_model.xml", "CPU", EXACT_PROPERTIES)
+
+
+def runner_of(model_dir: Path) -> Runner:
+    """Plain OpenVINO, with empty states."""
+    runner = _runner(model_dir)
+    runner.reset()
+    return runner
+
+
+@functools.cache
+def by_runner(model_dir: Path, *texts: str, tokens: int = 48) -> list[int]:
+    """Greedy with plain OpenVINO: each text in one call, then token by token."""
+    runner = runner_of(model_dir)
+    for text in texts:
+        logits = runner.step(encoded(text))
+    said = [int(logits[0, -1].argmax())]
+    while len(said) < tokens:
+        said.append(int(runner.step(np.array([said[-1:]]))[0, -1].argmax()))
+    return said
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -43,6 +97,57 @@ def test_greedy(preset: str, backend: str, prompt: str, request: pytest.FixtureR
     converted = generate(request.getfixturevalue(preset), properties, PROMPTS[prompt])
     assert converted == generate(MINI, properties, PROMPTS[prompt])
     assert len(set(converted[0])) > 8
+
+
+def by_optimum(model_dir: Path, prompt: str, **settings: object) -> Any:
+    """What OVModelForCausalLM's `generate` returns."""
+    return pytest.importorskip("test_optimum").raw(model_dir, [prompt], **settings)
+
+
+@pytest.mark.parametrize(("backend", "prompt"), [("default", "short"), ("SDPA", "longer than the window")])
+@pytest.mark.parametrize("preset", PACKED)
+def test_packed_greedy_in_every_host(folder: Path, backend: str, prompt: str) -> None:
+    """What a packed model says may differ from the original, but not from host to host."""
+    text, properties = PROMPTS[prompt], EXACT_PROPERTIES if backend == "default" else STATEFUL
+    said = by_runner(folder, text)
+    assert generate(folder, properties, text) == [said]
+    assert by_optimum(folder, text)[:, -48:].tolist() == [said]
+    assert len(set(said)) > 8
+
+
+@pytest.mark.parametrize("preset", PACKED)
+def test_packed_beam_search(folder: Path) -> None:
+    """Both hosts find the same; beams change places, and each ends with the score its tokens have alone, in turn."""
+    settings, prompt = {"num_beams": 4, "num_return_sequences": 3}, TEXT[:800]
+    found = by_optimum(folder, prompt, return_dict_in_generate=True, output_scores=True, **settings)
+    sequences, places = found.sequences[:, -48:].numpy(), found.beam_indices.numpy()
+    assert generate(folder, STATEFUL, prompt, **settings) == sequences.tolist()
+    assert (places[:, 1:] != places[:, :-1]).sum() > 8
+    for sequence, score in list(zip(sequences, found.sequences_scores.tolist(), strict=True))[:2]:
+        runner = runner_of(folder)
+        calls = [encoded(prompt), *sequence[:-1, None, None]]
+        logits = np.array([runner.step(ids)[0, -1] for ids in calls], np.float64)
+        chosen = logits[np.arange(48), sequence] - np.log(np.exp(logits).sum(1))
+        assert abs(chosen.mean() - score) <= TOLERANCE * np.abs(logits).max()
+
+
+@pytest.mark.parametrize("preset", PACKED)
+def test_packed_batch_says_what_each_prompt_says_alone(folder: Path) -> None:
+    prompts = [TEXT[:1000], TEXT[4000:4300], TEXT[6000:6040]]
+    config = genai.GenerationConfig(max_new_tokens=40, ignore_eos=True, apply_chat_template=False)
+    pipe = kept(folder, STATEFUL)
+    alone = [pipe.generate([prompt], config).texts[0] for prompt in prompts]
+    assert pipe.generate(prompts, config).texts == alone
+
+
+@pytest.mark.parametrize("preset", PACKED)
+def test_packed_history_still_tells_a_fact(folder: Path) -> None:
+    """As in `tools/demo`, but asked in a call of its own, so that the fact is read from packed tokens alone."""
+    demo = runpy.run_path(str(ROOT / "tools" / "demo.py"))
+    story = f"{TEXT[:500]}\n{demo['FACT']}\n{TEXT[500:2500]}\n"
+    answers = [by_runner(model, story, demo["QUESTION"], tokens=6) for model in (folder, MINI)]
+    assert answers[0] == answers[1]
+    assert genai.Tokenizer(MINI).decode(answers[0]).strip().startswith("40213")
 
 
 @pytest.mark.parametrize("preset", ["exact", "rotate"])
@@ -59,7 +164,7 @@ def test_a_batch_of_prompts(preset: str, properties: dict[str, str], request: py
     prompts = [TEXT[:1500], TEXT[4000:4300], TEXT[6000:6040]]
     config = genai.GenerationConfig(max_new_tokens=40, ignore_eos=True, apply_chat_template=False)
     folders = (MINI, request.getfixturevalue(preset))
-    original, converted = (pipeline(folder, properties).generate(prompts, config).texts for folder in folders)
+    original, converted = (kept(folder, properties).generate(prompts, config).texts for folder in folders)
     assert converted == original
 
 
@@ -68,19 +173,22 @@ def test_paged_attention_takes_the_rotation(rotate: Path) -> None:
     assert generate(rotate, PAGED, prompt) == generate(MINI, PAGED, prompt)
 
 
-def test_paged_attention_refuses_truncated_windows(exact: Path) -> None:
+@pytest.mark.parametrize("preset", TRUNCATED)
+def test_paged_attention_refuses_truncated_windows(preset: str, folder: Path) -> None:
     """What the record and the README say: an explicit demand for paged attention throws, nothing falls back."""
-    with pytest.raises(RuntimeError, match="beam_idx"):
-        pipeline(exact, PAGED)
+    complaint = "No ScaledDotProductAttention operation observed" if preset in PACKED else "beam_idx"
+    with pytest.raises(RuntimeError, match=complaint):
+        pipeline(folder, PAGED)
     scheduler = genai.SchedulerConfig()
-    with pytest.raises(RuntimeError, match="beam_idx"):
-        genai.LLMPipeline(exact, "CPU", scheduler_config=scheduler, **EXACT_PROPERTIES)
+    with pytest.raises(RuntimeError, match=complaint):
+        genai.LLMPipeline(folder, "CPU", scheduler_config=scheduler, **EXACT_PROPERTIES)
 
 
-def test_defaults_without_any_property(exact: Path) -> None:
-    pipe = genai.LLMPipeline(exact, "CPU")
+@pytest.mark.parametrize("preset", TRUNCATED)
+def test_defaults_without_any_property(folder: Path) -> None:
+    pipe = genai.LLMPipeline(folder, "CPU")
     text = pipe.generate("The President said", max_new_tokens=20, apply_chat_template=False)
-    again = genai.LLMPipeline(exact, "CPU", ATTENTION_BACKEND="SDPA").generate(
+    again = genai.LLMPipeline(folder, "CPU", ATTENTION_BACKEND="SDPA").generate(
         "The President said", max_new_tokens=20, apply_chat_template=False
     )
     assert text == again  # it fell back to this
@@ -97,31 +205,33 @@ TEMPLATE = (
 def chat(model_dir: Path, turns: list[str]) -> tuple[list[str], list[str]]:
     """Answers in one chat, and to each of its histories from scratch."""
     pipe = pipeline(model_dir, STATEFUL)
-    fresh = pipeline(model_dir, STATEFUL)
-    for item in (pipe, fresh):
-        item.get_tokenizer().set_chat_template(TEMPLATE)
+    tokenizer = pipe.get_tokenizer()
+    tokenizer.set_chat_template(TEMPLATE)
     config = genai.GenerationConfig(max_new_tokens=40, ignore_eos=True)
     history, going, scratch = genai.ChatHistory(), [], []
     for turn in turns:
         history.append({"role": "user", "content": turn})
         going.append(pipe.generate(history, config).texts[0])
-        prompt = fresh.get_tokenizer().apply_chat_template(history, add_generation_prompt=True)
+        prompt = tokenizer.apply_chat_template(history, add_generation_prompt=True)
         plain = genai.GenerationConfig(max_new_tokens=40, ignore_eos=True, apply_chat_template=False)
-        scratch.append(fresh.generate([prompt], plain).texts[0])
+        scratch.append(kept(model_dir, STATEFUL).generate([prompt], plain).texts[0])
         history.append({"role": "assistant", "content": going[-1]})
     return going, scratch
 
 
-def test_chat_whose_history_diverges(exact: Path) -> None:
-    turns = [TEXT[:1500], TEXT[3000:3400], "Question: what did Congress say?", TEXT[5000:5800]]
-    going, scratch = chat(exact, turns)
+@pytest.mark.parametrize("preset", TRUNCATED)
+def test_chat_whose_history_diverges(preset: str, folder: Path) -> None:
+    turns = [TEXT[:800], TEXT[3000:3300], "Question: what did Congress say?"]
+    going, scratch = chat(folder, turns)
     assert going == scratch
-    assert chat(MINI, turns)[1] == scratch
+    if preset not in PACKED:
+        assert chat(MINI, turns)[1] == scratch
 
 
-def test_chat_that_goes_back_and_changes_its_past(exact: Path) -> None:
+@pytest.mark.parametrize("preset", TRUNCATED)
+def test_chat_that_goes_back_and_changes_its_past(folder: Path) -> None:
     """The second history shares only its first words with the first: the states can't be cut back, so GenAI resets."""
-    pipe = pipeline(exact, STATEFUL)
+    pipe = pipeline(folder, STATEFUL)
     config = genai.GenerationConfig(max_new_tokens=24, ignore_eos=True)
     pipe.get_tokenizer().set_chat_template(TEMPLATE)
 
@@ -130,7 +240,7 @@ def test_chat_that_goes_back_and_changes_its_past(exact: Path) -> None:
         history.append({"role": "user", "content": text})
         return str(pipe.generate(history, config).texts[0])
 
-    first, second = TEXT[:2500], TEXT[:1200] + TEXT[8000:9000]
+    first, second = TEXT[:1000], TEXT[:500] + TEXT[8000:8400]
     answers = [ask(first), ask(second), ask(first), ask(second)]
     assert answers[0] == answers[2] != answers[1] == answers[3]
 
@@ -153,3 +263,39 @@ def test_two_thousand_tokens(preset: str, request: pytest.FixtureRequest) -> Non
         expected, got = (runner.step(np.array([[token]]))[0, -1] for runner in runners)
         assert got.argmax() == expected.argmax()
         assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+def ten_thousand(model_dir: Path) -> None:
+    """Sampled from plain OpenVINO, in a process of its own; prints tokens, RSS and bytes of the states as it goes."""
+    runner = Runner(model_dir / "openvino_model.xml", "CPU", {**EXACT_PROPERTIES, "CPU_RUNTIME_CACHE_CAPACITY": "0"})
+    ids, random = encoded(PROMPTS["short"]), np.random.RandomState(0)
+    written: set[int] = set()
+    for past in range(ids.shape[1], 10_001):
+        logits = runner.step(ids)[0, -1]
+        if past % 2000 == 0:
+            resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            print(past, resident, runner.state_bytes(), len(written), flush=True)
+        top = np.argpartition(logits, -40)[-40:]
+        weights = np.exp(logits[top] - logits.max())
+        ids = np.array([[random.choice(top, p=weights / weights.sum())]])
+        written.add(ids.item())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_nothing_grows_but_the_states_in_ten_thousand_tokens(convert: Callable[..., Path]) -> None:
+    """Without the caches of compiled shapes, the CPU plugin's and oneDNN's, which keep some 40 KB a token."""
+    folder = convert(MINI, "--preset", *PACKED[1].split())
+    code = f"import pathlib, test_genai; test_genai.ten_thousand(pathlib.Path({str(folder)!r}))"
+    environment = {**os.environ, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "0", "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    print(done.stdout)
+    rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert [past for past, *_ in rows] == [2000, 4000, 6000, 8000, 10_000]
+    assert rows[-1][3] > 1000  # it went on to write
+    layers, kv_heads, flat = 3, 2, 4 * 64 * 2 * 2 * 3 * (127 + 1 + 64 + FLUSH - 1)
+    for past, resident, states, _ in rows:
+        packed = max(past - 64, 0) // FLUSH * FLUSH
+        assert states == flat + packed * layers * kv_heads * (48 + 32 + 2 * 4)
+        assert resident - rows[0][1] <= states - rows[0][2] + ALLOWANCE

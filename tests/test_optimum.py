@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,30 @@ SETTINGS: dict[str, dict[str, object]] = {
 }
 
 
-def generate(model_dir: Path, texts: list[str], **settings: Any) -> list[list[int]]:
-    model = optimum.OVModelForCausalLM.from_pretrained(model_dir, device="CPU", ov_config=EXACT_PROPERTIES)
+PACKED = ["k6v4 --target gpu", "k6v4 --target cpu"]  # options of ovtq-convert behind --preset
+
+
+@pytest.fixture
+def folder(preset: str, convert: Callable[..., Path]) -> Path:
+    """The bundled model, converted with the test's parameter `preset`."""
+    return convert(MINI, "--preset", *preset.split())
+
+
+@functools.lru_cache(maxsize=3)
+def loaded(model_dir: Path) -> Any:
+    return optimum.OVModelForCausalLM.from_pretrained(model_dir, device="CPU", ov_config=EXACT_PROPERTIES)
+
+
+def raw(model_dir: Path, texts: list[str], **settings: Any) -> Any:
+    """What `generate` of transformers returns."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir, padding_side="left")
     transformers.set_seed(0)
     inputs = tokenizer(texts, return_tensors="pt", padding=True)
-    return model.generate(**inputs, max_new_tokens=48, min_new_tokens=48, **settings).tolist()
+    return loaded(model_dir).generate(**inputs, max_new_tokens=48, min_new_tokens=48, **settings)
+
+
+def generate(model_dir: Path, texts: list[str], **settings: Any) -> list[list[int]]:
+    return raw(model_dir, texts, **settings).tolist()
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -44,8 +64,9 @@ def test_a_batch_with_padding(preset: str, settings: str, request: pytest.Fixtur
     assert converted == generate(MINI, texts, **SETTINGS[settings])
 
 
-def test_a_padded_sequence_says_what_it_says_alone(exact: Path) -> None:
-    texts = [TEXT[:2000], TEXT[4000:4300]]
-    together = generate(exact, texts)
-    alone = generate(exact, texts[1:])
+@pytest.mark.parametrize("preset", ["exact", *PACKED])
+def test_a_padded_sequence_says_what_it_says_alone(folder: Path) -> None:
+    texts = [TEXT[:1200], TEXT[4000:4300]]
+    together = generate(folder, texts)
+    alone = generate(folder, texts[1:])
     assert together[1][-48:] == alone[0][-48:]
