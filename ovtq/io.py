@@ -97,6 +97,19 @@ def stamp_of(model: ov.Model) -> dict[str, Any]:
     return {key: json.loads(str(text)) for key, text in model.get_rt_info([STAMP]).value.items()}
 
 
+def refuse_mismatch(xml: Path) -> None:
+    """Raise InputError if the record beside an IR tells of another conversion (bits, hashes, layers) than its stamp."""
+    path = xml.with_name(RECORD)
+    if not path.is_file():
+        return
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))["passes"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: not a record of ovtq ({error}); convert the model again") from None
+    if told != stamp_of(ov.Core().read_model(xml)).get("passes"):
+        raise InputError(f"{path}: tells of another conversion than {xml.name} beside it; convert the model again")
+
+
 def check_output(model_dir: Path, out_dir: Path, force: bool) -> None:
     """Raise InputError if `out_dir` can't take the result."""
     source, target = model_dir.resolve(), out_dir.resolve()

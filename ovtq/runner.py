@@ -9,7 +9,7 @@ import numpy as np
 import openvino as ov
 
 from ovtq.errors import InputError
-from ovtq.io import last_line, stamp_of
+from ovtq.io import last_line, refuse_mismatch, stamp_of
 
 # f32 everywhere, so that what remains is rounding: no f16 inference, no compressed cache, no quantised activations.
 EXACT_PROPERTIES = {
@@ -29,11 +29,14 @@ def check_device(device: str) -> None:
 class Runner:
     """A compiled model fed call by call, the attention mask always as long as the logical past.
 
-    Raises InputError if the device is not there or does not compile the model.
+    Raises InputError if the device is not there or does not compile the model, or if a converted model's record is
+    not that of its IR.
     """
 
     def __init__(self, model: Path | ov.Model, device: str, properties: Mapping[str, str] | None = None) -> None:
         check_device(device)
+        if isinstance(model, Path):
+            refuse_mismatch(model)
         try:
             self.request = ov.Core().compile_model(model, device, dict(properties or {})).create_infer_request()
         except RuntimeError as error:

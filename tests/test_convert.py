@@ -22,7 +22,9 @@ import pytest
 from conftest import MINI, TINY
 
 from ovtq import __version__, io
+from ovtq.codec import AdaptiveUniform
 from ovtq.convert import main
+from ovtq.errors import InputError
 from ovtq.runner import EXACT_PROPERTIES, Runner
 
 COMMAND = [sys.executable, "-c", "import sys; from ovtq.cli import convert; sys.exit(convert())"]
@@ -77,6 +79,20 @@ def test_record_and_stamp_say_what_was_done(exact: Path) -> None:
     stamp = io.stamp_of(io.load(exact))
     assert stamp["preset"] == "exact"
     assert stamp["passes"] == record["passes"]
+
+
+def test_a_record_of_another_conversion_is_refused(convert: Callable[..., Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(convert(TINY["5.5"], "--preset", "k6v4"), tmp_path / "model"))
+    Runner(folder / "openvino_model.xml", "CPU")
+    record = json.loads((folder / "ovtq.json").read_text())
+    step = next(step for step in record["passes"] if step["name"] == "quantize-kv")
+    assert step["facts"]["quantizer_sha256"] == {"key": "eeb1307a1a7c739f", "value": AdaptiveUniform(4, 64).digest}
+    assert step["facts"]["layers"] == [1, 3]
+    assert step["options"]["residual_window"] == 64
+    step["options"]["k_bits"] = "8"
+    (folder / "ovtq.json").write_text(json.dumps(record))
+    with pytest.raises(InputError, match="tells of another conversion than"):
+        Runner(folder / "openvino_model.xml", "CPU")
 
 
 def test_verifying_the_first_layers_only(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -45,7 +45,11 @@ def main() -> int:
         console.print(f"asked for a fact {tokens:,} tokens long ago: {answer}", markup=False)
         console.print(f"continues: …{written[-1][1]}", markup=False)
         del pipe
-    console.print(f"\nthe two say the same: {'yes' if written[0] == written[1] else 'NO'}\n")
+    (first, text), (second, other) = written
+    parted = (index for index, pair in enumerate(zip(text, other, strict=False)) if pair[0] != pair[1])
+    same = next(parted, min(len(text), len(other)))
+    console.print(f"\nthe same answer: {'yes' if first == second else 'NO'}")
+    console.print(f"the same text for {same} of {len(text)} characters\n")
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("bytes of all states (f32)")
@@ -60,7 +64,7 @@ def main() -> int:
         past = context
         table.add_row(f"after {context:,} tokens", *(f"{runner.state_bytes():,}" for runner in runners))
     console.print(table)
-    return 0 if written[0] == written[1] else 1
+    return 0 if first == second else 1
 
 
 if __name__ == "__main__":
