@@ -52,7 +52,8 @@ def generate(model_dir: Path, properties: dict[str, str], prompt: str, **setting
 PROMPTS = {"short": TEXT[:200], "longer than the window": TEXT[:4000]}
 ALLOWANCE = 64 << 20  # bytes: scores, unpacked keys and values of the longest history, and malloc's slack
 PACKED = ["k6v4 --target gpu", "k6v4 --target cpu"]  # options of ovtq-convert behind --preset
-TRUNCATED = ["exact", *PACKED]  # whose states GenAI can't cut
+ON_CPU = PACKED[1:]  # the form made for the device of these tests, for what takes long
+TRUNCATED = ["exact", *ON_CPU]  # whose states GenAI can't cut
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_packed_beam_search(folder: Path) -> None:
         assert abs(chosen.mean() - score) <= TOLERANCE * np.abs(logits).max()
 
 
-@pytest.mark.parametrize("preset", PACKED)
+@pytest.mark.parametrize("preset", ON_CPU)
 def test_packed_batch_says_what_each_prompt_says_alone(folder: Path) -> None:
     prompts = [TEXT[:1000], TEXT[4000:4300], TEXT[6000:6040]]
     config = genai.GenerationConfig(max_new_tokens=40, ignore_eos=True, apply_chat_template=False)
@@ -140,7 +141,7 @@ def test_packed_batch_says_what_each_prompt_says_alone(folder: Path) -> None:
     assert pipe.generate(prompts, config).texts == alone
 
 
-@pytest.mark.parametrize("preset", PACKED)
+@pytest.mark.parametrize("preset", ON_CPU)
 def test_packed_history_still_tells_a_fact(folder: Path) -> None:
     """As in `tools/demo`, but asked in a call of its own, so that the fact is read from packed tokens alone."""
     demo = runpy.run_path(str(ROOT / "tools" / "demo.py"))

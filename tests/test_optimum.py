@@ -23,7 +23,7 @@ SETTINGS: dict[str, dict[str, object]] = {
 }
 
 
-PACKED = ["k6v4 --target gpu", "k6v4 --target cpu"]  # options of ovtq-convert behind --preset
+PACKED = ["k6v4 --target cpu"]  # options of ovtq-convert behind --preset
 
 
 @pytest.fixture
