@@ -106,7 +106,7 @@ def by_optimum(model_dir: Path, prompt: str, **settings: object) -> Any:
 
 
 @pytest.mark.parametrize(("backend", "prompt"), [("default", "short"), ("SDPA", "longer than the window")])
-@pytest.mark.parametrize("preset", PACKED)
+@pytest.mark.parametrize("preset", [*ON_CPU, pytest.param(PACKED[0], marks=pytest.mark.slow)])
 def test_packed_greedy_in_every_host(folder: Path, backend: str, prompt: str) -> None:
     """What a packed model says may differ from the original, but not from host to host."""
     text, properties = PROMPTS[prompt], EXACT_PROPERTIES if backend == "default" else STATEFUL
@@ -116,7 +116,7 @@ def test_packed_greedy_in_every_host(folder: Path, backend: str, prompt: str) ->
     assert len(set(said)) > 8
 
 
-@pytest.mark.parametrize("preset", PACKED)
+@pytest.mark.parametrize("preset", [*ON_CPU, pytest.param(PACKED[0], marks=pytest.mark.slow)])
 def test_packed_beam_search(folder: Path) -> None:
     """Both hosts find the same; beams change places, and each ends with the score its tokens have alone, in turn."""
     settings, prompt = {"num_beams": 4, "num_return_sequences": 3}, TEXT[:800]
