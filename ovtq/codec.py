@@ -89,22 +89,20 @@ class AdaptiveUniform:
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """x (…, d), rotated already → codes (…, d) u8 and scale (…, 1) f32; refuses what `quantize` refuses."""
         x = _rows(x, self.head_dim)
-        peak, spread = STEPS[self.bits]
+        codes = np.round(self._unrounded(x))
         norm = np.linalg.norm(x, axis=-1, keepdims=True)
-        top = peak * np.abs(x).max(-1, keepdims=True) + spread * norm / np.sqrt(self.head_dim) + FLOOR
-        codes = np.round(np.clip(x / top, -1, 1) * self.mid + self.mid)
-        scale = norm / np.linalg.norm(codes - self.mid, axis=-1, keepdims=True)
-        return codes.astype(np.uint8), _f32(scale)
+        return codes.astype(np.uint8), _f32(norm / np.linalg.norm(codes - self.mid, axis=-1, keepdims=True))
 
     def near_tie(self, x: np.ndarray, tolerance: float) -> np.ndarray:
         """Where x (…, d) is so near to the middle between two codes, to `tolerance`·mid, that rounding may choose."""
-        peak, spread = STEPS[self.bits]
-        x = np.asarray(x, np.float64)
-        rms = np.sqrt(np.mean(x**2, -1, keepdims=True))
-        code = (
-            self.mid * np.clip(x / (peak * np.abs(x).max(-1, keepdims=True) + spread * rms + FLOOR), -1, 1) + self.mid
-        )
+        code = self._unrounded(np.asarray(x, np.float64))
         return np.abs(code - np.floor(code) - 0.5) < tolerance * self.mid
+
+    def _unrounded(self, x: np.ndarray) -> np.ndarray:
+        peak, spread = STEPS[self.bits]
+        norm = np.linalg.norm(x, axis=-1, keepdims=True)
+        top = peak * np.abs(x).max(-1, keepdims=True) + spread * norm / np.sqrt(self.head_dim) + FLOOR
+        return np.clip(x / top, -1, 1) * self.mid + self.mid
 
     def decode(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
         """x̂ = scale·(codes − mid), still rotated: codes (…, d) u8, scale (…, 1) f32 → (…, d) f32."""

@@ -45,7 +45,7 @@ class PackedCheck:
         ports = [(port.source for port in (x.query, x.key, x.value)) for x in self.layers]
         taps = [[*inner, layer.context] for inner, layer in zip(ports, self.layers, strict=True)]
         self.names = [[(tap.get_node().get_friendly_name(), tap.get_index()) for tap in some] for some in taps]
-        self.largest, self.mask = 0.0, np.zeros((1, 0), np.int64)
+        self.largest, self.exact_codes = 0.0, False
 
     def tapped(self, model: ov.Model) -> ov.Model:
         """`model`, as read from its file, with what is checked as further results."""
@@ -119,9 +119,7 @@ class PackedDifference:
     layers: int
     relative: float  # the largest difference of a layer's context from numpy's, as a share of the largest element
     positions: int  # at which some layer read codes
-    kld: (
-        float | None
-    )  # mean divergence of the logits from the original's there, in nats; None if not all layers were run
+    kld: float | None  # mean divergence of the logits from the original's there, in nats; None if some layers only
     same_top: float | None
 
 
@@ -344,11 +342,7 @@ def _reads_codes(calls: Sequence[Call], check: PackedCheck) -> list[bool]:
 
 def _divergence(reference: list[Played], other: list[Played]) -> tuple[float, float]:
     """Mean KLD of the logits in nats, and the share of positions with the same top, where the reference is usable."""
-    expected, got = (
-        log_softmax(
-            np.concatenate([b.results[a.usable] for a, b in zip(reference, side, strict=True)]).astype(float), -1
-        )
-        for side in (reference, other)
-    )
+    pairs = [[b.results[a.usable] for a, b in zip(reference, side, strict=True)] for side in (reference, other)]
+    expected, got = (log_softmax(np.concatenate(side).astype(np.float64), -1) for side in pairs)
     kld = (np.exp(expected) * (expected - got)).sum(-1).mean()
     return float(kld), float((expected.argmax(-1) == got.argmax(-1)).mean())
