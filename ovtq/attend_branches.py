@@ -9,6 +9,8 @@ heads that share a KV head into rows, and reads what was looked up as it is.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
@@ -20,6 +22,17 @@ from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packing import Layout
 from ovtq.quantizer import interleaved, look_up
 from ovtq.ring import Ring
+
+
+class _Read(NamedTuple):
+    """What a branch reads: the queries, looked-up keys and values, recent tokens of both, the masks of either."""
+
+    queries: Output
+    keys: Output
+    values: Output
+    recent: Output
+    far: Output
+    near: Output
 
 
 class Branches:
@@ -45,19 +58,19 @@ class Branches:
         recent = op.concat([next(self.parts), new], 2)  # first the sink's row
         self.news.append(new)
         self.assigns += assigns
-        outer = [
+        outer = _Read(
             queries,
             _looked_up(keys),
             _looked_up(values),
             recent.output(0),  # whole: of a Split's outputs the plugin's If reads the wrong half
             self.far_mask.output(0),
             self.near_mask.output(0),
-        ]
+        )
         either = op.if_op(self.is_prefill)
         bodies = []
         for make in (self._prefill, self._decode):
             inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in outer]
-            result = op.result(make(layer, *(x.output(0) for x in inner)))
+            result = op.result(make(layer, _Read(*(x.output(0) for x in inner))))
             bodies.append((inner, result, body([result], inner, make.__name__.strip("_"))))
         (then_inner, then_result, then_body), (else_inner, else_result, else_body) = bodies
         either.set_then_body(then_body)
@@ -76,17 +89,9 @@ class Branches:
         """The Assigns of all states, once every layer is rewritten."""
         return [*self.assigns, self.ring.store(self.news)]
 
-    def _decode(
-        self,
-        layer: AttentionLayer,
-        queries: Output,
-        keys: Output,
-        values: Output,
-        recent: Output,
-        far: Output,
-        near: Output,
-    ) -> Node:
+    def _decode(self, layer: AttentionLayer, read: _Read) -> Node:
         """One new token: the recent columns are 2 + window, so that every sum has a shape that fuses."""
+        queries, keys, values, recent, far, near = read
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
         (key_layout, value_layout), rotation = self.plan.layouts, self.plan.rotation
         width = 2 + self.columns.rows
@@ -103,17 +108,9 @@ class Branches:
         context = op.add(far_context, op.matmul(near_weights, value_rows, False, False))
         return op.reshape(context, i64([0, H * G, -1, d]), True)
 
-    def _prefill(
-        self,
-        layer: AttentionLayer,
-        queries: Output,
-        keys: Output,
-        values: Output,
-        recent: Output,
-        far: Output,
-        near: Output,
-    ) -> Node:
+    def _prefill(self, layer: AttentionLayer, read: _Read) -> Node:
         """Any number of tokens: keys as the model made them (the centre added again), the plugin's own sinks."""
+        queries, keys, values, recent, far, near = read
         heads, centre = layer.query_heads, self.plan.centres[layer.index]
         (key_layout, value_layout), rotation = self.plan.layouts, self.plan.rotation
         key_rows, value_rows = op.split(recent, i64(1), 2).outputs()
