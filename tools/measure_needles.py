@@ -5,7 +5,8 @@ usage: measure_needles.py TEXT MODEL_DIR[,KEY=VALUE]… … [--lengths 1024,2048
 
 A haystack is TEXT with "The code of the amber is 40213." at a depth (0: at its beginning, 1: right before the
 question) and "Question: what is the code of the amber?", as the bundled model was trained to answer it, at its end. It
-is prefilled in one call and answered greedily; right is the code itself. All models get the same seeded haystacks.
+is prefilled in calls of --chunk tokens, since one call reads its own tokens before they are compressed, and answered
+greedily; right is the code itself. All models get the same seeded haystacks.
 Prints how many answers are right by length and depth, and how many are those of the first model. With --needles N,
 N codes are hidden, one at the depth, the others anywhere, and that one is asked for. Properties are the CPU plugin's,
 everything else is f32, as in measure_kld.py. Needs tokenizers (the `eval` extra) and the first MODEL_DIR's
@@ -83,11 +84,13 @@ def haystack(
     return Haystack(length, depth, np.array([ids], np.int64), codes[0])
 
 
-def answer(runner: Runner, tokenizer: Tokenizer, ids: np.ndarray) -> str:
-    """What the model writes greedily after `ids`, up to the end of the line."""
+def answer(runner: Runner, tokenizer: Tokenizer, ids: np.ndarray, chunk: int) -> str:
+    """What the model writes greedily after `ids`, read in chunks, up to the end of the line."""
     runner.reset()
     written: list[int] = []
-    step = ids
+    *before, step = (ids[:, i : i + chunk] for i in range(0, ids.shape[1], chunk))
+    for part in before:
+        runner.step(part)
     while len(written) < ANSWER_TOKENS:
         written.append(int(runner.step(step)[0, -1].argmax()))
         if "\n" in (text := tokenizer.decode(written)).lstrip():
@@ -142,7 +145,7 @@ def measure(options: argparse.Namespace) -> None:
         todo: Iterable[Haystack] = track(
             haystacks, name, console=errors, transient=True, disable=not errors.is_terminal
         )
-        said = [answer(runner, tokenizer, h.ids) for h in todo]
+        said = [answer(runner, tokenizer, h.ids, options.chunk) for h in todo]
         del runner
         hits = [right(text, h.code) for text, h in zip(said, haystacks, strict=True)]
         row = {"model": name, "right": sum(hits), "of": len(hits), "answers": said}
@@ -184,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     p.add_argument("--trials", type=positive, default=4, metavar="N", help="of each length and depth (default: 4)")
     p.add_argument("--needles", type=positive, default=1, metavar="N", help="facts in a haystack (default: 1)")
+    p.add_argument("--chunk", type=positive, default=256, metavar="N", help="tokens a prefill call (default: 256)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the haystacks (default: 0)")
     p.add_argument("--json", type=Path, metavar="FILE")
     return run(p, argv, measure)
