@@ -9,7 +9,7 @@ import openvino as ov
 from openvino import Node, Output
 
 from ovtq.graph import Port
-from ovtq.packed_attention import PackedAttention
+from ovtq.packed_attention import PackedAttention, Place
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class AttentionLayer:
     key_path: KVPath | None
     value_path: KVPath | None
     packed: PackedAttention | None = None  # what it should compute once its cache is quantised
+    places: tuple[Place, ...] = ()  # then: where its keys and values are
 
     @property
     def paths(self) -> tuple[KVPath, ...]:

@@ -17,34 +17,26 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.codec import AdaptiveUniform
+from ovtq.coding import Coding
 from ovtq.graph import MASKED, dim, f32, i64, new_variable, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.packing import Layout, layout
+from ovtq.packing import Layout
 from ovtq.quantizer import encode, pack
 
 ALL = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """What becomes of the tokens of some layers: codecs of keys and values (None: kept as they are), the rotation.
+class Plan(Coding):
+    """What becomes of the tokens of some layers.
 
     `centres`, (kv_heads, head_dim) for each layer, are what was taken from its keys, scale included; `window` is how
     many recent tokens are at full precision, at the least.
     """
 
     layers: tuple[AttentionLayer, ...]
-    key: AdaptiveUniform | None
-    value: AdaptiveUniform | None
-    rotation: np.ndarray
     centres: dict[int, np.ndarray]
     window: int
-
-    @cached_property
-    def layouts(self) -> tuple[Layout | None, Layout | None]:
-        """Of keys and values."""
-        key, value = (codec and layout(codec.bits, codec.head_dim) for codec in (self.key, self.value))
-        return key, value
 
     @cached_property
     def sink_rows(self) -> np.ndarray:

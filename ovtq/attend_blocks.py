@@ -19,7 +19,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.attend import ALL, Columns, History, Plan, sink_logits, store
-from ovtq.graph import body, dim, f32, i64, scalar
+from ovtq.graph import body, dim, f32, i64, joined, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.quantizer import unpack
 from ovtq.ring import Ring
@@ -90,7 +90,7 @@ class Blocks:
 
     def stores(self) -> list[Node]:
         """The Assigns of all states, once every layer is rewritten."""
-        return [*self.assigns, self.ring.store(self.news)]
+        return [*self.assigns, *self.ring.store(self.news)]
 
     def _loop(self, block: _Block, queries: Node, recent: Node, histories: list[Output], sinks: Node) -> Node:
         """The context of the leading blocks, as a vector, tokens first."""
@@ -180,7 +180,7 @@ class _Block:
             parts = op.variadic_split(some_rows, i64(3), counts).outputs()
             pairs = zip(parts, unpack(some_keys, layout), strict=True)
             products.append(reduce(op.add, (op.matmul(part, feature, False, True) for part, feature in pairs)))
-        return _joined(products, 1)
+        return joined(products, 1)
 
     def _sums(self, weights: Output | Node, values: Output) -> Node:
         """weights · (V̂ without its scales), decoded and rotated back behind the sum, in one product."""
@@ -189,16 +189,12 @@ class _Block:
             return op.matmul(weights, values, False, False)
         heads = self.layer.kv_heads
         sums = [
-            _joined([op.matmul(some_weights, feature, False, False) for feature in unpack(some_values, layout)], 3)
+            joined([op.matmul(some_weights, feature, False, False) for feature in unpack(some_values, layout)], 3)
             for some_weights, some_values in zip(_portions(weights, heads), _portions(values, heads), strict=True)
         ]
-        return op.matmul(_joined(sums, 1), f32(self.rotation @ layout.decode.T), False, True)
+        return op.matmul(joined(sums, 1), f32(self.rotation @ layout.decode.T), False, True)
 
 
 def _portions(tensor: Node | Output, heads: int) -> list[Node | Output]:
     count = heads // PORTION if heads % PORTION == 0 else 1
     return op.split(tensor, i64(1), count).outputs() if count > 1 else [tensor]
-
-
-def _joined(parts: Sequence[Node], axis: int) -> Node:
-    return op.concat(list(parts), axis) if len(parts) > 1 else parts[0]

@@ -87,7 +87,7 @@ class Branches:
 
     def stores(self) -> list[Node]:
         """The Assigns of all states, once every layer is rewritten."""
-        return [*self.assigns, self.ring.store(self.news)]
+        return [*self.assigns, *self.ring.store(self.news)]
 
     def _decode(self, layer: AttentionLayer, read: _Read) -> Node:
         """One new token: the recent columns are 2 + window, so that every sum has a shape that fuses."""

@@ -105,11 +105,16 @@ def parser() -> argparse.ArgumentParser:
         help="where the model will run: chooses the form of packed caches that is fast there, and counts bytes at f16 "
         "(gpu) or f32 (cpu); the result is right on both (default: %(default)s)",
     )
-    packed = p.add_argument_group("packed caches (short for --set quantize-kv.…)")
+    packed = p.add_argument_group("packed caches (short for --set quantize-kv.…, --set truncate-window.…)")
     for option in PACKED_OPTIONS:
         packed.add_argument(
             f"--{option}", metavar=option.rpartition("-")[2].upper(), help=helps[option.replace("-", "_")]
         )
+    packed.add_argument(
+        "--window-bits",
+        metavar="K,V",
+        help="pack what sliding layers keep, too: bits of a key's and of a value's coordinate (default none,none)",
+    )
     p.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -199,11 +204,13 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
 
 def _settings(options: argparse.Namespace) -> list[str]:
     """What --set says, and the options that are short for it."""
-    short = {
-        name: getattr(options, name.replace("-", "_"))
-        for name in ("k-bits", "v-bits", "residual-window", "protect", "centre")
-    }
-    return [*(f"quantize-kv.{name}={value}" for name, value in short.items() if value), *options.settings]
+    short = {f"quantize-kv.{name}": getattr(options, name.replace("-", "_")) for name in PACKED_OPTIONS}
+    if options.window_bits:
+        bits = options.window_bits.split(",")
+        if len(bits) != 2:
+            raise InputError(f"--window-bits: expected K,V such as 8,4, got {options.window_bits!r}")
+        short |= zip(("truncate-window.k-bits", "truncate-window.v-bits"), bits, strict=True)
+    return [*(f"{name}={value}" for name, value in short.items() if value), *options.settings]
 
 
 def _write(

@@ -34,6 +34,11 @@ def scalar(vector: Node) -> Node:
     return op.squeeze(vector, i64([0]))
 
 
+def joined(parts: Sequence[Node | Output], axis: int) -> Node | Output:
+    """The Concat of several tensors; of one, itself."""
+    return op.concat(list(parts), axis) if len(parts) > 1 else parts[0]
+
+
 def new_variable(name: str, shape: Sequence[int], element_type: ov.Type) -> Variable:
     """A state variable; -1 in `shape` marks a dynamic axis."""
     info = VariableInfo()

@@ -1,12 +1,26 @@
-"""Attention over a packed cache in numpy, by its definition: what the graphs of quantize-kv are held to."""
+"""Attention over a packed cache in numpy, by its definition: what the graphs are held to once they read codes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from ovtq.codec import AdaptiveUniform
+
+
+class Place(NamedTuple):
+    """Where a layer's packed keys or values are in the states: codes in one, scales in that named `….scale`."""
+
+    state: str
+    heads: slice = slice(None)
+    row: slice = slice(None)
+    scale_heads: slice = slice(None)
+
+    def read(self, states: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes (batch, kv_heads, tokens, ·) i8 and scales (batch, kv_heads, tokens, 1)."""
+        return states[self.state][:, self.heads, :, self.row], states[f"{self.state}.scale"][:, self.scale_heads]
 
 
 class PackedAttention:
@@ -14,7 +28,8 @@ class PackedAttention:
 
     A key k is stored as RᵀQ(R(scale·k − centre)), Q being the codec's rounding; a value without scale and centre. The
     tokens before past − window, in whole flushes, are read as stored, the others as they came. `codecs` are the key's
-    and the value's, or None; `centre` is (kv_heads, d), `sinks` (query_heads,).
+    and the value's, or None; `centre` is (kv_heads, d), `sinks` (query_heads,). A query, times `query_scale`, sees its
+    own token and `reach` − 1 before it, or all.
     """
 
     def __init__(
@@ -26,9 +41,12 @@ class PackedAttention:
         scale: float,
         window: int,
         flush: int = 1,
+        reach: int | None = None,
+        query_scale: float = 1,
     ) -> None:
         self.codecs, self.rotation, self.centre = codecs, rotation.astype(np.float64), centre[None, :, None]
         self.sinks, self.scale, self.window, self.flush = sinks, scale, window, flush
+        self.reach, self.query_scale = reach, query_scale
         self.tokens: tuple[np.ndarray, np.ndarray] | None = None  # keys and values, all as they came
 
     def reset(self) -> None:
@@ -68,9 +86,12 @@ class PackedAttention:
         stored = stored or self.stored
         keys, values = (np.where(is_old, stored(i, self.tokens[i]), self.tokens[i]) for i in (0, 1))
         batch, kv_heads, total, d = keys.shape
-        query = query.astype(np.float64).reshape(batch, kv_heads, -1, d)  # query heads that share a KV head as rows
-        causal = np.arange(total) <= past + np.arange(count)[:, None]
-        visible = np.tile(causal, (query.shape[2] // count, 1)) & (shown != 0)[:, None, None]
+        query = (self.query_scale * query.astype(np.float64)).reshape(
+            batch, kv_heads, -1, d
+        )  # query heads that share a KV head as rows
+        behind = past + np.arange(count)[:, None] - np.arange(total)  # how far each key is behind each query
+        seen = (behind >= 0) & (behind < (self.reach or total))
+        visible = np.tile(seen, (query.shape[2] // count, 1)) & (shown != 0)[:, None, None]
         scores = np.where(visible, query @ keys.swapaxes(2, 3), -np.inf)
         sink = np.repeat(self.sinks.reshape(1, kv_heads, -1), count, 2) - (query * self.centre).sum(-1)
         scores = np.concatenate([scores, sink[..., None]], -1)

@@ -9,7 +9,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.codec import FLOOR, STEPS, AdaptiveUniform
-from ovtq.graph import f32, i64
+from ovtq.graph import f32, i64, joined
 from ovtq.packing import OFFSET, Field, Layout
 
 LAST = (3,)  # the axis of head_dim
@@ -155,6 +155,14 @@ def look_up(packed: Output, layout: Layout, scales: Output) -> Node:
     table = np.stack([(byte >> shift) % 2**width - (2**width - 1) / 2 for shift, width in _kinds(layout)], 1)
     features = op.multiply(op.gather(f32(table), packed, i64(0)), op.unsqueeze(scales, i64(4)))
     return op.reshape(features, i64([0, 0, -1, layout.bytes * table.shape[1]]), True)
+
+
+def restore(packed: Output, layout: Layout, scales: Output, rotation: np.ndarray, target: str) -> Node:
+    """Vectors again, turned back: (batch, heads, tokens, bytes) i8 and scales (…, 1) → (…, d) f32."""
+    if target == "gpu":
+        return op.matmul(look_up(packed, layout, scales), f32(rotation @ interleaved(layout).T), False, True)
+    vectors = op.matmul(joined(unpack(packed, layout), 3), f32(rotation @ layout.decode.T), False, True)
+    return op.multiply(vectors, scales)
 
 
 def interleaved(layout: Layout) -> np.ndarray:

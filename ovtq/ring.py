@@ -1,4 +1,8 @@
-"""A state of fixed length that holds the last tokens of several layers."""
+"""States of fixed length that hold the last tokens of several layers.
+
+One for all layers: a copy and a wait in a step, where a state a layer costs one each. Their fixed shape tells GenAI's
+chat that no tokens can be cut from their end: it resets and prefills again instead.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +13,35 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.graph import dim, f32, i64, new_variable
+from ovtq.coding import Coding
+from ovtq.graph import dim, i64, joined, new_variable
 from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.packed_attention import Place
+from ovtq.quantizer import encode, pack, restore
+
+ALL = 2**31 - 1
+
+
+class _State:
+    """(batch, heads, length, width), `start` before the text begins; `kept` are the rows of it and of what is new."""
+
+    def __init__(
+        self, description: ModelDescription, name: str, shape: Sequence[int], start: np.ndarray, kept: Node
+    ) -> None:
+        self.kept = kept
+        self.variable = new_variable(name, [-1, *shape], ov.Type(start.dtype))
+        first = op.broadcast(op.constant(start), op.concat([dim(description.input_ids, 0), i64(shape)], 0))
+        self.past = op.gather(op.read_value(first, self.variable), description.beam_idx, i64(0))
+
+    def store(self, new: Node | Output) -> Node:
+        """The Assign that keeps the last rows; `new` is (batch, heads, tokens, width)."""
+        return op.assign(op.gather(op.concat([self.past, new], 2), self.kept, i64(2)), self.variable)
 
 
 class Ring:
     """The last `rows` tokens of `layers`, keys then values of each, in one state (batch, layers·2·kv_heads, rows, d).
 
-    Zero before the text begins. One state for all: a copy and a wait in a step, where a state a layer costs one each.
-    Its fixed shape tells GenAI's chat that no tokens can be cut from its end: it resets and prefills again instead.
-
-    `head`, (layers·2·kv_heads, d), becomes a row before all others that stays where it is.
+    Zero before the text begins. `head`, (layers·2·kv_heads, d), becomes a row before all others that stays where it is.
     """
 
     def __init__(
@@ -31,19 +53,79 @@ class Ring:
         head: np.ndarray | None = None,
     ) -> None:
         heads, d = 2 * layers[0].kv_heads * len(layers), layers[0].head_dim
-        batch, new = (dim(description.input_ids, axis) for axis in (0, 1))
-        self.kept = op.add(i64(range(rows)), new)
+        kept = op.add(i64(range(rows)), dim(description.input_ids, 1))
         start, length = np.zeros(1, np.float32), rows
         if head is not None:
-            self.kept, length = op.concat([i64([0]), op.add(self.kept, i64([1]))], 0), rows + 1
+            kept, length = op.concat([i64([0]), op.add(kept, i64([1]))], 0), rows + 1
             start = np.zeros((1, heads, length, d), np.float32)
             start[0, :, 0] = head
-        self.variable = new_variable(name, [-1, heads, length, d], ov.Type.f32)
-        first = op.broadcast(f32(start), op.concat([batch, i64([heads, length, d])], 0))
-        self.past = op.gather(op.read_value(first, self.variable), description.beam_idx, i64(0))
-        self.parts = op.split(self.past, i64(1), len(layers)).outputs()
+        self.state = _State(description, name, [heads, length, d], start, kept)
+        self.parts = op.split(self.state.past, i64(1), len(layers)).outputs()
 
-    def store(self, news: Sequence[Node | Output]) -> Node:
+    def store(self, news: Sequence[Node | Output]) -> list[Node]:
         """The Assign that keeps the last tokens; `news` are the new ones of each layer, (batch, 2·kv_heads, new, d)."""
-        tokens = op.concat([self.past, op.concat(list(news), 1)], 2)
-        return op.assign(op.gather(tokens, self.kept, i64(2)), self.variable)
+        return [self.state.store(op.concat(list(news), 1))]
+
+
+class PackedRing:
+    """A Ring whose tokens are packed when they leave the call they came in, and then moved as they are.
+
+    Bytes (batch, layers·kv_heads, rows, bytes of a key and a value) i8 and scales (batch, layers·2·kv_heads, rows, 1)
+    f32, keys of all layers first; with codecs that are equal (batch, layers·2·kv_heads, rows, bytes) and keys then
+    values of each layer, as in a Ring. Zero before the text begins, so that those rows are read as zeros.
+
+    What is kept is read whole, for all layers in one stream of nodes: they are few rows, and nodes are what costs.
+    """
+
+    def __init__(
+        self,
+        description: ModelDescription,
+        name: str,
+        layers: Sequence[AttentionLayer],
+        rows: int,
+        coding: Coding,
+        target: str,
+    ) -> None:
+        self.rows, self.coding, self.name = rows, coding, name
+        H = self.kv_heads = layers[0].kv_heads
+        count = len(layers)
+        same = coding.key == coding.value
+        self.codecs, self.layouts = ([x] if same else [x, y] for x, y in ((coding.key, coding.value), coding.layouts))
+        heads = np.arange(count * 2 * H).reshape(count, 2, H)
+        self.order = None if same else heads.swapaxes(0, 1).reshape(-1)  # of heads in the states, in those of a Ring
+        self.widths = [layout.bytes for layout in self.layouts]
+
+        kept = op.add(i64(range(rows)), op.minimum(dim(description.input_ids, 1), i64([rows])))
+        shape = [heads.size // len(self.codecs), rows, sum(self.widths)]
+        self.codes = _State(description, name, shape, np.zeros(1, np.int8), kept)
+        self.scales = _State(description, f"{name}.scale", [heads.size, rows, 1], np.zeros(1, np.float32), kept)
+        bytes_, scales = [self.codes.past.output(0)], [self.scales.past.output(0)]
+        if not same:
+            bytes_ = op.variadic_split(self.codes.past, i64(3), i64(self.widths)).outputs()
+            scales = op.split(self.scales.past, i64(1), 2).outputs()
+        packed = zip(bytes_, self.layouts, scales, strict=True)
+        past = joined([restore(*some, coding.rotation, target) for some in packed], 1)
+        if self.order is not None:
+            past = op.gather(past, i64(np.argsort(self.order)), i64(1))
+        self.parts = op.split(past, i64(1), count).outputs()
+
+    def store(self, news: Sequence[Node | Output]) -> list[Node]:
+        """The Assigns that keep the last tokens; `news` are the new ones of each layer, (batch, 2·kv_heads, new, d)."""
+        new = op.slice(op.concat(list(news), 1), i64([-self.rows]), i64([ALL]), i64([1]), i64([2]))
+        if self.order is not None:
+            new = op.gather(new, i64(self.order), i64(1))
+        centred, scales = encode(new, self.codecs, self.coding.rotation)
+        return [self.codes.store(joined(pack(centred, self.codecs, self.layouts), 3)), self.scales.store(scales)]
+
+    def places(self, number: int) -> tuple[Place, Place]:
+        """Where the codes of keys and values of the number-th layer are."""
+        H, widths = self.kv_heads, self.widths
+        if self.order is None:
+            spans = [slice(first, first + H) for first in (2 * number * H, (2 * number + 1) * H)]
+            return tuple(Place(self.name, span, slice(None), span) for span in spans)
+        key, value = (np.flatnonzero(self.order == head)[0] for head in (2 * number * H, (2 * number + 1) * H))
+        heads = slice(key, key + H)
+        return (
+            Place(self.name, heads, slice(widths[0]), heads),
+            Place(self.name, heads, slice(widths[0], None), slice(value, value + H)),
+        )

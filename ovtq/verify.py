@@ -46,6 +46,7 @@ class PackedCheck:
         taps = [[*inner, layer.context] for inner, layer in zip(ports, self.layers, strict=True)]
         self.names = [[(tap.get_node().get_friendly_name(), tap.get_index()) for tap in some] for some in taps]
         self.largest, self.exact_codes = 0.0, False
+        self.states: dict[str, np.ndarray] = {}  # before the next call
 
     def tapped(self, model: ov.Model) -> ov.Model:
         """`model`, as read from its file, with what is checked as further results."""
@@ -59,42 +60,51 @@ class PackedCheck:
 
     def reset(self) -> None:
         """Forget everything but the largest difference."""
+        self.states = {}
         for layer in self.layers:
             layer.packed.reset()
 
     def step(self, request: ov.InferRequest, shown: np.ndarray, mask: np.ndarray, beams: np.ndarray) -> None:
         """Compare one call's results; `shown` (batch, new), `mask` (batch, past + new)."""
-        try:
-            states = {state.name: state.state.data for state in request.query_state()}
-        except RuntimeError:  # the GPU plugin does not give out i8 states
-            states = {}
-        visible = shown.astype(bool)
+        visible, past = shown.astype(bool), mask.shape[1] - shown.shape[1]
+        states = {name: state[beams] for name, state in self.states.items()}
         for number, layer in enumerate(self.layers):
             query, keys, values, got = (
                 np.array(request.get_output_tensor(1 + 4 * number + k).data, np.float64) for k in range(4)
             )
-            stored = functools.partial(_as_stored, states, layer)
+            stored = functools.partial(_as_stored, states, past, layer)
             expected = layer.packed.step(query, keys, values, mask, beams, stored)
             got, expected = (np.moveaxis(x, 1, 2)[visible] for x in (got, expected))
             error = np.abs(got - expected).max(initial=0) / np.abs(expected).max(initial=np.finfo(np.float32).tiny)
             self.largest = max(self.largest, float(error) if np.isfinite(got).all() else float("inf"))
-        self.exact_codes = bool(states)
+        try:
+            self.states = {state.name: np.array(state.state.data) for state in request.query_state()}
+        except RuntimeError:  # the GPU plugin does not give out i8 states
+            self.states = {}
+        self.exact_codes = bool(self.states)
 
 
-def _as_stored(states: Mapping[str, np.ndarray], layer: AttentionLayer, which: int, x: np.ndarray) -> np.ndarray:
-    """Keys or values as the codec stores them, but with the graph's code where one is a rounding away from another."""
-    packed, name = layer.packed, f"ovtq.{layer.index}.{('key', 'value')[which]}"
-    codec = packed.codecs[which]
-    if codec is None or name not in states:
+def _as_stored(
+    states: Mapping[str, np.ndarray], past: int, layer: AttentionLayer, which: int, x: np.ndarray
+) -> np.ndarray:
+    """Keys or values as the codec stores them, but with the graph's code where one is a rounding away from another.
+
+    `states` are those that this call of the graph found, of `past` tokens; `x` are all tokens.
+    """
+    packed, codec = layer.packed, layer.packed.codecs[which]
+    if codec is None or not states:
         return packed.stored(which, x)
-    there = unpack(states[name], codec.bits)
-    count = there.shape[2]
     y = x @ packed.rotation
     codes, scale = codec.encode(y)
-    tie = codec.near_tie(y[:, :, :count], CODE_TIE)
-    codes[:, :, :count][tie] = there[tie]
-    rows = tie.any(-1)
-    scale[:, :, :count][rows] = states[f"{name}.scale"][rows]
+    bytes_, scales = layer.places[which].read(states)
+    # a state that grows holds the first tokens, one of fixed length the last, behind rows that are not tokens yet
+    end = past if layer.window else bytes_.shape[2]
+    count = min(end, bytes_.shape[2])
+    span, rows = slice(end - count, end), slice(bytes_.shape[2] - count, None)
+    tie = codec.near_tie(y[:, :, span], CODE_TIE)
+    codes[:, :, span][tie] = unpack(bytes_[:, :, rows], codec.bits)[tie]
+    tied = tie.any(-1)
+    scale[:, :, span][tied] = scales[:, :, rows][tied]
     return codec.decode(codes, scale).astype(np.float64) @ packed.rotation.T
 
 

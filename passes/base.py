@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, get_type_hints
 
@@ -28,14 +28,18 @@ class Rewrite:
 class Pass(ABC):
     """A rewrite of the graph. A subclass is a frozen dataclass whose fields are its command-line options.
 
-    `exact` passes must agree with their input to rounding; `paged_attention` says that GenAI's continuous batching
-    can still turn the result into a model with paged attention. `requires` refuses before anything is touched;
-    `run` rewrites exactly `sites` places; `ensures` checks the result on the graph.
+    `paged_attention` says that GenAI's continuous batching can still turn the result into a model with paged attention.
+    `requires` refuses before anything is touched; `run` rewrites exactly `sites` places; `ensures` checks the result on
+    the graph.
     """
 
     name: ClassVar[str]
-    exact: ClassVar[bool]
     paged_attention: ClassVar[bool]
+
+    @property
+    @abstractmethod
+    def exact(self) -> bool:
+        """Whether its result agrees with its input to rounding; a class attribute where no option decides it."""
 
     @abstractmethod
     def sites(self, description: ModelDescription) -> int:
@@ -63,6 +67,15 @@ class Pass(ABC):
             raise VerificationFailed(f"{self.name}: rewrote {rewrite.sites} sites, the model has {expected}")
         self.ensures(rewrite)
         return rewrite
+
+    def expect(self, model: ov.Model, states: Mapping[str, tuple[str, Sequence[int]]]) -> None:
+        """Raise VerificationFailed unless `model` has these states, each of that element type and shape."""
+        infos = {variable.get_info().variable_id: variable.get_info() for variable in model.get_variables()}
+        for name, (kind, shape) in states.items():
+            info = infos.get(name)
+            if not info or info.data_type.get_type_name() != kind or info.data_shape != ov.PartialShape(list(shape)):
+                found = f"{info.data_type.get_type_name()}{info.data_shape}" if info else "none"
+                raise VerificationFailed(f"{self.name}: expected a state {name} {kind}{shape}, found {found}")
 
     def refuse(self, reason: str) -> PreconditionFailed:
         """The error to raise in `requires`."""

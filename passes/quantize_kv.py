@@ -13,21 +13,18 @@ from openvino import opset15 as op
 from ovtq.attend import Plan, sink_logits
 from ovtq.attend_blocks import Blocks
 from ovtq.attend_branches import Branches
-from ovtq.codec import STEPS, AdaptiveUniform
-from ovtq.errors import VerificationFailed
+from ovtq.coding import BITS, coding, unfit
 from ovtq.graph import Port, f32, rebuild, redirect
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.models.rope import mean_rotated_bias
-from ovtq.packed_attention import PackedAttention
+from ovtq.packed_attention import PackedAttention, Place
 from ovtq.packing import packed_bytes
 from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.passes.decouple_length import shape_readers
-from ovtq.rotation import digest, randomized_hadamard
 
 # The form that is right on a plugin and fast there. Each also runs on the other, where it is verified too.
 FORMS = {"gpu": Branches, "cpu": Blocks}
 RECENT = "ovtq.recent"  # the name of the state of all residual windows
-BITS = ("none", *map(str, STEPS))
 
 
 @dataclass(frozen=True)
@@ -103,24 +100,21 @@ class QuantizeKv(Pass):
                 raise self.refuse(f"layer {layer.index} no longer has the exported KV states")
             if _shape(layer) != _shape(layers[0]):
                 raise self.refuse(f"layers {layers[0].index} and {layer.index} differ in heads or head_dim")
-        d = layers[0].head_dim
-        if d & (d - 1):
-            raise self.refuse(f"layer {layers[0].index} has head_dim {d}; a Hadamard rotation needs a power of two")
-        for bits in {self.k_bits, self.v_bits} - {"none"}:
-            try:
-                packed_bytes(int(bits), d)
-            except ValueError as error:
-                raise self.refuse(f"layer {layers[0].index}: {error}") from None
+        reason = unfit(self.bits, layers[0].head_dim)
+        if reason:
+            raise self.refuse(f"layer {layers[0].index} {reason}")
         if shape_readers(description):
             raise self.refuse("lengths in this model come from a KV state; run decouple-length first")
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each layer's states and attention."""
         layers = self.chosen(description)
+        how = coding(self.bits, layers[0].head_dim, self.seed)
         plan = Plan(
+            how.key,
+            how.value,
+            how.rotation,
             layers,
-            *(None if bits == "none" else AdaptiveUniform(int(bits), layers[0].head_dim) for bits in self.bits),
-            rotation=randomized_hadamard(layers[0].head_dim, self.seed),
             centres={layer.index: self._centre(model, layer) for layer in layers},
             window=self.residual_window,
         )
@@ -167,11 +161,11 @@ class QuantizeKv(Pass):
                 (plan.key, plan.value), plan.rotation, centre, sink_logits(layer).reshape(-1), layer.scale,
                 plan.window, form.flush,
             ),
+            places=tuple(Place(f"ovtq.{layer.index}.{what}") for what in ("key", "value")),
         )  # fmt: skip
 
     def ensures(self, rewrite: Rewrite) -> None:
         """Every layer has a state of packed bytes and one of scales for K and for V, as wide as promised."""
-        states = {v.get_info().variable_id: v.get_info() for v in rewrite.model.get_variables()}
         layers = self.chosen(rewrite.description)
         H, d = layers[0].kv_heads, layers[0].head_dim
         expected: dict[str, tuple[str, list[int]]] = {}
@@ -181,11 +175,7 @@ class QuantizeKv(Pass):
                 expected[f"ovtq.{layer.index}.{what}"] = (kind, [-1, H, -1, width])
                 if bits != "none":
                     expected[f"ovtq.{layer.index}.{what}.scale"] = ("f32", [-1, H, -1, 1])
-        for name, (kind, shape) in expected.items():
-            info = states.get(name)
-            if not info or info.data_type.get_type_name() != kind or info.data_shape != ov.PartialShape(shape):
-                found = f"{info.data_type.get_type_name()}{info.data_shape}" if info else "none"
-                raise VerificationFailed(f"{self.name}: expected a state {name} {kind}{shape}, found {found}")
+        self.expect(rewrite.model, expected)
 
 
 POSITIONS = 4096  # over which a turning bias is averaged
@@ -196,11 +186,9 @@ def _shape(layer: AttentionLayer) -> tuple[int, int, int]:
 
 
 def _facts(plan: Plan) -> dict[str, Any]:
-    codecs = {"key": plan.key, "value": plan.value}
     return {
         "layers": [layer.index for layer in plan.layers],
-        "quantizer_sha256": {what: codec.digest for what, codec in codecs.items() if codec},
-        "rotation_sha256": digest(plan.rotation),
+        **plan.digests,
         "centre_norms": {
             str(index): [round(float(norm), 4) for norm in np.linalg.norm(centre, axis=-1)]
             for index, centre in plan.centres.items()

@@ -10,12 +10,15 @@ import openvino as ov
 from openvino import Node
 from openvino import opset15 as op
 
+from ovtq.coding import BITS, Coding, coding, unfit
 from ovtq.errors import VerificationFailed
 from ovtq.graph import MASKED, Port, dim, f32, i64, rebuild, redirect, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.packed_attention import PackedAttention
+from ovtq.packing import packed_bytes
 from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.passes.decouple_length import shape_readers
-from ovtq.ring import Ring
+from ovtq.ring import PackedRing, Ring
 
 STATE = "ovtq.window"  # the name of the one state of all sliding layers
 FAR = 2**30  # a row index past any sequence
@@ -38,19 +41,35 @@ class TruncateWindow(Pass):
     when a history diverges, which is right. `slack` keeps that many tokens more than needed, masked until a host
     rolls the state back by shifting it.
 
+    With `k-bits` and `v-bits` the state holds packed codes, as those of quantize-kv are, with the scales in a second
+    one. New tokens attend to each other as they are; those of earlier calls are read as x̂ = scale·(code − mid)·Rᵀ, and
+    were quantised once, at the end of the call that they came in.
+
     Refuses if there is no sliding layer, if their windows or shapes differ, or if a length still comes from their
-    states (run decouple-length first).
+    states (run decouple-length first); with bits, a head_dim that the rotation or the packing can't fill.
     """
 
     name: ClassVar[str] = "truncate-window"
-    exact: ClassVar[bool] = True
     paged_attention: ClassVar[bool] = False
 
     slack: int = option(0, "tokens to keep beyond those that can be seen")
+    k_bits: str = option("none", "of a key's coordinate", choices=BITS)
+    v_bits: str = option("none", "of a value's coordinate", choices=BITS)
+    seed: int = option(0, "of the random signs of the rotation before packing")
+    target: str = option("gpu", "whose plugin the graph is made for", choices=("gpu", "cpu"))
 
     def __post_init__(self) -> None:
         if not 0 <= self.slack <= 4096:
             raise ValueError(f"slack must be from 0 to 4096, got {self.slack}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
+        if (self.k_bits == "none") != (self.v_bits == "none"):
+            raise ValueError("k-bits and v-bits go together: give both or neither")
+
+    @property
+    def exact(self) -> bool:
+        """Unless the window is packed."""
+        return self.k_bits == "none"
 
     def sites(self, description: ModelDescription) -> int:
         """One per sliding layer."""
@@ -66,33 +85,61 @@ class TruncateWindow(Pass):
                 raise self.refuse(f"layer {layer.index} no longer has the exported KV states")
             if _shape(layer) != _shape(layers[0]):
                 raise self.refuse(f"layers {layers[0].index} and {layer.index} differ in window, heads or head_dim")
+        reason = None if self.exact else unfit((self.k_bits, self.v_bits), layers[0].head_dim)
+        if reason:
+            raise self.refuse(f"layer {layers[0].index} {reason}")
         if shape_readers(description):
             raise self.refuse("lengths in this model come from a KV state; run decouple-length first")
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each sliding layer's states and attention."""
         layers = description.sliding
-        blocks = _Blocks(description, self.slack)
+        rows = layers[0].window - 1 + self.slack
+        facts = {"window": layers[0].window, "rows": rows, "layers": [layer.index for layer in layers]}
+        ring: Ring | PackedRing
+        if self.exact:
+            ring = Ring(description, STATE, layers, rows)
+        else:
+            how = coding((self.k_bits, self.v_bits), layers[0].head_dim, self.seed)
+            ring = PackedRing(description, STATE, layers, rows, how, self.target)
+            facts |= how.digests
+        blocks = _Blocks(description, self.slack, ring)
         changed = {layer.index: blocks.attend(layer) for layer in layers}
+        if not self.exact:
+            changed = {
+                layer.index: replace(layer, packed=_packed(layer, how), places=ring.places(number))
+                for number, layer in enumerate(changed.values())
+            }
         old = [path.assign for layer in layers for path in layer.paths]
-        model = rebuild(model, drop=old, add=[blocks.store()])
-        facts = {"window": layers[0].window, "rows": blocks.rows, "layers": [layer.index for layer in layers]}
+        model = rebuild(model, drop=old, add=ring.store(blocks.news))
         return Rewrite(model, description.with_layers(changed), len(changed), facts)
 
     def ensures(self, rewrite: Rewrite) -> None:
-        """One state of fixed length for the sliding layers, and two for each full layer, are all there are."""
-        states = {v.get_info().variable_id: v.get_info().data_shape for v in rewrite.model.get_variables()}
+        """States of fixed length for the sliding layers, and two for each full layer, are all there are."""
         layers = rewrite.description.sliding
-        shape = [-1, 2 * len(layers) * layers[0].kv_heads, layers[0].window - 1 + self.slack, layers[0].head_dim]
-        if STATE not in states or states[STATE] != ov.PartialShape(shape):
-            raise VerificationFailed(f"{self.name}: expected a state {shape}, found {states.get(STATE)}")
-        expected = 1 + 2 * len(rewrite.description.full)
-        if len(states) != expected:
-            raise VerificationFailed(f"{self.name}: expected {expected} states, found {len(states)}")
+        heads, rows, d = layers[0].kv_heads * len(layers), layers[0].window - 1 + self.slack, layers[0].head_dim
+        expected = {STATE: ("f32", [-1, 2 * heads, rows, d])}
+        if not self.exact:
+            key, value = (packed_bytes(int(bits), d) for bits in (self.k_bits, self.v_bits))
+            shape = [2 * heads, rows, key] if self.k_bits == self.v_bits else [heads, rows, key + value]
+            expected = {STATE: ("i8", [-1, *shape]), f"{STATE}.scale": ("f32", [-1, 2 * heads, rows, 1])}
+        self.expect(rewrite.model, expected)
+        count = len(expected) + 2 * len(rewrite.description.full)
+        found = len(rewrite.model.get_variables())
+        if found != count:
+            raise VerificationFailed(f"{self.name}: expected {count} states, found {found}")
 
 
 def _shape(layer: AttentionLayer) -> tuple[int | None, int, int, int]:
     return layer.window, layer.query_heads, layer.kv_heads, layer.head_dim
+
+
+def _packed(layer: AttentionLayer, how: Coding) -> PackedAttention:
+    """All that a call finds in the window was packed, and nothing of what came with it."""
+    return PackedAttention(
+        (how.key, how.value), how.rotation, np.zeros((layer.kv_heads, layer.head_dim)), _sinks(layer),
+        scale=1, window=0, reach=layer.window, query_scale=layer.scale,
+    )  # fmt: skip
 
 
 def _sinks(layer: AttentionLayer) -> np.ndarray:
@@ -107,18 +154,17 @@ class _Blocks:
     Tables are constants for a block of `window` queries, cut to m: every node spared is 5 µs a step on a CPU.
     """
 
-    def __init__(self, description: ModelDescription, slack: int) -> None:
+    def __init__(self, description: ModelDescription, slack: int, ring: Ring | PackedRing) -> None:
         layers = description.sliding
         layer, window = layers[0], layers[0].window
-        self.rows = window - 1 + slack
+        rows = window - 1 + slack
         one, origin = i64([1]), i64([0])
         batch, self.new = (dim(description.input_ids, axis) for axis in (0, 1))
-        self.ring = Ring(description, STATE, layers, self.rows)
         m = op.minimum(self.new, i64([window]))
         w = op.add(m, i64([window]))
         nb = op.divide(op.add(self.new, op.subtract(m, one)), m)
         self.by_block = op.concat([i64([0, 0]), nb, i64([-1, 0])], 0)  # (batch, H, nb·m, G, w) to (…, nb, m·G, w)
-        zero_row = op.add(self.new, i64([self.rows]))
+        zero_row = op.add(self.new, i64([rows]))
         start = op.unsqueeze(op.range(i64(0), scalar(self.new), scalar(m), "i64"), one)  # (nb, 1)
 
         # Rows past the end are the zero row: the sink's, and those of the last block's padding.
@@ -132,7 +178,7 @@ class _Blocks:
         visible = np.where((i <= j) & (j < i + window), 0, MASKED)
         visible[:, 0] = -MASKED  # outweighs the padding of a row that is no token; cut to 0 below
         band = op.slice(f32(visible), i64([0, 0]), op.concat([m, w], 0), i64([1, 1]), i64([0, 1]))
-        shown = op.pad(description.attention_mask, i64([0, self.rows]), i64([0, 1]), "constant", i64(0))
+        shown = op.pad(description.attention_mask, i64([0, rows]), i64([0, 1]), "constant", i64(0))
         shown = op.slice(shown, op.negative(op.add(zero_row, one)), i64([FAR]), one, one)  # (batch, rows + new + 1)
         shown = op.unsqueeze(op.gather(shown, self.key_rows, i64(1)), i64(2))  # (batch, nb, 1, w)
         padding = op.select(op.equal(shown, i64(0)), f32(MASKED), f32(0))
@@ -146,12 +192,8 @@ class _Blocks:
         self.sinks = iter(sinks.outputs())
 
         self.zero_rows = op.broadcast(f32(0), op.concat([batch, i64([2 * layer.kv_heads, 1, layer.head_dim])], 0))
-        self.parts = iter(self.ring.parts)
+        self.parts = iter(ring.parts)
         self.news: list[Node] = []
-
-    def store(self) -> Node:
-        """The Assign that keeps the last tokens of all layers, once every layer is rewritten."""
-        return self.ring.store(self.news)
 
     def attend(self, layer: AttentionLayer) -> AttentionLayer:
         """Rewrite one layer; shapes are noted with H = kv_heads, d = head_dim."""

@@ -1,0 +1,58 @@
+"""How keys and values are packed: what the passes that do so share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ovtq.codec import STEPS, AdaptiveUniform
+from ovtq.packing import Layout, layout, packed_bytes
+from ovtq.rotation import digest, randomized_hadamard
+
+BITS = ("none", *map(str, STEPS))  # what the options k-bits and v-bits may be
+
+
+@dataclass(frozen=True, eq=False)
+class Coding:
+    """Codecs of keys and values (None: kept as they are), and the rotation before both, (head_dim, head_dim)."""
+
+    key: AdaptiveUniform | None
+    value: AdaptiveUniform | None
+    rotation: np.ndarray
+
+    @cached_property
+    def layouts(self) -> tuple[Layout | None, Layout | None]:
+        """Of keys and values."""
+        key, value = (codec and layout(codec.bits, codec.head_dim) for codec in (self.key, self.value))
+        return key, value
+
+    @property
+    def digests(self) -> dict[str, Any]:
+        """What tells this coding from all others, for the record of a conversion."""
+        codecs = {"key": self.key, "value": self.value}
+        return {
+            "quantizer_sha256": {what: codec.digest for what, codec in codecs.items() if codec},
+            "rotation_sha256": digest(self.rotation),
+        }
+
+
+def coding(bits: Sequence[str], head_dim: int, seed: int) -> Coding:
+    """The coding of keys and values in `bits`, each one of BITS, with a randomised Hadamard rotation of that seed."""
+    key, value = (None if text == "none" else AdaptiveUniform(int(text), head_dim) for text in bits)
+    return Coding(key, value, randomized_hadamard(head_dim, seed))
+
+
+def unfit(bits: Sequence[str], head_dim: int) -> str | None:
+    """Why vectors of `head_dim` can't be rotated or packed in `bits`; None if they can."""
+    if head_dim & (head_dim - 1):
+        return f"has head_dim {head_dim}; a Hadamard rotation needs a power of two"
+    for text in sorted({*bits} - {"none"}):
+        try:
+            packed_bytes(int(text), head_dim)
+        except ValueError as error:
+            return f"can't be packed: {error}"
+    return None
