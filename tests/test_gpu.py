@@ -110,7 +110,12 @@ def cpu_logits(model: Path, folder: Path) -> np.ndarray:
 @emulated
 @pytest.mark.parametrize(
     "options",
-    [["--preset", "exact"], pytest.param(["--preset", "k6v4", "--residual-window", "16"], marks=SLOW)],
+    [
+        ["--preset", "exact"],
+        pytest.param(["--preset", "exact", "--window-bits", "6,4"], marks=SLOW),
+        pytest.param(["--preset", "k6v4", "--residual-window", "16", "--window-bits", "8,8"], marks=SLOW),
+        pytest.param(["--preset", "k6v4", "--residual-window", "16"], marks=SLOW),
+    ],
 )
 def test_converting_verifies_on_the_gpu(options: list[str], tmp_path: Path) -> None:
     """f32, the whole schedule: prefill past the window, chunks, single tokens, a padded batch, swapped beams."""

@@ -17,6 +17,7 @@ import ovtq.attend
 import ovtq.packing
 import ovtq.passes.rotate_heads
 import ovtq.passes.truncate_window
+import ovtq.ring
 from ovtq import io
 from ovtq.attend import Columns, Plan
 from ovtq.convert import main
@@ -139,6 +140,88 @@ def test_a_broken_packed_cache_is_refused(
     assert main([str(TINY["5.5"]), str(tmp_path / "out"), *options]) == 2
     assert "the converted model is wrong on CPU: " in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def _window_scales_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    restore = ovtq.ring.restore
+
+    def louder(packed: ov.Output, layout: object, scales: ov.Output, *rest: object) -> ov.Node:
+        return restore(packed, layout, ov.opset15.multiply(scales, np.float32(1.1)).output(0), *rest)
+
+    monkeypatch.setattr(ovtq.ring, "restore", louder)
+
+
+def _window_not_turned_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    restore = ovtq.ring.restore
+    eye = np.eye(64, dtype=np.float32)
+    monkeypatch.setattr(ovtq.ring, "restore", lambda a, b, c, rotation, target: restore(a, b, c, eye, target))
+
+
+def _window_lags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows kept are those of one token before."""
+    store = ovtq.ring._State.store
+
+    def late(self: ovtq.ring._State, new: ov.Node) -> ov.Node:
+        self.kept = ov.opset15.maximum(self.kept - 1, self.kept * 0)
+        return store(self, new)
+
+    monkeypatch.setattr(ovtq.ring._State, "store", late)
+
+
+def _heads_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read, not stored, as if keys and values of a layer stood side by side."""
+    monkeypatch.setattr(ovtq.ring.np, "argsort", lambda order: np.arange(len(order)))
+
+
+def _beams_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes follow their beams, scales do not."""
+    init = ovtq.ring._State.__init__
+
+    def deaf(self: ovtq.ring._State, description: object, name: str, *rest: object) -> None:
+        init(self, description, name, *rest)
+        if name.endswith(".scale"):
+            read, beams, axis = (value.get_node() for value in self.past.input_values())
+            self.past = ov.opset15.gather(read, ov.opset15.multiply(beams, ov.opset15.constant(np.int32(0))), axis)
+
+    monkeypatch.setattr(ovtq.ring._State, "__init__", deaf)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        _window_scales_too_large,
+        _window_not_turned_back,
+        _window_lags,
+        _heads_in_the_wrong_order,
+        _beams_mixed_up,
+        _window_off_by_one,
+        _padding_ignored,
+    ],
+)
+def test_a_broken_packed_window_is_refused(
+    harm: Callable[[pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    harm(monkeypatch)
+    options = ["--preset", "exact", "--window-bits", "8,4", "--target", "cpu"]
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), *options]) == 2
+    assert "the converted model is wrong on CPU: " in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("layers", "packed"), [(1, 1), (2, 1), (3, 2)])
+def test_packed_windows_of_the_first_layers_alone(layers: int, packed: int, tmp_path: Path) -> None:
+    """Layers that are not run share the states of those that are."""
+    options = ["--preset", "exact", "--window-bits", "6,4", "--verify-layers", str(layers)]
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), *options]) == 0
+    found = json.loads((tmp_path / "out" / io.RECORD).read_text())["verified"]["packed"]
+    assert found["layers"] == packed
+    assert 0 < found["relative"] <= TOLERANCE
+    model = cut(io.load(tmp_path / "out"), scope(load(TINY["5.5"])[1], layers).end)
+    kinds = [node.get_type_name() for node in model.get_ops()]
+    assert (kinds.count("TopK"), kinds.count("Assign")) == (layers - 1, 2 + 2 * (layers // 2))
 
 
 def test_packed_layers_are_held_to_numpy_where_they_read_codes(convert: Callable[..., Path]) -> None:
