@@ -12,16 +12,20 @@ from conftest import TINY, load
 
 from ovtq.dump import dump
 from ovtq.graph import Port, consumers
-from ovtq.passes import PASSES, Pass
+from ovtq.passes import PASSES, Pass, TruncateWindow
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
+
+
+SUBJECTS: dict[str, Pass] = {name: cls() for name, cls in PASSES.items()}
+SUBJECTS["truncate-window-packed"] = TruncateWindow(k_bits="6", v_bits="4")
 
 
 def subject(name: str, before: tuple[Pass, ...]) -> str:
     """What the attention of layers 0 (sliding) and 1 (full) computes and stores, after `before` and the pass."""
     model, description = load(TINY["5.5"])
     outputs = [Port(consumers(layer.context)[0], 0) for layer in description.layers[:2]]
-    for item in (*before, PASSES[name]()):
+    for item in (*before, SUBJECTS[name]):
         rewrite = item.apply(model, description)
         model, description = rewrite.model, rewrite.description
     stored = [node for node in model.get_sinks() if {".0", ".1"} & set(re.findall(r"\.\d", node.get_variable_id()))]
@@ -33,5 +37,5 @@ if __name__ == "__main__":
     from test_passes import BEFORE
 
     GOLDEN.mkdir(exist_ok=True)
-    for name in PASSES:
-        (GOLDEN / f"{name}.txt").write_text(subject(name, BEFORE[name]), encoding="utf-8")
+    for name, item in SUBJECTS.items():
+        (GOLDEN / f"{name}.txt").write_text(subject(name, BEFORE[item.name]), encoding="utf-8")

@@ -10,7 +10,7 @@ import openvino as ov
 import pytest
 import reference
 from conftest import ROOT, TINY, load
-from golden import subject
+from golden import SUBJECTS, subject
 
 from ovtq.dump import dump
 from ovtq.errors import InputError, PreconditionFailed, VerificationFailed
@@ -49,10 +49,11 @@ def test_one_name_three_ways() -> None:
         assert cls.__module__ == f"ovtq.passes.{name.replace('-', '_')}"
 
 
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize("name", SUBJECTS)
 def test_golden(name: str) -> None:
     """Regenerate with `python tests/golden.py` and read the diff."""
-    assert subject(name, BEFORE[name]) == (ROOT / "tests" / "golden" / f"{name}.txt").read_text(encoding="utf-8")
+    golden = (ROOT / "tests" / "golden" / f"{name}.txt").read_text(encoding="utf-8")
+    assert subject(name, BEFORE[SUBJECTS[name].name]) == golden
 
 
 @pytest.mark.parametrize("name", PASSES)
