@@ -14,6 +14,9 @@ from ovtq.packing import Layout, layout, packed_bytes
 from ovtq.rotation import digest, randomized_hadamard
 
 BITS = ("none", *map(str, STEPS))  # what the options k-bits and v-bits may be
+# A scale may be kept as the whole number n = ⌊UNIT·√scale + ½⌋: of scales from 1e-4 to 255 all n are finite in f16, too,
+# and a scale is off by at most 1/n, 0.5% to 0.002%: far below what its vector loses at 8 bits.
+UNIT = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +47,16 @@ def coding(bits: Sequence[str], head_dim: int, seed: int) -> Coding:
     """The coding of keys and values in `bits`, each one of BITS, with a randomised Hadamard rotation of that seed."""
     key, value = (None if text == "none" else AdaptiveUniform(int(text), head_dim) for text in bits)
     return Coding(key, value, randomized_hadamard(head_dim, seed))
+
+
+def whole_scale(scale: np.ndarray, stored: np.ndarray | None = None) -> np.ndarray:
+    """What a scale is once it was kept as a whole number; where rounding decides, as `stored` (such scales) has it."""
+    root = UNIT * np.sqrt(scale.astype(np.float64))
+    number = np.floor(root + 0.5)
+    if stored is not None:
+        other = np.round(UNIT * np.sqrt(stored.astype(np.float64)))
+        number = np.where(np.abs(other - root) <= 0.5 + 1e-3, other, number)
+    return ((number / UNIT) ** 2).astype(np.float32)
 
 
 def unfit(bits: Sequence[str], head_dim: int) -> str | None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ovtq.codec import AdaptiveUniform
+from ovtq.coding import UNIT, whole_scale
 
 
 class Place(NamedTuple):
@@ -20,7 +21,10 @@ class Place(NamedTuple):
 
     def read(self, states: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Bytes (batch, kv_heads, tokens, ·) i8 and scales (batch, kv_heads, tokens, 1)."""
-        return states[self.state][:, self.heads, :, self.row], states[f"{self.state}.scale"][:, self.scale_heads]
+        scales = states[f"{self.state}.scale"][:, self.scale_heads]
+        if np.issubdtype(scales.dtype, np.integer):
+            scales = ((scales / UNIT) ** 2).astype(np.float32)
+        return states[self.state][:, self.heads, :, self.row], scales
 
 
 class PackedAttention:
@@ -29,7 +33,7 @@ class PackedAttention:
     A key k is stored as RᵀQ(R(scale·k − centre)), Q being the codec's rounding; a value without scale and centre. The
     tokens before past − window, in whole flushes, are read as stored, the others as they came. `codecs` are the key's
     and the value's, or None; `centre` is (kv_heads, d), `sinks` (query_heads,). A query, times `query_scale`, sees its
-    own token and `reach` − 1 before it, or all.
+    own token and `reach` − 1 before it, or all. `whole` says that scales are kept as whole numbers.
     """
 
     def __init__(
@@ -43,10 +47,11 @@ class PackedAttention:
         flush: int = 1,
         reach: int | None = None,
         query_scale: float = 1,
+        whole: bool = False,
     ) -> None:
         self.codecs, self.rotation, self.centre = codecs, rotation.astype(np.float64), centre[None, :, None]
         self.sinks, self.scale, self.window, self.flush = sinks, scale, window, flush
-        self.reach, self.query_scale = reach, query_scale
+        self.reach, self.query_scale, self.whole = reach, query_scale, whole
         self.tokens: tuple[np.ndarray, np.ndarray] | None = None  # keys and values, all as they came
 
     def reset(self) -> None:
@@ -62,7 +67,12 @@ class PackedAttention:
         codec = self.codecs[which]
         if codec is None:
             return x
-        return codec.decode(*codec.encode(x @ self.rotation)).astype(np.float64) @ self.rotation.T
+        codes, scale = codec.encode(x @ self.rotation)
+        return self.restored(codec, codes, whole_scale(scale) if self.whole else scale)
+
+    def restored(self, codec: AdaptiveUniform, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """The vectors of some codes, turned back."""
+        return codec.decode(codes, scale).astype(np.float64) @ self.rotation.T
 
     def step(
         self,

@@ -13,8 +13,8 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.coding import Coding
-from ovtq.graph import dim, i64, joined, new_variable
+from ovtq.coding import UNIT, Coding
+from ovtq.graph import dim, f32, i64, joined, new_variable
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packed_attention import Place
 from ovtq.quantizer import encode, pack, restore
@@ -71,8 +71,11 @@ class PackedRing:
     """A Ring whose tokens are packed when they leave the call they came in, and then moved as they are.
 
     Bytes (batch, layers·kv_heads, rows, bytes of a key and a value) i8 and scales (batch, layers·2·kv_heads, rows, 1)
-    f32, keys of all layers first; with codecs that are equal (batch, layers·2·kv_heads, rows, bytes) and keys then
+    i32, keys of all layers first; with codecs that are equal (batch, layers·2·kv_heads, rows, bytes) and keys then
     values of each layer, as in a Ring. Zero before the text begins, so that those rows are read as zeros.
+
+    Scales are whole numbers (see `coding.UNIT`), for the GPU plugin compresses no KV cache of its own in a model with
+    a floating-point state that is not one: not knowing what it is, it takes the model for a hybrid one.
 
     What is kept is read whole, for all layers in one stream of nodes: they are few rows, and nodes are what costs.
     """
@@ -98,11 +101,12 @@ class PackedRing:
         kept = op.add(i64(range(rows)), op.minimum(dim(description.input_ids, 1), i64([rows])))
         shape = [heads.size // len(self.codecs), rows, sum(self.widths)]
         self.codes = _State(description, name, shape, np.zeros(1, np.int8), kept)
-        self.scales = _State(description, f"{name}.scale", [heads.size, rows, 1], np.zeros(1, np.float32), kept)
-        bytes_, scales = [self.codes.past.output(0)], [self.scales.past.output(0)]
+        self.scales = _State(description, f"{name}.scale", [heads.size, rows, 1], np.zeros(1, np.int32), kept)
+        root = op.multiply(op.convert(self.scales.past, "f32"), f32(1 / UNIT))
+        bytes_, scales = [self.codes.past.output(0)], [op.multiply(root, root).output(0)]
         if not same:
             bytes_ = op.variadic_split(self.codes.past, i64(3), i64(self.widths)).outputs()
-            scales = op.split(self.scales.past, i64(1), 2).outputs()
+            scales = op.split(scales[0], i64(1), 2).outputs()
         packed = zip(bytes_, self.layouts, scales, strict=True)
         past = joined([restore(*some, coding.rotation, target) for some in packed], 1)
         if self.order is not None:
@@ -115,7 +119,8 @@ class PackedRing:
         if self.order is not None:
             new = op.gather(new, i64(self.order), i64(1))
         centred, scales = encode(new, self.codecs, self.coding.rotation)
-        return [self.codes.store(joined(pack(centred, self.codecs, self.layouts), 3)), self.scales.store(scales)]
+        numbers = op.convert(op.add(op.multiply(op.sqrt(scales), f32(UNIT)), f32(0.5)), "i32")
+        return [self.codes.store(joined(pack(centred, self.codecs, self.layouts), 3)), self.scales.store(numbers)]
 
     def places(self, number: int) -> tuple[Place, Place]:
         """Where the codes of keys and values of the number-th layer are."""

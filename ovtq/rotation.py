@@ -31,6 +31,45 @@ def random_orthogonal(head_dim: int, seed: int) -> np.ndarray:
     return (q * np.sign(np.diag(u))).astype(np.float32)
 
 
+def hadamard_matrix(order: int) -> np.ndarray:
+    """H with entries ±1, H·Hᵀ = order·I and a first row of ones, (order, order) i64, also where order is no power of 2.
+
+    Sylvester's doubling down to an order q + 1 with q a prime of the form 4n + 3, which Paley's first construction
+    gives (J. Math. Phys. 12, 1933): 80 = 4·20, 48, 144 = 2·72. Raises ValueError where the two don't reach.
+    """
+    if order in (1, 2) or order & (order - 1) == 0:
+        return hadamard(order, dtype=np.int64)
+    q = order - 1
+    if order % 4 == 0 and all(q % n for n in range(2, int(q**0.5) + 1)):
+        squares = np.unique(np.arange(1, q) ** 2 % q)
+        residue = np.where(np.isin(np.arange(q), squares), 1, -1)
+        residue[0] = 0
+        core = residue[(np.arange(q) - np.arange(q)[:, None]) % q]  # Jacobsthal's matrix, skew for such q
+        skew = np.block([[np.zeros((1, 1), np.int64), np.ones((1, q), np.int64)], [-np.ones((q, 1), np.int64), core]])
+        paley = skew + np.eye(order, dtype=np.int64)
+        return paley * paley[0]
+    if order % 2:
+        raise ValueError(f"no Hadamard matrix of order {order} is known here")
+    return np.kron(hadamard(2, dtype=np.int64), hadamard_matrix(order // 2))
+
+
+def randomized_frame(head_dim: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """R (head_dim, width) and a row u (width,), f32, all rows orthonormal and orthogonal to (1, …, 1).
+
+    Rows of Hadamard's matrix of order `width`, chosen and signed at random: `x @ R` spreads x over more coordinates
+    than it had, R·Rᵀ = 1. What adds one constant to all coordinates of a stored vector, as a rounded zero point does,
+    is invisible to products with `x @ R`, and `y @ R.T` takes it out.
+    Raises ValueError unless head_dim + 2 ≤ width, and where there is no such matrix.
+    """
+    if head_dim + 2 > width:
+        raise ValueError(f"{head_dim} rows, one more and the ones do not fit in {width} coordinates")
+    random = np.random.RandomState(seed)
+    rows = hadamard_matrix(width)[1 + random.permutation(width - 1)[: head_dim + 1]]
+    signs = random.randint(0, 2, head_dim + 1) * 2 - 1
+    frame = (signs[:, None] * rows / np.sqrt(width)).astype(np.float32)
+    return frame[:-1], frame[-1]
+
+
 def digest(matrix: np.ndarray) -> str:
     """The first 16 hex digits of the SHA-256 of a matrix's bytes, for the record of a conversion."""
     return hashlib.sha256(np.ascontiguousarray(matrix).tobytes()).hexdigest()[:16]

@@ -13,6 +13,7 @@ import openvino as ov
 from openvino import Output
 from scipy.special import log_softmax
 
+from ovtq.coding import whole_scale
 from ovtq.errors import VerificationFailed
 from ovtq.graph import ancestors, constant_of, consumers, id_of
 from ovtq.models import AttentionLayer, ModelDescription
@@ -105,7 +106,9 @@ def _as_stored(
     codes[:, :, span][tie] = unpack(bytes_[:, :, rows], codec.bits)[tie]
     tied = tie.any(-1)
     scale[:, :, span][tied] = scales[:, :, rows][tied]
-    return codec.decode(codes, scale).astype(np.float64) @ packed.rotation.T
+    if packed.whole:
+        scale[:, :, span] = whole_scale(scale[:, :, span], scales[:, :, rows])
+    return packed.restored(codec, codes, scale)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,21 @@ from ovtq.passes.decouple_length import DecoupleLength
 from ovtq.passes.quantize_kv import QuantizeKv
 from ovtq.passes.rotate_heads import RotateHeads
 from ovtq.passes.simplify_mask import SimplifyMask
+from ovtq.passes.sink_row import SinkRow
 from ovtq.passes.truncate_window import TruncateWindow
 
 PASSES: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (DecoupleLength, TruncateWindow, SimplifyMask, RotateHeads, QuantizeKv)
+    cls.name: cls for cls in (DecoupleLength, TruncateWindow, SimplifyMask, RotateHeads, QuantizeKv, SinkRow)
 }
 
-__all__ = ["PASSES", "DecoupleLength", "Pass", "QuantizeKv", "Rewrite", "RotateHeads", "SimplifyMask", "TruncateWindow"]
+__all__ = [
+    "PASSES",
+    "DecoupleLength",
+    "Pass",
+    "QuantizeKv",
+    "Rewrite",
+    "RotateHeads",
+    "SimplifyMask",
+    "SinkRow",
+    "TruncateWindow",
+]

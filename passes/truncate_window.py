@@ -122,7 +122,7 @@ class TruncateWindow(Pass):
         if not self.exact:
             key, value = (packed_bytes(int(bits), d) for bits in (self.k_bits, self.v_bits))
             shape = [2 * heads, rows, key] if self.k_bits == self.v_bits else [heads, rows, key + value]
-            expected = {STATE: ("i8", [-1, *shape]), f"{STATE}.scale": ("f32", [-1, 2 * heads, rows, 1])}
+            expected = {STATE: ("i8", [-1, *shape]), f"{STATE}.scale": ("i32", [-1, 2 * heads, rows, 1])}
         self.expect(rewrite.model, expected)
         count = len(expected) + 2 * len(rewrite.description.full)
         found = len(rewrite.model.get_variables())
@@ -138,7 +138,7 @@ def _packed(layer: AttentionLayer, how: Coding) -> PackedAttention:
     """All that a call finds in the window was packed, and nothing of what came with it."""
     return PackedAttention(
         (how.key, how.value), how.rotation, np.zeros((layer.kv_heads, layer.head_dim)), _sinks(layer),
-        scale=1, window=0, reach=layer.window, query_scale=layer.scale,
+        scale=1, window=0, reach=layer.window, query_scale=layer.scale, whole=True,
     )  # fmt: skip
 
 
