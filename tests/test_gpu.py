@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,24 +11,19 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
-from conftest import MINI, ROOT, TINY
+from conftest import GPU_TOOLS, MINI, TINY, needs
 
 from ovtq.runner import EXACT_PROPERTIES
 
-TOOLS = ROOT / "tools" / "gpu"
-INSTALLED = Path(os.environ.get("OVTQ_GPU_DIR", Path.home() / ".cache" / "ovtq-gpu"))
 STEPS = "40,1,1,7,1,23,1"  # past the tiny model's window of 16 at once, one by one, and in chunks
 
 pytestmark = pytest.mark.gpu
 SLOW = pytest.mark.slow
-emulated = pytest.mark.skipif(
-    not (INSTALLED / "emulated" / "installed").exists(), reason="run tools/gpu/install-emulated"
-)
-virtual = pytest.mark.skipif(not (INSTALLED / "virtual" / "installed").exists(), reason="run tools/gpu/install-virtual")
+emulated, virtual = needs("emulated"), needs("virtual")
 
 
 def probe(tool: str | None, *args: object) -> subprocess.CompletedProcess[str]:
-    command = [*([TOOLS / tool] if tool else []), sys.executable, TOOLS / "probe.py", *args]
+    command = [*([GPU_TOOLS / tool] if tool else []), sys.executable, GPU_TOOLS / "probe.py", *args]
     return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False, timeout=580)
 
 
@@ -64,36 +58,12 @@ def test_the_converted_model_compiles_for_lunar_lake(preset: str, request: pytes
 
 @virtual
 @pytest.mark.parametrize("preset", ["k6v4", pytest.param("k8v4", marks=SLOW), pytest.param("k4v4", marks=SLOW)])
-def test_a_packed_model_on_lunar_lake(preset: str, convert: Callable[..., Path], tmp_path: Path) -> None:
-    """Codes are appended in place as bytes, K and V are not broadcast; what a decode step launches, in kernels.
-
-    Counts may fall. One new token at a time: a virtual GPU takes the branch of a decode step whatever is asked.
-    """
-    if not (INSTALLED / "emulated" / "installed").exists():
-        pytest.skip("counting launches needs tools/gpu/install-emulated")
-    found = {}
-    for name in ("exact", preset):
-        steps = [
-            "--launches",
-            "--steps",
-            "1,1,1,1",
-            "--config",
-            "INFERENCE_PRECISION_HINT=f16",
-            "KV_CACHE_PRECISION=f16",
-        ]
-        os.environ["FAKE_GPU_RUNLOG"] = str(tmp_path / f"{name}.log")
-        try:
-            found[name] = report(probe("virtual", convert(MINI, "--preset", name), *steps))
-        finally:
-            del os.environ["FAKE_GPU_RUNLOG"]
-    graph = found[preset]["graph"]
+def test_a_packed_model_compiles_for_lunar_lake(preset: str, convert: Callable[..., Path]) -> None:
+    """Codes are appended in place as bytes, K and V are not broadcast; what a step launches is in test_ledger.py."""
+    graph = report(probe("virtual", convert(MINI, "--preset", preset), "--compile-only"))["graph"]
     assert [node["dtype"] for node in graph["kv_cache"]] == ["i8", "f16"] * 2 * 3  # bytes and scales of K and V
     assert graph["layer_types"]["condition"] == 3
     assert graph["layer_types"]["assign"] == 2  # the windows of all layers, the residual windows of all layers
-    last, plain = found[preset]["steps"][-1], found["exact"]["steps"][-1]
-    assert last["kernels"] <= 310
-    assert last["kernels"] - plain["kernels"] <= 107
-    assert (last["copies"], last["waits"]) <= (2, 10)
 
 
 # ------------------------------------------------------------------------------------------ an emulated GPU
@@ -115,7 +85,7 @@ def cpu_logits(model: Path, folder: Path) -> np.ndarray:
 def test_converting_verifies_on_the_gpu(options: list[str], tmp_path: Path) -> None:
     """f32, the whole schedule: prefill past the window, chunks, single tokens, a padded batch, swapped beams."""
     entry = "import sys; from ovtq.cli import convert; sys.exit(convert())"
-    command = [TOOLS / "emulated", sys.executable, "-c", entry, TINY["5.5"], tmp_path / "out"]
+    command = [GPU_TOOLS / "emulated", sys.executable, "-c", entry, TINY["5.5"], tmp_path / "out"]
     done = subprocess.run([*command, *options, "--verify-device", "GPU"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "verified on GPU at f32, all 4 layers" in done.stdout
