@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,14 @@ from ovtq.models import ModelDescription, describe
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT / "models" / "gpt-oss-mini"
 TINY = {version: ROOT / "tests" / "data" / f"tiny-transformers-{version}" for version in ("5.5", "4.57")}
+GPU_TOOLS = ROOT / "tools" / "gpu"
+GPU_INSTALLED = Path(os.environ.get("OVTQ_GPU_DIR", Path.home() / ".cache" / "ovtq-gpu"))
+
+
+def needs(*tools: str) -> pytest.MarkDecorator:
+    """Skip where one of these ways to run the GPU plugin (`emulated`, `virtual`) is not installed."""
+    missing = [tool for tool in tools if not (GPU_INSTALLED / tool / "installed").exists()]
+    return pytest.mark.skipif(bool(missing), reason="run " + ", ".join(f"tools/gpu/install-{tool}" for tool in missing))
 
 
 @pytest.fixture(params=TINY)

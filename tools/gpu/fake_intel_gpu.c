@@ -22,6 +22,7 @@
 #include <CL/cl_layer.h>
 
 #include <CL/cl_ext.h>
+#include <pthread.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -301,7 +302,8 @@ static void dump_program(const char *dir, cl_program program, int ok, double sec
         return; /* built from a binary */
     char *source = malloc(size);
     next->clGetProgramInfo(program, CL_PROGRAM_SOURCE, size, source, NULL);
-    snprintf(path, sizeof path, "%s/%s_%04d.cl", dir, ok ? "ok" : "failed", serial++);
+    snprintf(path, sizeof path, "%s/%s_%04d.cl", dir, ok ? "ok" : "failed",
+             __atomic_fetch_add(&serial, 1, __ATOMIC_RELAXED)); /* several threads build */
     FILE *file = fopen(path, "w");
     if (file) {
         fwrite(source, 1, size - 1, file);
@@ -344,6 +346,111 @@ __attribute__((format(printf, 1, 2))) static void log_run(const char *format, ..
     fflush(run_log);
 }
 
+/* ---- FAKE_GPU_ARGS: what every launch is given -------------------------------------------- */
+
+enum { MAX_ARGS = 64, MAX_SHAPES = 256 };
+
+struct arg {
+    const void *pointer; /* into USM, or NULL: a scalar */
+    size_t size;         /* of the scalar, 8 bytes or less; 0: unset, or larger */
+    unsigned char value[8];
+};
+
+/* The kernels ever given an argument, the last one used first: a step uses few. */
+struct known_kernel {
+    struct known_kernel *after;
+    cl_kernel kernel;
+    struct arg args[MAX_ARGS];
+};
+static struct known_kernel *known_kernels;
+static pthread_mutex_t known_mutex = PTHREAD_MUTEX_INITIALIZER;
+static clSetKernelArgMemPointerINTEL_fn next_set_pointer;
+static clGetMemAllocInfoINTEL_fn next_alloc_info;
+
+/* The arguments of a kernel; the mutex is held. */
+static struct arg *args_of(cl_kernel kernel) {
+    struct known_kernel **link = &known_kernels;
+    while (*link && (*link)->kernel != kernel)
+        link = &(*link)->after;
+    struct known_kernel *found = *link;
+    if (found)
+        *link = found->after;
+    else if (!(found = calloc(1, sizeof *found)))
+        abort();
+    found->kernel = kernel;
+    found->after = known_kernels;
+    known_kernels = found;
+    return found->args;
+}
+
+static void keep_arg(cl_kernel kernel, cl_uint index, struct arg arg) {
+    pthread_mutex_lock(&known_mutex);
+    if (index < MAX_ARGS)
+        args_of(kernel)[index] = arg;
+    pthread_mutex_unlock(&known_mutex);
+}
+
+static cl_int CL_API_CALL set_arg(cl_kernel kernel, cl_uint index, size_t size, const void *value) {
+    struct arg arg = {0};
+    if (value && size <= sizeof arg.value) {
+        arg.size = size;
+        memcpy(arg.value, value, size);
+    }
+    keep_arg(kernel, index, arg);
+    return next->clSetKernelArg(kernel, index, size, value);
+}
+
+static cl_int CL_API_CALL set_pointer(cl_kernel kernel, cl_uint index, const void *pointer) {
+    keep_arg(kernel, index, (struct arg){.pointer = pointer});
+    return next_set_pointer(kernel, index, pointer);
+}
+
+/* A: an item for every argument: p<allocation>+<offset>/<bytes of the allocation>, s<scalar> or -.
+ * I: if the first one can be read here, the integers it starts with. There the plugin puts what a
+ * kernel made for any shape must know of this launch's shapes. */
+static void log_args(cl_kernel kernel) {
+    cl_uint count = 0;
+    cl_context context = NULL;
+    next->clGetKernelInfo(kernel, CL_KERNEL_NUM_ARGS, sizeof count, &count, NULL);
+    next->clGetKernelInfo(kernel, CL_KERNEL_CONTEXT, sizeof context, &context, NULL);
+    const int *shapes = NULL;
+    size_t shape_count = 0;
+    pthread_mutex_lock(&known_mutex);
+    const struct arg *args = args_of(kernel);
+    log_run("A");
+    for (cl_uint i = 0; i < count && i < MAX_ARGS; i++) {
+        const char *pointer = args[i].pointer, *base = NULL;
+        size_t size = 0;
+        cl_unified_shared_memory_type_intel type = 0;
+        if (pointer) {
+            next_alloc_info(context, pointer, CL_MEM_ALLOC_BASE_PTR_INTEL, sizeof base, &base,
+                            NULL);
+            next_alloc_info(context, pointer, CL_MEM_ALLOC_SIZE_INTEL, sizeof size, &size, NULL);
+            next_alloc_info(context, pointer, CL_MEM_ALLOC_TYPE_INTEL, sizeof type, &type, NULL);
+        }
+        if (base)
+            log_run(" p%p+%td/%zu", (const void *)base, pointer - base, size);
+        else if (args[i].size) {
+            long long value = 0;
+            memcpy(&value, args[i].value, args[i].size);
+            log_run(" s%lld", value);
+        } else
+            log_run(" -");
+        if (i == 0 && base && type == CL_MEM_TYPE_HOST_INTEL) {
+            shapes = args[i].pointer;
+            shape_count = (size - (pointer - base)) / sizeof *shapes;
+        }
+    }
+    pthread_mutex_unlock(&known_mutex);
+    log_run("\n");
+    for (size_t i = 0; i < shape_count && i < MAX_SHAPES; i++)
+        log_run("%s%d", i ? "," : "I ", shapes[i]);
+    if (shape_count)
+        log_run("\n");
+}
+
+/* ---- copies and waits --------------------------------------------------------------------- */
+
 static clEnqueueMemcpyINTEL_fn next_usm_copy;
 static clEnqueueMemFillINTEL_fn next_usm_fill;
 
@@ -370,6 +477,12 @@ static void *CL_API_CALL get_extension(cl_platform_id platform, const char *name
     if (function && !strcmp(name, "clEnqueueMemFillINTEL")) {
         next_usm_fill = function;
         return usm_fill;
+    }
+    if (function && getenv("FAKE_GPU_ARGS") && !strcmp(name, "clSetKernelArgMemPointerINTEL")) {
+        next_set_pointer = function;
+        next_alloc_info =
+            next->clGetExtensionFunctionAddressForPlatform(platform, "clGetMemAllocInfoINTEL");
+        return set_pointer;
     }
     return function;
 }
@@ -445,6 +558,8 @@ static void log_launch(cl_kernel kernel, cl_uint dims, const size_t *global, con
         l[i] = local ? local[i] : 0;
     }
     log_run("K %s %zu,%zu,%zu/%zu,%zu,%zu -> %d\n", name, g[0], g[1], g[2], l[0], l[1], l[2], err);
+    if (next_alloc_info)
+        log_args(kernel);
     if (trace) {
         fprintf(stderr, "[fake_gpu] run %s simd %zu%s", name, simd, flat ? " flat" : "");
         for (cl_uint i = 0; i < dims; i++)
@@ -541,12 +656,17 @@ CL_API_ENTRY cl_int CL_API_CALL clInitLayer(cl_uint entries, const cl_icd_dispat
         mine.clFinish = finish;
         mine.clWaitForEvents = wait_for_events;
         mine.clEnqueueNDRangeKernel = enqueue;
+        if (getenv("FAKE_GPU_ARGS"))
+            mine.clSetKernelArg = set_arg;
     }
 
     const char *key = getenv("FAKE_GPU");
     passthrough = key && !strcmp(key, "none");
-    if (passthrough)
+    if (passthrough) {
+        if (getenv("FAKE_GPU_DUMP"))
+            mine.clBuildProgram = build_program;
         return CL_SUCCESS;
+    }
     for (size_t i = 0; key && i < sizeof gpus / sizeof *gpus; i++)
         if (!strcmp(key, gpus[i].key))
             gpu = &gpus[i];

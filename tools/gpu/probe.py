@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
+from openvino.op.util import VariableInfo
 
 
 def parse_args() -> argparse.Namespace:
@@ -30,7 +31,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("model", type=Path, help="folder with openvino_model.xml")
     parser.add_argument("--device", default="GPU")
     parser.add_argument("--config", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--steps", default="40,1,1,7,1", help="tokens of each step (%(default)s)")
+    parser.add_argument(
+        "--steps",
+        default="40,1,1,7,1",
+        help="tokens of each step (%(default)s); =N: go on as after N tokens, zeros if the plugin lets states be set",
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random token ids")
     parser.add_argument("--out", type=Path, help=".npz or .json: the report and each step's logits")
     parser.add_argument("--compile-only", action="store_true")
@@ -42,10 +47,10 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--out {args.out}: the name must end in .npz or .json")
     if bad := [item for item in args.config if "=" not in item]:
         parser.error(f"--config {bad[0]}: expected KEY=VALUE")
-    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.steps):
-        parser.error(f"--steps {args.steps}: expected numbers like 40,1,1")
+    if not re.fullmatch(r"=?[1-9]\d*(,=?[1-9]\d*)*", args.steps):
+        parser.error(f"--steps {args.steps}: expected numbers like 40,1,1 or 1,=2048,1")
     args.config = dict(item.split("=", 1) for item in args.config)
-    args.steps = [int(tokens) for tokens in args.steps.split(",")]
+    args.steps = args.steps.split(",")
     return args
 
 
@@ -58,9 +63,7 @@ def stop(code: int, what: str, error: RuntimeError) -> NoReturn:
     sys.exit(code)
 
 
-def compile_model(args: argparse.Namespace) -> ov.CompiledModel:
-    core = ov.Core()
-    model = core.read_model(args.model / "openvino_model.xml")
+def compile_model(core: ov.Core, model: ov.Model, args: argparse.Namespace) -> ov.CompiledModel:
     if "CACHE_DIR" not in args.config:
         return core.compile_model(model, args.device, args.config)
     # The kernels kept there are wanted, the compiled models (*.blob) are not: the GPU's are served
@@ -94,16 +97,39 @@ def describe_graph(compiled: ov.CompiledModel) -> dict[str, Any]:
     }
 
 
-def count_launches(log: Path, start: int) -> dict[str, int]:
-    """Counts over the launch log from byte `start` on: K is a kernel, C a copy, S a wait."""
-    lines = [line.split() for line in log.read_bytes()[start:].splitlines()]
+def count_launches(log: Path, start: int) -> dict[str, Any]:
+    """Counts over the launch log from byte `start` on (K is a kernel, C a copy, S a wait), and its range of bytes."""
+    with log.open("rb") as file:
+        file.seek(start)
+        text = file.read()
+    lines = [line.split(maxsplit=3) for line in text.splitlines()]
     kinds = Counter(line[0] for line in lines)
     copied = sum(int(line[2]) for line in lines if line[0] == b"C")
-    return {"kernels": kinds[b"K"], "copies": kinds[b"C"], "bytes": copied, "waits": kinds[b"S"]}
+    counts = {"kernels": kinds[b"K"], "copies": kinds[b"C"], "bytes": copied, "waits": kinds[b"S"]}
+    return counts | {"log": [start, start + len(text)]}
+
+
+def fill_states(request: ov.InferRequest, infos: dict[str, VariableInfo], tokens: int) -> bool:
+    """Set every state that grows, (batch, heads, tokens, d), to `tokens` zeros; those of fixed length stay as they are.
+
+    False, and nothing set, if the plugin does not take states: it does not take those that it compresses itself.
+    """
+    shapes = {state.name: infos[state.name].data_shape for state in request.query_state()}
+    lengths = {name: shape[2] for name, shape in shapes.items() if len(shape) == 4}
+    growing = [state for state in request.query_state() if state.name in lengths and lengths[state.name].is_dynamic]
+    for count, state in enumerate(growing):
+        heads, width = (shapes[state.name][axis].get_length() for axis in (1, 3))
+        try:
+            state.state = ov.Tensor(np.zeros((1, heads, tokens, width), infos[state.name].data_type.to_dtype()))
+        except RuntimeError:
+            if count:
+                raise
+            return False
+    return True
 
 
 def run_steps(
-    compiled: ov.CompiledModel, args: argparse.Namespace, log: Path | None
+    compiled: ov.CompiledModel, infos: dict[str, VariableInfo], args: argparse.Namespace, log: Path | None
 ) -> tuple[NDArray[np.float32], list[dict[str, Any]]]:
     """Logits of each step's last token, shape (steps, vocabulary), and a report of each step."""
     vocabulary = compiled.output("logits").partial_shape[-1].get_length()
@@ -111,7 +137,15 @@ def run_steps(
     rng = np.random.default_rng(args.seed)
     request = compiled.create_infer_request()
     logits, reports, past = [], [], 0
-    for tokens in args.steps:
+    for item in args.steps:
+        tokens = int(item.strip("="))
+        if item.startswith("="):
+            if tokens <= past:
+                raise RuntimeError(f"--steps: {item} after {past} tokens")
+            if fill_states(request, infos, tokens):
+                past = tokens
+                continue
+            tokens -= past
         total = past + tokens
         inputs: dict[str, NDArray[Any]] = {
             "input_ids": rng.integers(0, vocabulary, (1, tokens)),
@@ -124,7 +158,7 @@ def run_steps(
         mark, start = log.stat().st_size if log else 0, time.perf_counter()
         request.infer({name: inputs[name] for name in names})
         logits.append(request.get_tensor("logits").data[0, -1].astype(np.float32))
-        step = {"tokens": tokens, "seconds": round(time.perf_counter() - start, 3)}
+        step = {"tokens": tokens, "past": past, "seconds": round(time.perf_counter() - start, 3)}
         reports.append(step | (count_launches(log, mark) if log else {}))
         past = total
     return np.stack(logits), reports
@@ -134,7 +168,10 @@ def probe(args: argparse.Namespace, log: Path | None) -> tuple[dict[str, Any], N
     """The report, and the logits (empty if nothing ran)."""
     start = time.perf_counter()
     try:
-        compiled = compile_model(args)
+        core = ov.Core()
+        model = core.read_model(args.model / "openvino_model.xml")
+        infos = {variable.info.variable_id: variable.info for variable in model.get_variables()}
+        compiled = compile_model(core, model, args)
     except RuntimeError as error:
         stop(3, "compile", error)
     report = {
@@ -148,7 +185,7 @@ def probe(args: argparse.Namespace, log: Path | None) -> tuple[dict[str, Any], N
     logits = np.empty((0, 0), np.float32)
     if not args.compile_only:
         try:
-            logits, report["steps"] = run_steps(compiled, args, log)
+            logits, report["steps"] = run_steps(compiled, infos, args, log)
         except RuntimeError as error:
             stop(4, "run", error)
     return report | {"graph": describe_graph(compiled)}, logits

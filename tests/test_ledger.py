@@ -1,0 +1,119 @@
+"""What a decode step costs on a virtual Lunar Lake: by hand where that can be done, and against the record."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+import pytest
+from conftest import GPU_INSTALLED, GPU_TOOLS, MINI, needs
+from ledgers import COUNTS, PRESETS, RECORD, counts, ledger
+
+DEFAULT = ("exact", "k6v4")  # the others are slow
+HEADS, KV_HEADS, WIDTH = 16, 2, 64  # of the bundled model
+
+pytestmark = pytest.mark.gpu
+
+LAYER = "fake_intel_gpu.c"
+
+
+def on_lunar_lake(test: Callable[..., None]) -> Callable[..., None]:
+    """Skip without a virtual chip, or without the emulated device's layer, which writes the log, as it is here."""
+    built = GPU_INSTALLED / "emulated" / LAYER
+    stale = built.exists() and built.read_bytes() != (GPU_TOOLS / LAYER).read_bytes()
+    return needs("virtual", "emulated")(pytest.mark.skipif(stale, reason="run tools/gpu/install-emulated again")(test))
+
+
+@pytest.fixture(scope="module")
+def measured(convert: Callable[..., Path]) -> Callable[[str], dict[str, Any]]:
+    """The ledger of the bundled model with a preset, made once."""
+    done: dict[str, dict[str, Any]] = {}
+
+    def run(preset: str) -> dict[str, Any]:
+        if preset not in done:
+            done[preset] = ledger(convert(MINI, "--preset", preset))
+        return done[preset]
+
+    return run
+
+
+def rows(found: dict[str, Any], kernel: str) -> list[dict[str, Any]]:
+    """The kernels of a name whose bytes grow, what reads most first: the plugin's order varies."""
+    return sorted(
+        (row for row in found["rows"] if row["kernel"].startswith(kernel)), key=lambda row: row["read"], reverse=True
+    )
+
+
+@on_lunar_lake
+@pytest.mark.parametrize(
+    "preset", [preset if preset in DEFAULT else pytest.param(preset, marks=pytest.mark.slow) for preset in PRESETS]
+)
+def test_no_count_has_risen(
+    preset: str, measured: Callable[[str], dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kernels, copies, waits and bytes of a decode step. They may fall: then write them down."""
+    recorded = json.loads(RECORD.read_text(encoding="utf-8"))[preset]
+    if ov.__version__ != recorded["openvino"]:
+        pytest.skip(f"recorded with OpenVINO {recorded['openvino']}, this is {ov.__version__}")
+    found = counts(measured(preset))
+    risen, fallen = (
+        [f"{key} {recorded[key]:g} → {found[key]:g}" for key in COUNTS if sign * (found[key] - recorded[key]) > 1e-6]
+        for sign in (1, -1)
+    )
+    update = f"python tests/ledgers.py {preset}"
+    if fallen and not risen:
+        with capsys.disabled():
+            print(f"\n{preset}: {', '.join(fallen)}; to hold it there: {update}")
+    assert not risen, f"{preset}: {', '.join(risen)}; if that is meant: {update}"
+
+
+@on_lunar_lake
+def test_an_f16_cache_that_is_broadcast_by_hand(measured: Callable[[str], dict[str, Any]]) -> None:
+    """`exact`: K and V of every full layer are read, written for all query heads, and read again with the mask."""
+    found = measured("exact")
+    assert found["layers"] == 3
+    (broadcast,), (attention,) = rows(found, "broadcast"), rows(found, "sdpa")
+    assert (broadcast["launches"], attention["launches"]) == (2 * 3, 3)
+    assert broadcast["read"] == 3 * 2 * KV_HEADS * WIDTH * 2
+    assert broadcast["written"] == 3 * 2 * HEADS * WIDTH * 2
+    assert attention["read"] == 3 * (2 * HEADS * WIDTH * 2 + 2)
+    assert attention["written"] == 0
+
+
+@on_lunar_lake
+def test_a_packed_cache_by_hand(measured: Callable[[str], dict[str, Any]]) -> None:
+    """`k6v4`: bytes and an f16 scale a vector are read; what is looked up for them is read once by a product."""
+    found = measured("k6v4")
+    keys, values = rows(found, "gather")
+    assert keys["read"] == 3 * KV_HEADS * (WIDTH * 6 / 8 + 2)
+    assert values["read"] == 3 * KV_HEADS * (WIDTH * 4 / 8 + 2)
+    assert values["written"] == 3 * KV_HEADS * WIDTH * 2
+    scores, context = rows(found, "gemm")
+    assert (scores["read"], scores["written"]) == (keys["written"], 3 * HEADS * 2)
+    assert (context["read"], context["written"]) == (values["written"] + 3 * HEADS * 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nowhere"], "nowhere has no openvino_model.xml"),
+        ([MINI, "--lengths", "1024"], "--lengths 1024: expected N,M"),
+        ([MINI, "--config", "f16"], "--config f16: expected KEY=VALUE"),
+        ([MINI], "run "),  # where nothing is installed
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(
+    options: list[object], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OVTQ_GPU_DIR", str(tmp_path))
+    command = [sys.executable, GPU_TOOLS / "ledger.py", *options]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("ledger: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
