@@ -50,7 +50,7 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
-SETTLE = 4  # equal steps before the one that is read: the plugin swaps kernels in the background
+SETTLE = 4  # equal steps, of which the last is read: the plugin swaps kernels in the background
 BYTES = {"char": 1, "uchar": 1, "half": 2, "ushort": 2, "short": 2, "float": 4, "int": 4, "uint": 4, "long": 8}
 # kernels that make an output element of one element of each input
 ELEMENTWISE = re.compile(
