@@ -94,8 +94,11 @@ def last(text: str) -> str:
     return lines[-1] if lines else ""
 
 
-def probe(python: Path, model: Path, *args: str, log: Path | None = None) -> Probe:
-    """One run of probe.py; on the virtual device if there is a launch log to write."""
+def probe(python: Path, version: str, model: Path, *args: str, log: Path | None = None) -> Probe:
+    """One run of probe.py; on the virtual device if there is a launch log to write.
+
+    Raises InputError if another OpenVINO than `version` ran.
+    """
     tool = [str(HERE / "virtual")] if log else []
     extra = {"FAKE_GPU_RUNLOG": str(log)} if log else {}
     command = [*tool, str(python), str(HERE / "probe.py"), str(model), *args]
@@ -107,7 +110,12 @@ def probe(python: Path, model: Path, *args: str, log: Path | None = None) -> Pro
         return Probe(124, f"no end within {TIMEOUT} s", {})
     if done.returncode < 0:
         return Probe(done.returncode, f"killed by {signal.Signals(-done.returncode).name}", {})
-    return Probe(done.returncode, last(done.stderr), {} if done.returncode else json.loads(done.stdout))
+    if done.returncode:
+        return Probe(done.returncode, last(done.stderr), {})
+    report = json.loads(done.stdout)
+    if not report["openvino"].startswith(f"{version}-"):
+        raise InputError(f"{python} runs OpenVINO {report['openvino']}, not {version}; remove its environment")
+    return Probe(0, "", report)
 
 
 def attention_kernels(log: Path) -> list[str]:
@@ -117,7 +125,7 @@ def attention_kernels(log: Path) -> list[str]:
     return sorted({re.sub(r"_*\d{6,}.*", "", name) for name in names})
 
 
-def on_gpu(python: Path, model: Path, precision: str | None) -> dict[str, Any]:
+def on_gpu(python: Path, version: str, model: Path, precision: str | None) -> dict[str, Any]:
     """What becomes of a model on the virtual device; `precision` of the KV cache, None to leave it to the IR."""
     config = ["--config", "INFERENCE_PRECISION_HINT=f16", *([f"KV_CACHE_PRECISION={precision}"] if precision else [])]
     found: dict[str, Any] = {"compiles": False, "steps": None, "reason": "", "attention_kernels": []}
@@ -125,10 +133,9 @@ def on_gpu(python: Path, model: Path, precision: str | None) -> dict[str, Any]:
         for schedule in (*SCHEDULES, None):
             log = Path(scratch) / f"{schedule}.log"
             steps = ["--steps", schedule] if schedule else ["--compile-only"]
-            result = probe(python, model, *steps, *config, log=log)
+            result = probe(python, version, model, *steps, *config, log=log)
             found["attention_kernels"] = found["attention_kernels"] or attention_kernels(log)
-            if result.reason:
-                found["reason"] = result.reason
+            found["reason"] = found["reason"] or result.reason  # of the schedule that was to run
             if result.code == 3:
                 return found
             if result.code == 0:
@@ -146,14 +153,14 @@ def on_gpu(python: Path, model: Path, precision: str | None) -> dict[str, Any]:
     return found
 
 
-def on_cpu(python: Path, model: Path) -> dict[str, Any]:
+def on_cpu(python: Path, version: str, model: Path) -> dict[str, Any]:
     """Logits of both schedules at f32, or the reason why there are none."""
     config = ["--config", *(f"{key}={value}" for key, value in EXACT_PROPERTIES.items())]
     found: dict[str, Any] = {"reason": ""}
     with tempfile.TemporaryDirectory() as scratch:
         for name, steps in CPU_STEPS.items():
             out = Path(scratch) / "logits.npz"
-            result = probe(python, model, "--device", "CPU", "--steps", steps, "--out", str(out), *config)
+            result = probe(python, version, model, "--device", "CPU", "--steps", steps, "--out", str(out), *config)
             if result.code:
                 return {"reason": result.reason}
             found[name] = np.load(out)["logits"]
@@ -198,20 +205,15 @@ def gpu_words(found: dict[str, Any]) -> list[str]:
     inside = f"in {found['conditions']} branches" if found["conditions"] else "none"
     attention = f"{found['attention']}: {kernels}" if found["attention"] else f"{inside}: {kernels}"
     copied = {None: "", True: "yes", False: "no"}[found["broadcast"]]
-    return [
-        "yes",
-        caches,
-        attention,
-        copied,
-        f"steps {found['steps'] or 'none'}" + (f" ({found['reason']})" if found["reason"] else ""),
-    ]
+    ran = f"{found['steps'] or 'none'}" + (f"; {SCHEDULES[0]}: {found['reason']}" if found["reason"] else "")
+    return ["yes", caches, attention, copied, ran]
 
 
 def cpu_words(found: dict[str, Any]) -> list[str]:
     """The cells of a row; differences to one digit, so that versions that round alike share it."""
     if found["reason"]:
         return ["**no**", "", found["reason"]]
-    return ["yes", *(f"{found[name]:.0e}" for name in CPU_STEPS)]
+    return ["yes", *(f"{found[name]:.0e}" if name in found else "" for name in CPU_STEPS)]
 
 
 def span(versions: Sequence[str], among: Sequence[str]) -> str:
@@ -265,10 +267,10 @@ def measure(options: argparse.Namespace, scratch: Path, show: Callable[..., Any]
             if isinstance(model, str):
                 found[name][version] = {"compiles": False, "reason": model}
             elif device == "cpu":
-                found[name][version] = on_cpu(pythons[version], model)
+                found[name][version] = on_cpu(pythons[version], version, model)
             else:
                 precision = None if stamped(model) else "f16"
-                found[name][version] = on_gpu(pythons[version], model, precision)
+                found[name][version] = on_gpu(pythons[version], version, model, precision)
     expected = {name: cpu[name][versions[-1]] for name in names}
     wanted = {"as_exported": lambda name: STOCK, "as_itself": lambda name: name}
     compared = {
@@ -292,7 +294,7 @@ def measure(options: argparse.Namespace, scratch: Path, show: Callable[..., Any]
         "`kv_cache` nodes",
         "attention as one primitive",
         "K, V copied to all heads",
-        "ran",
+        "steps",
     )
     print(table(title, words, versions))
     print("\non the CPU at f32, largest difference of the logits\n")
