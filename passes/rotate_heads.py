@@ -25,7 +25,7 @@ class RotateHeads(Pass):
     One MatMul each on Q, K and V where they enter the attention (after RoPE), one on its result. K and V stay in the
     exported form Assign ← Concat ← Gather ← ReadValue, so that every fusion and paged attention still apply.
 
-    On GPUs of the Xe2 generation the node after the attention has a use of its own: OpenVINO 2026.4.1 can't compile
+    On GPUs of the Xe2 generation the node after the attention has a use of its own: OpenVINO 2026.4 can't compile
     a six-input attention (sinks) that a Transpose follows at once.
 
     Refuses a head_dim that is no power of two. Source: TurboQuant (arXiv 2504.19874), section 3; QuaRot

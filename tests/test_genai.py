@@ -169,9 +169,11 @@ def test_a_batch_of_prompts(preset: str, properties: dict[str, str], request: py
     assert converted == original
 
 
-def test_paged_attention_takes_the_rotation(rotate: Path) -> None:
-    prompt = PROMPTS["longer than the window"]
-    assert generate(rotate, PAGED, prompt) == generate(MINI, PAGED, prompt)
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("cache", ["f32", "f16"])
+def test_paged_attention_takes_the_rotation(rotate: Path, cache: str, prompt: str) -> None:
+    properties = {**PAGED, "KV_CACHE_PRECISION": cache}
+    assert generate(rotate, properties, PROMPTS[prompt]) == generate(MINI, properties, PROMPTS[prompt])
 
 
 @pytest.mark.parametrize("preset", TRUNCATED)

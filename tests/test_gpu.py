@@ -42,7 +42,7 @@ def report(done: subprocess.CompletedProcess[str]) -> dict[str, object]:
 
 
 @virtual
-@pytest.mark.skipif(not ov.__version__.startswith("2026.4.1"), reason="a fault of OpenVINO 2026.4.1")
+@pytest.mark.skipif(not ov.__version__.startswith("2026.4."), reason="a fault of OpenVINO 2026.4.0 and 2026.4.1")
 def test_the_original_does_not_compile_for_lunar_lake() -> None:
     """Six-input attention followed by a Transpose. When this test fails OpenVINO has mended it: tell the README."""
     done = probe("virtual", MINI, "--compile-only")

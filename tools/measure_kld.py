@@ -21,7 +21,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 from measure_loss import encode
@@ -34,6 +34,14 @@ from ovtq.io import check_json, last_line, model_xml
 from ovtq.runner import EXACT_PROPERTIES, Runner
 
 SAME = 10  # a mean KLD of so many noise floors is still none
+
+
+class Feedable(Protocol):
+    """What a text can be fed to, call by call: a Runner, or whatever does the same."""
+
+    def reset(self) -> None: ...
+
+    def step(self, ids: np.ndarray) -> np.ndarray: ...
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,7 +102,7 @@ def read_tokens(text: Path, folder: Path) -> tuple[np.ndarray, Tokenizer]:
         raise InputError(f"{folder / 'tokenizer.json'}: can't be used ({last_line(error)})") from None
 
 
-def steps(runner: Runner, windows: np.ndarray, chunk: int, name: str) -> Iterator[tuple[int, int, np.ndarray]]:
+def steps(runner: Feedable, windows: np.ndarray, chunk: int, name: str) -> Iterator[tuple[int, int, np.ndarray]]:
     """(window, first position, logits (tokens, vocabulary)) of every chunk, each window from an empty cache."""
     places = [(row, start) for row in range(len(windows)) for start in range(0, windows.shape[1], chunk)]
     console = Console(stderr=True)
@@ -110,11 +118,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
 
 
-def compare(expected: np.ndarray, windows: np.ndarray, text_bytes: int, candidate: str, chunk: int) -> dict[str, Any]:
+def compare(
+    expected: np.ndarray, windows: np.ndarray, text_bytes: int, runner: Feedable, candidate: str, chunk: int
+) -> dict[str, Any]:
     """What the candidate's row says; `expected` are the reference's logits (windows, window, vocabulary)."""
     kld, same = np.empty(windows.shape), np.empty(windows.shape, bool)
     nats = 0.0
-    for row, start, logits in steps(open_candidate(candidate), windows, chunk, candidate):
+    for row, start, logits in steps(runner, windows, chunk, candidate):
         part = slice(start, start + len(logits))
         if logits.shape[-1] != expected.shape[-1]:
             raise InputError(f"{candidate}: {logits.shape[-1]} logits a token, the reference has {expected.shape[-1]}")
@@ -134,7 +144,12 @@ def compare(expected: np.ndarray, windows: np.ndarray, text_bytes: int, candidat
     }
 
 
-def measure(options: argparse.Namespace) -> None:
+def measure(
+    options: argparse.Namespace,
+    open_one: Callable[[str], Feedable] = open_candidate,
+    describe: Callable[[Feedable], str] = lambda runner: "",
+) -> None:
+    """The table; candidates are opened by `open_one`, and `describe` says more of each."""
     reference, window, chunk = options.reference, options.window, options.chunk
     if window < 2:
         raise InputError("--window: at least 2 tokens are needed, the first of a window is not scored")
@@ -155,13 +170,16 @@ def measure(options: argparse.Namespace) -> None:
     print(f"{'mean KLD':>10} {'median':>10} {'99.9%':>10} {'same top':>9} {'bits/byte':>10}", flush=True)
     rows: list[dict[str, Any]] = []
     for name in (reference, *options.candidates):
-        row = compare(expected, windows, text_bytes, name, chunk if rows else other)
+        runner = open_one(name) if rows else open_candidate(name)
+        row = compare(expected, windows, text_bytes, runner, name, chunk if rows else other)
         floor = rows[0]["mean_kld"] if rows else row["mean_kld"]
         row["equals_reference"] = row["mean_kld"] <= SAME * max(floor, 1e-15)
         note = f"  (in chunks of {other}: the noise floor)"
         if rows:
             why = ": no property changed anything" if "," in name else ""
             note = f"  (equals the reference to the noise floor{why})" if row["equals_reference"] else ""
+            row["cache"] = describe(runner)
+            note = f"{'  ' * bool(row['cache'])}{row['cache']}{note}"
         print(
             f"{row['mean_kld']:10.2e} {row['median_kld']:10.2e} {row['kld_p999']:10.2e} {row['same_top']:9.2%} "
             f"{row['bits_per_byte']:10.4f}  {name}{note}",
@@ -173,8 +191,9 @@ def measure(options: argparse.Namespace) -> None:
         options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    p = Parser(prog="measure_kld", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(prog: str, description: str | None) -> Parser:
+    """The command line of a tool that calls `measure`."""
+    p = Parser(prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("text", type=Path, metavar="TEXT")
     p.add_argument("reference", metavar="REFERENCE_DIR")
     p.add_argument("candidates", nargs="+", metavar="CANDIDATE_DIR[,KEY=VALUE]…")
@@ -182,7 +201,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--window", type=positive, default=1024, metavar="TOKENS", help="(default: %(default)s)")
     p.add_argument("--chunk", type=positive, default=64, metavar="TOKENS", help="tokens a call (default: %(default)s)")
     p.add_argument("--json", type=Path, metavar="FILE")
-    return run(p, argv, measure)
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return run(arguments("measure_kld", __doc__), argv, measure)
 
 
 def run(parser: Parser, argv: Sequence[str] | None, work: Callable[[argparse.Namespace], None]) -> int:

@@ -4,8 +4,8 @@
     virtual  PYTHON probe.py MODEL_DIR --compile-only
 
 Prints a JSON report: configuration, seconds, and the runtime graph (nodes by type and by primitive,
-the fused `kv_cache` nodes with their dtype, the outputs' precision); with --launches also the
-kernels, copies and waits of every step. Exit codes: 2 usage, 3 compile failed, 4 a step failed.
+the fused `kv_cache` nodes with their dtype, the fused attention, the outputs' precision); with
+--launches also the kernels, copies and waits of every step. Exit codes: 2 usage, 3 compile failed, 4 a step failed.
 """
 
 import argparse
@@ -77,11 +77,22 @@ def compile_model(core: ov.Core, model: ov.Model, args: argparse.Namespace) -> o
     return compiled
 
 
+def broadcast(attention: ov.Node) -> bool:
+    """Whether K or V is copied to all query heads between its cache and a fused attention of the GPU."""
+    for port in (1, 2):
+        node = attention.input_value(port).get_node()
+        while (kind := node.get_rt_info()["layerType"].astype(str)) in ("Reshape", "Permute", "Reorder"):
+            node = node.input_value(0).get_node()
+        if kind == "broadcast":
+            return True
+    return False
+
+
 def describe_graph(compiled: ov.CompiledModel) -> dict[str, Any]:
     """What the device runs. The GPU chooses some primitives only when the first step runs."""
     nodes = [
         {key: value.astype(str) for key, value in node.get_rt_info().items()}
-        | {"name": node.get_friendly_name(), "op": node.get_type_name()}
+        | {"name": node.get_friendly_name(), "op": node.get_type_name(), "node": node}
         for node in compiled.get_runtime_model().get_ordered_ops()
     ]
     return {
@@ -92,6 +103,11 @@ def describe_graph(compiled: ov.CompiledModel) -> dict[str, Any]:
             {"name": node["name"], "dtype": node.get("kv_cache_precision", node["outputPrecisions"])}
             for node in nodes
             if node["layerType"] == "kv_cache" or "kv_cache_precision" in node
+        ],
+        "attention": [  # one primitive each; what an If contains is not shown
+            {"name": node["name"], "broadcast": broadcast(node["node"])}
+            for node in nodes
+            if node["layerType"] == "scaled_dot_product_attention"
         ],
         "outputs": [node["outputPrecisions"] for node in nodes if node["op"] == "Result"],
     }
