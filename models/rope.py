@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import openvino as ov
 from openvino import Output
@@ -12,7 +14,12 @@ from ovtq.graph import ancestors, redirect
 from ovtq.models.attention import biased_projection
 
 
-def mean_rotated_bias(model: ov.Model, key: Output, kv_heads: int, head_dim: int, positions: int) -> np.ndarray | None:
+POSITIONS = 4096  # over which a turning bias is averaged
+
+
+def mean_rotated_bias(
+    model: ov.Model, key: Output, kv_heads: int, head_dim: int, positions: int = POSITIONS
+) -> np.ndarray | None:
     """Mean over t < positions of RoPE_t(b_k), (kv_heads, head_dim) f32; None if the projection of `key` has no bias.
 
     `key` (batch, kv_heads, tokens, head_dim) is where the keys enter the attention; whatever stands between the
@@ -41,3 +48,8 @@ def mean_rotated_bias(model: ov.Model, key: Output, kv_heads: int, head_dim: int
     compiled = ov.Core().compile_model(submodel, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     keys = compiled([np.ascontiguousarray(feed) for feed in feeds])[0]  # (1, kv_heads, positions, head_dim)
     return keys[0].mean(axis=1, dtype=np.float64).astype(np.float32)
+
+
+def norms(vectors: Mapping[int, np.ndarray]) -> dict[str, list[float]]:
+    """The lengths of each layer's vectors, (kv_heads, head_dim), for the record of a conversion."""
+    return {str(index): [round(float(x), 4) for x in np.linalg.norm(some, axis=-1)] for index, some in vectors.items()}

@@ -16,7 +16,7 @@ from ovtq.attend_branches import Branches
 from ovtq.coding import BITS, coding, unfit
 from ovtq.graph import Port, f32, rebuild, redirect
 from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.models.rope import mean_rotated_bias
+from ovtq.models.rope import mean_rotated_bias, norms
 from ovtq.packed_attention import PackedAttention, Place
 from ovtq.packing import packed_bytes
 from ovtq.passes.base import Pass, Rewrite, option
@@ -134,7 +134,7 @@ class QuantizeKv(Pass):
         """c·scale, (kv_heads, head_dim): zero if keys are not to be centred or have no bias."""
         mean = None
         if self.centre == "bias":
-            mean = mean_rotated_bias(model, layer.key.source, layer.kv_heads, layer.head_dim, POSITIONS)
+            mean = mean_rotated_bias(model, layer.key.source, layer.kv_heads, layer.head_dim)
         if mean is None:
             return np.zeros((layer.kv_heads, layer.head_dim), np.float32)
         return (mean * np.float32(layer.scale)).astype(np.float32)
@@ -178,9 +178,6 @@ class QuantizeKv(Pass):
         self.expect(rewrite.model, expected)
 
 
-POSITIONS = 4096  # over which a turning bias is averaged
-
-
 def _shape(layer: AttentionLayer) -> tuple[int, int, int]:
     return layer.query_heads, layer.kv_heads, layer.head_dim
 
@@ -189,8 +186,5 @@ def _facts(plan: Plan) -> dict[str, Any]:
     return {
         "layers": [layer.index for layer in plan.layers],
         **plan.digests,
-        "centre_norms": {
-            str(index): [round(float(norm), 4) for norm in np.linalg.norm(centre, axis=-1)]
-            for index, centre in plan.centres.items()
-        },
+        "centre_norms": norms(plan.centres),
     }

@@ -13,35 +13,43 @@ from openvino import opset15 as op
 from ovtq.errors import VerificationFailed
 from ovtq.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
 from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.models.rope import mean_rotated_bias, norms
 from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.passes.decouple_length import shape_readers
 from ovtq.rotation import digest, hadamard_matrix, randomized_frame
 
 PADDING = 16  # coordinates more than head_dim: kernels of the GPU plugin take a head in sixteens
+ALL = 2**31 - 1
+SINK = 1.0  # the size of a coordinate of b·u
+SHORT = 2.0**-6  # and of its value: of zeros, which have no range, the GPU plugin takes a scale that overflows f16
 
 
 @dataclass(frozen=True)
 class SinkRow(Pass):
-    """softmax over [z, s₁ … sₙ] without its first weight = softmax over [0, s₁ − z … sₙ − z] with a value row of 0.
+    """softmax over [z, s₁ … sₙ], z being a query head's sink logit, is that of one product with a row more.
 
-    z is a query head's sink logit, s = scale·q·kᵀ. A score that is smaller by z for every real token is a product of
-    longer vectors: q' = qR − z/(scale·b)·u, k' = kR + b·u, with orthonormal rows R (head_dim, width) and u (width,).
-    The first row of the cache is zeros, key and value: its score is 0. Values are stored as vR, the result times Rᵀ is
-    what the attention gave: (RRᵀ = 1). So the full layers become attention with five inputs over a cache that grows
-    from no row at all to one row more than there are tokens, which is what the GPU plugin appends to in place, stores
-    in 8 or 4 bits and never broadcasts to query heads; with a sixth input it does none of this.
+    With s = scale·q·kᵀ, orthonormal rows R (head_dim, width) and u (width,), and any c (head_dim,), keys are stored as
+    (k − c)R, queries become qR + z/(scale·b)·u, and the first row of the cache is b·u − cR. No real key has a part along
+    u, so all scores are what they were, less scale·q·cᵀ, which softmax does not see. Values are stored as vR, that of
+    the first row is a short vector along u, and the result times Rᵀ, which takes it out, is what the attention gave. So
+    a full layer becomes attention with five inputs over a cache that grows from no row at all to one row more than there
+    are tokens, which is what the GPU plugin appends to in place, stores in 8 or 4 bits and never copies to query heads;
+    with a sixth input it does none of this.
 
-    R spreads a vector over head_dim + 16 coordinates: a quantiser's range gets smaller by √(head_dim/width), as with a
-    rotation, and the error of a rounded zero point, the same in all coordinates, meets vectors that sum to 0. `rotate
-    = false` appends zeros and one coordinate for the sink instead, to measure what that is worth.
+    The query is padded with that first row, too, and its result cut off: the CPU plugin's fused attention takes as many
+    new keys as queries.
 
-    b weighs two errors. A stored coordinate is off by e, in proportion to |k'| = √(|k|² + b²), so the score by e·|q'|
-    with |q'| = √(|q|² + (z/(scale·b))²): the product is least at b² = z/scale · |k|/|q|. Keys are taken to be as long
-    as queries, z to be the root mean square over the query heads of a KV head: b = `magnitude`·√(z/scale).
+    What a quantiser sees: R spreads a vector over head_dim + 16 coordinates, so that its range, hence its error, is
+    smaller by √(head_dim/width) than that of a rotation. A rounded zero point, the same error in all coordinates, meets
+    vectors that sum to 0. c is the mean of the key's bias as RoPE turns it (see quantize-kv). b makes the coordinates
+    of b·u as large as those of a key: a larger row is stored less exactly, with a smaller one the query's part grows,
+    and with it what the error of stored keys along u costs. `rotate = false` appends zeros, and one coordinate for the
+    sink, instead, to measure what R is worth.
 
     Refuses models without full layers in exported form with sinks, those not decoupled yet, and a head_dim for whose
-    width no Hadamard matrix is known. Source: Xiao et al. (arXiv 2309.17453), section 3.3, for a zero sink;
-    TurboQuant (arXiv 2504.19874), section 3, for the rotation.
+    width no Hadamard matrix is known. Source: Xiao et al. (arXiv 2309.17453), section 3.3, for sinks as keys;
+    TurboQuant (arXiv 2504.19874), section 3, for the rotation; SageAttention (arXiv 2410.02367), section 4.2, for
+    centred keys.
     """
 
     name: ClassVar[str] = "sink-row"
@@ -50,13 +58,11 @@ class SinkRow(Pass):
 
     seed: int = option(0, "of the rotation's random rows and signs")
     rotate: bool = option(True, "spread vectors over all coordinates, those for the sink included")
-    magnitude: float = option(1.0, "of the sink's part of a key, in units of √(logit/scale)")
+    centre: str = option("bias", "what to take from the keys", choices=("bias", "none"))
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
-        if not 1e-3 <= self.magnitude <= 1e3:
-            raise ValueError(f"magnitude must be from 0.001 to 1000, got {self.magnitude}")
 
     def sites(self, description: ModelDescription) -> int:
         """One per full layer."""
@@ -81,15 +87,23 @@ class SinkRow(Pass):
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each layer's states and attention."""
         rows = _Rows(self, description)
-        changed = {layer.index: rows.attend(layer) for layer in description.full}
+        centres = {layer.index: self._centre(model, layer) for layer in description.full}
+        changed = {layer.index: rows.attend(layer, centres[layer.index]) for layer in description.full}
         old = [path.assign for layer in description.full for path in layer.paths]
         model = rebuild(model, drop=old, add=rows.assigns)
         facts = {
             "width": rows.width,
             "matrix_sha256": digest(np.concatenate([rows.frame, rows.sink[None]])),
-            "magnitudes": {str(index): [round(float(b), 4) for b in some] for index, some in rows.magnitudes.items()},
+            "centre_norms": norms(centres),
         }
         return Rewrite(model, description.with_layers(changed), len(changed), facts)
+
+    def _centre(self, model: ov.Model, layer: AttentionLayer) -> np.ndarray:
+        """c, (kv_heads, head_dim): zero if keys are not to be centred or have no bias."""
+        mean = None
+        if self.centre == "bias":
+            mean = mean_rotated_bias(model, layer.key.source, layer.kv_heads, layer.head_dim)
+        return np.zeros((layer.kv_heads, layer.head_dim), np.float32) if mean is None else mean
 
     def ensures(self, rewrite: Rewrite) -> None:
         """Each full layer has two states of the new width, and attention of five inputs."""
@@ -119,72 +133,58 @@ class _Rows:
             self.frame, self.sink = np.eye(d, self.width, dtype=np.float32), np.eye(1, self.width, d, np.float32)[0]
         # constants of their own: see rotate-heads for what sharing one does
         self.into, self.back = f32(np.ascontiguousarray(self.frame.T)), f32(self.frame)
-        self.description, self.magnitude = description, item.magnitude
-        batch, new = (dim(description.input_ids, axis) for axis in (0, 1))
+        self.description = description
+        self.batch, new = (dim(description.input_ids, axis) for axis in (0, 1))
         past = op.subtract(dim(description.attention_mask, 1), new)
-        self.first = op.subtract(
-            i64([1]), op.minimum(past, i64([1]))
-        )  # rows to put before the new ones: the sink's, once
-        self.before = op.concat([i64([0, 0]), self.first, i64([0])], 0)
-        self.mask_before = op.concat([i64([0, 0]), self.first, i64([1])], 0)
-        self.batch = batch
+        self.first = op.subtract(i64([1]), op.minimum(past, i64([1])))  # rows before the new ones: the sink's, once
         self.masks: dict[tuple[str, int], Node] = {}
-        self.magnitudes: dict[int, np.ndarray] = {}
         self.assigns: list[Node] = []
 
-    def attend(self, layer: AttentionLayer) -> AttentionLayer:
-        """Rewrite one layer; w = width."""
-        H, G, w = layer.kv_heads, layer.group, self.width
-        logits = layer.sinks.reshape(H, G) / layer.scale
-        strength = self.magnitude * np.sqrt(np.sqrt(np.square(logits).mean(1)))
-        strength = np.where(strength > 0, strength, self.magnitude)
-        self.magnitudes[layer.index] = strength
-        part = (-logits / strength[:, None]).reshape(1, H * G, 1, 1) * self.sink
-        query = self._pad(op.add(self._rotate(layer.query.source), f32(part)), H * G)
-        key = op.add(self._rotate(layer.key.source), f32(strength.reshape(1, H, 1, 1) * self.sink))
-        states = [
-            self._append(layer, "key", key),
-            self._append(layer, "value", self._rotate(layer.value.source)),
-        ]
-        heads = [
-            op.reshape(
-                op.broadcast(op.unsqueeze(state, i64([2])), i64([1, 1, G, 1, 1]), broadcast_spec="BIDIRECTIONAL"),
-                i64([0, H * G, -1, w]),
-                True,
-            )
-            for state in states
-        ]
+    def attend(self, layer: AttentionLayer, centre: np.ndarray) -> AttentionLayer:
+        """Rewrite one layer."""
+        H, G = layer.kv_heads, layer.group
+        key, value = (size * np.sqrt(self.width, dtype=np.float32) * self.sink for size in (SINK, SHORT))
+        part = layer.sinks.reshape(1, H * G, 1, 1) / layer.scale * key / np.square(key).sum()
+        moved = (-centre @ self.frame)[None, :, None]
+        query = self._behind_sink(op.add(self._rotate(layer.query.source), f32(part)), H * G, 0 * key)
+        keys = self._cache(layer, "key", op.add(self._rotate(layer.key.source), f32(moved)), key + moved)
+        values = self._cache(layer, "value", self._rotate(layer.value.source), value)
         mask = self._mask(layer.mask.source)
-        context = op.scaled_dot_product_attention(query, *heads, mask, f32(np.float32(layer.scale)), False)
-        real = op.slice(context, self.first, i64([2**31 - 1]), i64([1]), i64([2]))
+        context = op.scaled_dot_product_attention(query, keys, values, mask, f32(layer.scale), False)
+        real = op.slice(context, self.first, i64([ALL]), i64([1]), i64([2]))
         redirect(layer.context, op.matmul(real, self.back, False, True))
         return replace(layer, context=context.output(0), mask=None, key_path=None, value_path=None)
 
     def _rotate(self, source: Output) -> Node:
         return op.matmul(source, self.into, False, True)
 
-    def _pad(self, new: Node, heads: int) -> Node:
-        """`new`, (batch, heads, new, w), with a row of zeros before it in the first call.
+    def _behind_sink(self, new: Node, heads: int, sink: np.ndarray) -> Node:
+        """`new`, (batch, heads, new, width), behind the row `sink` in the first call.
 
-        The Reshape says how many heads and coordinates there are, which Pad forgets and the GPU plugin's kernels need.
+        The Reshape says how many heads and coordinates there are, which the GPU plugin's kernels need, and keeps it
+        from taking this Concat and that of the cache for one, which it could not do in place.
         """
-        rows = op.pad(new, self.before, i64([0, 0, 0, 0]), "constant", op.constant(np.float32(0)))
+        shape = op.concat([self.batch, i64([heads]), self.first, i64([self.width])], 0)
+        rows = op.concat([op.broadcast(f32(sink), shape), new], 2)
         return op.reshape(rows, i64([0, heads, -1, self.width]), True)
 
-    def _append(self, layer: AttentionLayer, what: str, new: Node) -> Node:
-        """The state's rows and the new ones; the sink's before them in the first call."""
-        H, w = layer.kv_heads, self.width
+    def _cache(self, layer: AttentionLayer, what: str, new: Node, sink: np.ndarray) -> Node:
+        """All rows, (batch, query_heads, 1 + tokens, width): the state's and the new ones."""
+        H, G, w = layer.kv_heads, layer.group, self.width
         variable = new_variable(f"ovtq.{layer.index}.{what}", [-1, H, -1, w], ov.Type.f32)
         empty = op.broadcast(f32(0), op.concat([self.batch, i64([H, 0, w])], 0))
         past = op.gather(op.read_value(empty, variable), self.description.beam_idx, i64(0))
-        appended = op.concat([past, self._pad(new, H)], 2)
-        self.assigns.append(op.assign(appended, variable))
-        return appended
+        rows = op.concat([past, self._behind_sink(new, H, sink)], 2)
+        self.assigns.append(op.assign(rows, variable))
+        # in the exported form, which no plugin carries out
+        grouped = op.broadcast(op.unsqueeze(rows, i64([2])), i64([1, 1, G, 1, 1]), broadcast_spec="BIDIRECTIONAL")
+        return op.reshape(grouped, i64([0, H * G, -1, w]), True)
 
     def _mask(self, mask: Output) -> Node:
-        """`mask`, (batch, 1, new, all), with a column of zeros before the others: the sink is always seen."""
+        """`mask`, (batch, 1, new, all), with the sink's column, always seen, and in the first call its query's row."""
         place = id_of(mask.get_node()), mask.get_index()
         if place not in self.masks:
-            zero = op.constant(np.float32(0))
-            self.masks[place] = op.pad(mask, self.mask_before, i64([0, 0, 0, 0]), "constant", zero)
+            before = op.concat([i64([0, 0]), self.first, i64([1])], 0)
+            zero = op.constant(np.float32(0))  # Pad needs a scalar
+            self.masks[place] = op.pad(mask, before, i64([0, 0, 0, 0]), "constant", zero)
         return self.masks[place]

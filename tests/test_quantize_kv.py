@@ -19,7 +19,6 @@ from ovtq.models.rope import mean_rotated_bias
 from ovtq.packed_attention import PackedAttention
 from ovtq.packing import unpack
 from ovtq.passes import DecoupleLength, Pass, QuantizeKv, SimplifyMask, TruncateWindow
-from ovtq.passes.quantize_kv import POSITIONS
 from ovtq.rotation import randomized_hadamard
 from ovtq.runner import EXACT_PROPERTIES
 from ovtq.verify import Call
@@ -64,7 +63,7 @@ def references(item: QuantizeKv) -> dict[int, PackedAttention]:
         codecs = tuple(None if bits == "none" else AdaptiveUniform(int(bits), d) for bits in texts)
         centre = np.zeros((layer.kv_heads, d), np.float32)
         if item.centre == "bias":
-            centre = mean_rotated_bias(model, layer.key.source, layer.kv_heads, d, POSITIONS)
+            centre = mean_rotated_bias(model, layer.key.source, layer.kv_heads, d)
             centre = (centre * np.float32(layer.scale)).astype(np.float32)
         made[layer.index] = PackedAttention(
             codecs, randomized_hadamard(d, item.seed), centre, layer.sinks, layer.scale, item.residual_window,

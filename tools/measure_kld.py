@@ -10,7 +10,8 @@ Feeds windows of the text, each from an empty cache, in chunks, and prints for e
   * bits per byte of the text, as measure_loss.py counts it: every token of a window but the first is scored.
 The reference's own row, in other chunks, is the noise floor. Everything is f32 but what KEY=VALUE, properties of the
 CPU plugin, say otherwise: KV_CACHE_PRECISION=u8, or KEY_CACHE_… and VALUE_CACHE_…, which are the plugin's defaults (u8)
-where only one of them is given. Needs tokenizers (the `eval` extra) and REFERENCE_DIR/tokenizer.json.
+where only one of them is given. GPU_CACHE=u8 or u4 is the cache of a model with sink rows as the GPU plugin would keep
+it, by that plugin's arithmetic (gpu_cache.py). Needs tokenizers (the `eval` extra) and REFERENCE_DIR/tokenizer.json.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
+from gpu_cache import as_gpu_stores
 from measure_loss import encode
 from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer
 
 from ovtq.errors import InputError, OvtqError
-from ovtq.io import check_json, last_line, model_xml
+from ovtq.io import check_json, last_line, load, model_xml
 from ovtq.runner import EXACT_PROPERTIES, Runner
 
 SAME = 10  # a mean KLD of so many noise floors is still none
@@ -76,7 +78,12 @@ def parse(candidate: str) -> tuple[Path, dict[str, str]]:
 def open_candidate(candidate: str) -> Runner:
     """The model of `DIR[,KEY=VALUE]…` on the CPU."""
     folder, properties = parse(candidate)
-    return Runner(model_xml(folder), "CPU", properties)
+    precision = properties.pop("GPU_CACHE", None)
+    if precision is None:
+        return Runner(model_xml(folder), "CPU", properties)
+    model = load(folder)
+    as_gpu_stores(model, precision)
+    return Runner(model, "CPU", properties)
 
 
 def check(candidates: Sequence[str], record: Path | None) -> list[Path]:
