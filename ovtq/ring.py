@@ -77,7 +77,8 @@ class PackedRing:
     Scales are whole numbers (see `coding.UNIT`), for the GPU plugin compresses no KV cache of its own in a model with
     a floating-point state that is not one: not knowing what it is, it takes the model for a hybrid one.
 
-    What is kept is read whole, for all layers in one stream of nodes: they are few rows, and nodes are what costs.
+    What is kept is decoded whole, for all layers in one stream of nodes: they are few rows, and nodes are what costs.
+    So for the time of a call it takes what a Ring does besides.
     """
 
     def __init__(

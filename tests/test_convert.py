@@ -154,7 +154,8 @@ def test_pass_list_and_settings(convert: Callable[..., Path]) -> None:
     )
     record = json.loads((folder / "ovtq.json").read_text())
     assert record["preset"] is None
-    assert record["passes"][1]["options"] == {"slack": 9}
+    assert record["passes"][1]["options"]["slack"] == 9
+    assert record["passes"][1]["exact"]
     assert record["passes"][1]["facts"]["rows"] == 24
     assert record["state_bytes"]["before"]["per_token"] == 4 * 2 * 2 * 64 * 4  # f32 on the CPU
 
@@ -279,6 +280,9 @@ def test_bad_models(
         ),
         (["{model}", "{tmp}/out", "--protect", "0"], "protect: layer 0 is no full layer; those are 1, 3"),
         (["{model}", "{tmp}/out", "--residual-window", "few"], "quantize-kv: residual-window needs int, got 'few'"),
+        (["{model}", "{tmp}/out", "--window-bits", "8"], "--window-bits: expected K,V such as 8,4, got '8'"),
+        (["{model}", "{tmp}/out", "--window-bits", "8,none"], "k-bits and v-bits go together: give both or neither"),
+        (["{model}", "{tmp}/out", "--window-bits", "7,4"], "k-bits is one of none, 2, 3, 4, 5, 6, 8, got '7'"),
         (["{model}", "{tmp}/out", "--verify-device", "NPU"], "device NPU is not there; available: CPU"),
         (["{model}", "{tmp}/out", "--verify-seed", "-1"], "--verify-seed must be from 0 to"),
         (["{model}", "{tmp}/out", "--verify-layers", "0"], "--verify-layers must be at least 1, got 0"),

@@ -25,7 +25,7 @@ LAYERS = [
     {"ovtq.attend_blocks", "ovtq.attend_branches"},
     {"ovtq.attend", "ovtq.ring"},
     {"ovtq.models", "ovtq.runner", "ovtq.dump", "ovtq.quantizer"},
-    {"ovtq.graph", "ovtq.io", "ovtq.packed_attention"},
+    {"ovtq.graph", "ovtq.io", "ovtq.packed_attention", "ovtq.coding"},
     {"ovtq.codec"},
     {"ovtq.codebook", "ovtq.packing"},
     {"ovtq.rotation"},

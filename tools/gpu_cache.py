@@ -58,6 +58,6 @@ def restored(rows: Node | Output, precision: str) -> Node:
 
 
 def _f16(x: Node | Output) -> Node:
-    """Rounded to the 11 bits of an f16's mantissa (Veltkamp's splitting): converting there and back is optimised out."""
+    """Rounded to an f16's 11 bits of mantissa (Veltkamp's splitting): a pair of Converts would be optimised out."""
     high = op.multiply(x, f32(np.float32(2**13 + 1)))
     return op.subtract(high, op.subtract(high, x))
