@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -105,13 +106,26 @@ class ModelDescription:
         return replace(self, layers=tuple(changed.get(layer.index, layer) for layer in self.layers))
 
 
-def state_bytes(model: ov.Model, tokens: int, batch: int = 1, float_bytes: int = 2) -> int:
-    """Bytes of all states after `tokens` tokens; floating-point states counted with `float_bytes` (GPU: 2)."""
+def state_bytes(
+    model: ov.Model,
+    tokens: int,
+    batch: int = 1,
+    float_bytes: int = 2,
+    row_bytes: Callable[[int], int] | None = None,
+) -> int:
+    """Bytes of all states after `tokens` tokens; floating-point states counted with `float_bytes` (GPU: 2).
+
+    `row_bytes` says what the plugin makes of a token of one head in a floating-point state that grows, by its width.
+    """
     total = 0
     for variable in model.get_variables():
         info = variable.get_info()
-        size = float_bytes if info.data_type.is_real() else info.data_type.size
-        for axis, length in enumerate(info.data_shape):
-            size *= length.get_length() if length.is_static else (batch if axis == 0 else tokens)
-        total += size
+        *axes, width = (length.get_length() if length.is_static else None for length in info.data_shape)
+        grows = None in axes[1:]
+        row = width * (float_bytes if info.data_type.is_real() else info.data_type.size)
+        if row_bytes and grows and info.data_type.is_real():
+            row = row_bytes(width)
+        for axis, length in enumerate(axes):
+            row *= length if length is not None else (batch if axis == 0 else tokens)
+        total += row
     return total

@@ -13,7 +13,6 @@ from ovtq.errors import UnsupportedModel
 from ovtq.graph import ancestors, redirect
 from ovtq.models.attention import biased_projection
 
-
 POSITIONS = 4096  # over which a turning bias is averaged
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
 import platform
@@ -19,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ovtq import __version__, io, pipeline, verify
+from ovtq import __version__, cache, io, pipeline, verify
 from ovtq.dump import dump
 from ovtq.errors import InputError, OvtqError
 from ovtq.models import AttentionLayer, ModelDescription, describe
@@ -72,7 +73,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line; presets, passes and their options come from the code that runs them."""
     helps = QuantizeKv.option_help()
     presets = "\n".join(
-        f"  {name:<16} {preset.purpose}\n{'':<19}= {_names(preset.passes)}" for name, preset in pipeline.PRESETS.items()
+        f"  {name:<16} {preset.purpose}\n{'':<19}= {_names(preset.passes)}"
+        + (f"\n{'':<19}with --target cpu = {_names(preset.cpu)}" if preset.cpu else "")
+        for name, preset in pipeline.PRESETS.items()
     )
     passes = "\n".join(
         f"  {name:<16} {cls.__doc__.partition(chr(10))[0]}"
@@ -147,8 +150,13 @@ def parser() -> argparse.ArgumentParser:
 def convert(options: argparse.Namespace, console: Console, errors: Console) -> None:
     """Do what the command line asks. Raises OvtqError; leaves the input untouched, and OUT_DIR whole or as it was."""
     preset = options.preset if options.passes is None else None
-    passes = pipeline.PRESETS[preset].passes if preset else pipeline.parse_passes(options.passes)
-    passes = pipeline.with_settings(pipeline.for_target(passes, options.target), _settings(options))
+    target = options.target
+    passes = (
+        pipeline.PRESETS[preset].on(target)
+        if preset
+        else pipeline.for_target(pipeline.parse_passes(options.passes), target)
+    )
+    passes = pipeline.with_settings(passes, _settings(options))
     if not 0 <= options.verify_seed < 2**32:
         raise InputError(f"--verify-seed must be from 0 to {2**32 - 1}, got {options.verify_seed}")
     if options.verify_layers is not None and options.verify_layers < 1:
@@ -173,8 +181,7 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             tick()
         weights = source.with_suffix(".bin").stat().st_size
         extent = verify.scope(description, options.verify_layers or (BIG_LAYERS if weights > BIG else None))
-        float_bytes = FLOAT_BYTES[options.target]
-        before = _memory(model, float_bytes)
+        before = _memory(model, target)
         with _phase(progress, "rewrite", len(passes)) as tick:
 
             def after(item: Pass, result: ov.Model) -> None:
@@ -188,8 +195,8 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             "preset": preset,
             "passes": [dataclasses.asdict(step) for step in steps],
             "layers": [_layer(layer) for layer in description.layers],
-            "target": options.target,
-            "state_bytes": {"before": before, "after": _memory(model, float_bytes)},
+            "target": target,
+            "state_bytes": {"before": before, "after": _memory(model, target)},
             "paged_attention": all(item.paged_attention for item in passes),
             "source": {"xml_sha256": _sha256(source), "bin_bytes": weights},
             "versions": {"openvino": ov.__version__, "python": platform.python_version()},
@@ -232,13 +239,13 @@ def _write(
         if options.verify:
             layers = description.layers
             with _phase(progress, "verify", 2 * len(verify.calls_for(layers))) as tick:
-                found = verify.verify(
-                    source, folder / source.name, layers, options.verify_device, options.verify_seed, extent, tick
-                )
+                device, written = options.verify_device, folder / source.name
+                found = verify.verify(source, written, layers, device, options.verify_seed, extent, tick)
             record["verified"] = {
-                "device": options.verify_device,
+                "device": device,
                 "tolerance": verify.TOLERANCE,
                 **dataclasses.asdict(found),
+                "cache_precision": verify.kept_precision(written, layers, device, extent),
             }
         (folder / io.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         _write_json(options, record)
@@ -272,11 +279,15 @@ def _refuse_converted(model_dir: Path, model: ov.Model) -> None:
         )
 
 
-def _memory(model: ov.Model, float_bytes: int) -> dict[str, int]:
-    """Bytes of the states: those there from the first token on, those each token adds, and at some contexts."""
-    flat, one = (state_bytes(model, tokens, float_bytes=float_bytes) for tokens in (0, 1))
-    at = {str(tokens): state_bytes(model, tokens, float_bytes=float_bytes) for tokens in CONTEXTS}
-    return {"flat": flat, "per_token": one - flat, **at}
+def _memory(model: ov.Model, target: str) -> dict[str, int]:
+    """Bytes of the states: those there from the first token on, those each token adds, and at some contexts.
+
+    Floating-point states that grow are counted in the precision that the model asks the plugin for.
+    """
+    precision = cache.marked(model)
+    row_bytes = functools.partial(cache.row_bytes, precision=precision, target=target) if precision else None
+    at = [state_bytes(model, tokens, 1, FLOAT_BYTES[target], row_bytes) for tokens in (0, 1, *CONTEXTS)]
+    return {"flat": at[0], "per_token": at[1] - at[0], **dict(zip(map(str, CONTEXTS), at[2:], strict=True))}
 
 
 def _layer(layer: AttentionLayer) -> dict[str, Any]:
@@ -342,6 +353,12 @@ def _report(console: Console, options: argparse.Namespace, record: dict[str, Any
         )
         if found["packed"]:
             console.print(_packed_line(found), soft_wrap=True)
+        if found["cache_precision"]:
+            console.print(
+                f"the plugin's own cache: {found['cache_precision']} in the model as compiled for {found['device']} "
+                "without any property",
+                soft_wrap=True,
+            )
     if options.dry_run:
         console.print("dry run: nothing was written")
     else:

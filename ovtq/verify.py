@@ -13,6 +13,7 @@ import openvino as ov
 from openvino import Output
 from scipy.special import log_softmax
 
+from ovtq.cache import compiled_precisions, mark, marked
 from ovtq.coding import whole_scale
 from ovtq.errors import VerificationFailed
 from ovtq.graph import ancestors, constant_of, consumers, id_of
@@ -292,6 +293,28 @@ def verify(
         f"ties in the model's routers left too little to compare with seeds {seed} to {seed + ATTEMPTS - 1}; "
         "try another --verify-seed, or --verify-layers with a smaller number"
     )
+
+
+def kept_precision(converted: Path, layers: Sequence[AttentionLayer], device: str, extent: Scope) -> str | None:
+    """The precision in which the compiled model keeps its K and V, if the IR asks for one; None if it does not.
+
+    Compiled as a host would that passes no property. Raises VerificationFailed if a cache is kept in another.
+    """
+    model = ov.Core().read_model(converted)
+    precision = marked(model)
+    if precision is None:
+        return None
+    if extent.end is not None:
+        model = cut(model, extent.end)
+        mark(model, precision)
+    caches = compiled_precisions(model, device)
+    least = 2 * sum(layer.window is None and layer.index < extent.layers for layer in layers)
+    if len(caches) < least or set(caches) != {precision}:
+        raise VerificationFailed(
+            f"{device} would not keep the caches in {precision}: of {least} at least, it keeps {len(caches)}, in "
+            f"{', '.join(sorted(set(caches))) or 'none'}; nothing was written"
+        )
+    return precision
 
 
 def calls_for(layers: Sequence[AttentionLayer]) -> list[Call]:

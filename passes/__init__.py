@@ -4,6 +4,7 @@ if __name__ != "ovtq.passes":
     raise ImportError("this folder is the package `ovtq.passes`; import it by that name")
 
 from ovtq.passes.base import Pass, Rewrite
+from ovtq.passes.cache_precision import CachePrecision
 from ovtq.passes.decouple_length import DecoupleLength
 from ovtq.passes.quantize_kv import QuantizeKv
 from ovtq.passes.rotate_heads import RotateHeads
@@ -12,11 +13,13 @@ from ovtq.passes.sink_row import SinkRow
 from ovtq.passes.truncate_window import TruncateWindow
 
 PASSES: dict[str, type[Pass]] = {
-    cls.name: cls for cls in (DecoupleLength, TruncateWindow, SimplifyMask, RotateHeads, QuantizeKv, SinkRow)
+    cls.name: cls
+    for cls in (DecoupleLength, TruncateWindow, SimplifyMask, RotateHeads, QuantizeKv, SinkRow, CachePrecision)
 }
 
 __all__ = [
     "PASSES",
+    "CachePrecision",
     "DecoupleLength",
     "Pass",
     "QuantizeKv",

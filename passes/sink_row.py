@@ -29,12 +29,12 @@ class SinkRow(Pass):
     """softmax over [z, s₁ … sₙ], z being a query head's sink logit, is that of one product with a row more.
 
     With s = scale·q·kᵀ, orthonormal rows R (head_dim, width) and u (width,), and any c (head_dim,), keys are stored as
-    (k − c)R, queries become qR + z/(scale·b)·u, and the first row of the cache is b·u − cR. No real key has a part along
-    u, so all scores are what they were, less scale·q·cᵀ, which softmax does not see. Values are stored as vR, that of
-    the first row is a short vector along u, and the result times Rᵀ, which takes it out, is what the attention gave. So
-    a full layer becomes attention with five inputs over a cache that grows from no row at all to one row more than there
-    are tokens, which is what the GPU plugin appends to in place, stores in 8 or 4 bits and never copies to query heads;
-    with a sixth input it does none of this.
+    (k − c)R, queries become qR + z/(scale·b)·u, and the first row of the cache is b·u − cR. No real key has a part
+    along u, so all scores are what they were, less scale·q·cᵀ, which softmax does not see. Values are stored as vR,
+    that of the first row is a short vector along u, and the result times Rᵀ, which takes it out, is what the attention
+    gave. So a full layer becomes attention with five inputs over a cache that grows from no row at all to one row more
+    than there are tokens, which is what the GPU plugin appends to in place, stores in 8 or 4 bits and never copies to
+    query heads; with a sixth input it does none of this.
 
     The query is padded with that first row, too, and its result cut off: the CPU plugin's fused attention takes as many
     new keys as queries.

@@ -1,0 +1,50 @@
+"""cache-precision: ask the runtime to compress the KV cache that it keeps, by a mark in the IR."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import openvino as ov
+
+from ovtq.cache import mark, marked
+from ovtq.errors import VerificationFailed
+from ovtq.models.description import ModelDescription
+from ovtq.passes.base import Pass, Rewrite, option
+
+
+@dataclass(frozen=True)
+class CachePrecision(Pass):
+    """Whatever loads the model keeps its full layers' K and V in 8 or 4 bits, unless it is told another precision.
+
+    No property has to be passed, by no host. OpenVINO's own mark for it, `runtime_options` in rt_info, is ignored by
+    the GPU plugin on chips with XMX (Arc, Lunar Lake); the one that it takes on all chips was made for another purpose,
+    and both are written. Lossy: by how much is the plugin's affair.
+
+    Refuses a model without full layers.
+    """
+
+    name: ClassVar[str] = "cache-precision"
+    exact: ClassVar[bool] = False
+    paged_attention: ClassVar[bool] = True
+
+    precision: str = option("u8", "of keys and values", choices=("u8", "u4"))
+
+    def sites(self, description: ModelDescription) -> int:
+        """One per full layer."""
+        return len(description.full)
+
+    def requires(self, description: ModelDescription) -> None:
+        """Refuses a model without full layers."""
+        if not description.full:
+            raise self.refuse("the model has no full layers")
+
+    def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
+        """Write the marks."""
+        mark(model, self.precision)
+        return Rewrite(model, description, len(description.full), {"cache_precision": self.precision})
+
+    def ensures(self, rewrite: Rewrite) -> None:
+        """The marks are there."""
+        if (found := marked(rewrite.model)) != self.precision:
+            raise VerificationFailed(f"{self.name}: expected {self.precision} in rt_info, found {found}")
