@@ -21,7 +21,8 @@ class CachePrecision(Pass):
     the GPU plugin on chips with XMX (Arc, Lunar Lake); the one that it takes on all chips was made for another purpose,
     and both are written. Lossy: by how much is the plugin's affair.
 
-    Refuses a model without full layers.
+    Refuses a model without full layers, and one with a sink row (which is for the GPU) beside windows that are not
+    packed: while there are floats in another state, the GPU plugin compresses none.
     """
 
     name: ClassVar[str] = "cache-precision"
@@ -35,9 +36,14 @@ class CachePrecision(Pass):
         return len(description.full)
 
     def requires(self, description: ModelDescription) -> None:
-        """Refuses a model without full layers."""
+        """Refuses a model without full layers, or with a cache that a GPU would not compress."""
         if not description.full:
             raise self.refuse("the model has no full layers")
+        sink_row = any(not layer.paths and not layer.packed for layer in description.full)
+        if sink_row and any(not layer.paths and not layer.packed for layer in description.sliding):
+            raise self.refuse(
+                "the GPU plugin compresses no cache beside windows of floats; pack them, as with --window-bits 8,8"
+            )
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Write the marks."""

@@ -46,10 +46,10 @@ class SinkRow(Pass):
     and with it what the error of stored keys along u costs. `rotate = false` appends zeros, and one coordinate for the
     sink, instead, to measure what R is worth.
 
-    Refuses models without full layers in exported form with sinks, those not decoupled yet, and a head_dim for whose
-    width no Hadamard matrix is known. Source: Xiao et al. (arXiv 2309.17453), section 3.3, for sinks as keys;
-    TurboQuant (arXiv 2504.19874), section 3, for the rotation; SageAttention (arXiv 2410.02367), section 4.2, for
-    centred keys.
+    Refuses models without full layers in exported form with sinks, those whose sliding layers are not truncated or
+    whose lengths come from a state, and a head_dim for whose width no Hadamard matrix is known. Source: Xiao et al.
+    (arXiv 2309.17453), section 3.3, for sinks as keys; TurboQuant (arXiv 2504.19874), section 3, for the rotation;
+    SageAttention (arXiv 2410.02367), section 4.2, for centred keys.
     """
 
     name: ClassVar[str] = "sink-row"
@@ -72,6 +72,11 @@ class SinkRow(Pass):
         """Refuses models without such layers, and those not decoupled yet."""
         if not description.full:
             raise self.refuse("the model has no full layers")
+        if not description.sliding or any(layer.paths for layer in description.sliding):
+            raise self.refuse(
+                "run truncate-window first: GenAI's chat may cut all tokens off states that grow, but not the sink's "
+                "row; seeing a state of fixed length it resets them instead"
+            )
         for layer in description.full:
             if len(layer.paths) != 2 or layer.mask is None:
                 raise self.refuse(f"layer {layer.index} no longer has the exported KV states")

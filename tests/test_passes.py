@@ -12,14 +12,25 @@ import reference
 from conftest import ROOT, TINY, load
 from golden import SUBJECTS, subject
 
+from ovtq.cache import compiled_precisions, marked
 from ovtq.dump import dump
 from ovtq.errors import InputError, PreconditionFailed, VerificationFailed
 from ovtq.graph import Port, consumers
 from ovtq.models import ModelDescription
-from ovtq.passes import PASSES, DecoupleLength, Pass, Rewrite, RotateHeads, SimplifyMask, TruncateWindow
+from ovtq.passes import (
+    PASSES,
+    CachePrecision,
+    DecoupleLength,
+    Pass,
+    Rewrite,
+    RotateHeads,
+    SimplifyMask,
+    SinkRow,
+    TruncateWindow,
+)
 from ovtq.pipeline import PRESETS
-from ovtq.rotation import digest, randomized_hadamard
-from ovtq.runner import EXACT_PROPERTIES
+from ovtq.rotation import digest, hadamard_matrix, randomized_frame, randomized_hadamard
+from ovtq.runner import EXACT_PROPERTIES, Runner
 from ovtq.verify import TOLERANCE, Call, compare, play
 
 EPS = float(np.finfo(np.float32).eps)
@@ -30,6 +41,8 @@ BEFORE: dict[str, tuple[Pass, ...]] = {
     "simplify-mask": (),
     "rotate-heads": (),
     "quantize-kv": (DecoupleLength(),),
+    "sink-row": (DecoupleLength(), TruncateWindow()),
+    "cache-precision": (),
 }
 
 
@@ -59,14 +72,14 @@ def test_golden(name: str) -> None:
 @pytest.mark.parametrize("name", PASSES)
 def test_a_second_run_refuses_or_is_a_rewrite_of_its_own(name: str) -> None:
     once = applied(TINY["5.5"], *BEFORE[name], PASSES[name]())
-    if name in ("decouple-length", "truncate-window", "quantize-kv"):
+    if name in ("decouple-length", "truncate-window", "quantize-kv", "sink-row"):
         with pytest.raises(PreconditionFailed, match=name):
             PASSES[name]().apply(once.model, once.description)
         return
     before = dump(once.model)
     twice = PASSES[name]().apply(once.model, once.description)
     assert twice.sites == once.sites
-    if name == "simplify-mask":  # the same masks again
+    if name in ("simplify-mask", "cache-precision"):  # the same masks, or marks, again
         assert dump(twice.model) == before
     else:  # a rotation of the rotated
         assert dump(twice.model).count("MatMul") == before.count("MatMul") + 4 * once.sites
@@ -91,6 +104,9 @@ COMBINATIONS: dict[str, tuple[Pass, ...]] = {
     "rotate v": (RotateHeads(tensors="v"),),
     "exact": PRESETS["exact"].passes,
     "rotate first": (RotateHeads(), SimplifyMask(), DecoupleLength(), TruncateWindow()),
+    "sink row": (DecoupleLength(), TruncateWindow(), SimplifyMask(), SinkRow(seed=3)),
+    "sink row, exported mask": (DecoupleLength(), TruncateWindow(), SinkRow(centre="none")),
+    "sink row, padded": (DecoupleLength(), TruncateWindow(), SimplifyMask(), SinkRow(rotate=False)),
 }
 
 
@@ -121,7 +137,9 @@ class Tapped:
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("passes", ["truncate", "truncate, slack", "simplify", "rotate", "exact"])
+@pytest.mark.parametrize(
+    "passes", ["truncate", "truncate, slack", "simplify", "rotate", "exact", "sink row", "sink row, padded"]
+)
 def test_attention_equals_numpy(passes: str, schedule: str) -> None:
     """Every layer's attention, from its own Q, K, V, against the definition over the whole history."""
     model = Tapped(TINY["5.5"], COMBINATIONS[passes])
@@ -150,8 +168,6 @@ def test_attention_equals_numpy(passes: str, schedule: str) -> None:
 @pytest.mark.parametrize("passes", COMBINATIONS)
 def test_logits_equal_the_original(tiny: Path, passes: str, tmp_path: Path) -> None:
     """After saving and reading back: equal constants are merged in a file, which is where some plugin bugs show."""
-    from ovtq.runner import Runner
-
     xml = tmp_path / "openvino_model.xml"
     ov.save_model(applied(tiny, *COMBINATIONS[passes]).model, xml, compress_to_fp16=False)
     original, converted = (Runner(path, "CPU", EXACT_PROPERTIES) for path in (tiny / xml.name, xml))
@@ -162,13 +178,12 @@ def test_logits_equal_the_original(tiny: Path, passes: str, tmp_path: Path) -> N
         assert compare(expected, got, 4).relative <= TOLERANCE, name
 
 
-def test_random_schedules(tmp_path: Path) -> None:
+@pytest.mark.parametrize("passes", ["exact", "sink row"])
+def test_random_schedules(passes: str, tmp_path: Path) -> None:
     """Two hundred calls of random length, batch and beams."""
-    from ovtq.runner import Runner
-
     random = np.random.RandomState(11)
     xml = tmp_path / "openvino_model.xml"
-    ov.save_model(applied(TINY["5.5"], *COMBINATIONS["exact"]).model, xml, compress_to_fp16=False)
+    ov.save_model(applied(TINY["5.5"], *COMBINATIONS[passes]).model, xml, compress_to_fp16=False)
     original, converted = (Runner(path, "CPU", EXACT_PROPERTIES) for path in (TINY["5.5"] / xml.name, xml))
     calls: list[Call] = []
     while len(calls) < 200:
@@ -205,9 +220,10 @@ def test_no_length_comes_from_a_state_once_decoupled(tiny: Path) -> None:
             assert all(step.get_type_name() != "ReadValue" for step in climbed)
 
 
-def test_full_layers_stay_fused_on_the_cpu(tiny: Path) -> None:
+@pytest.mark.parametrize("passes", ["exact", "sink row"])
+def test_full_layers_stay_fused_on_the_cpu(tiny: Path, passes: str) -> None:
     """The rotation must not cost the in-place cache and the fused attention of the full layers."""
-    compiled = ov.Core().compile_model(applied(tiny, *COMBINATIONS["exact"]).model, "CPU")
+    compiled = ov.Core().compile_model(applied(tiny, *COMBINATIONS[passes]).model, "CPU")
     kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
     assert kinds.count("ScaledDotProductAttention") == 2
     assert kinds.count("MemoryInput") == 1 + 2 * 2
@@ -229,7 +245,80 @@ def test_rotation_spreads_an_outlier() -> None:
     np.testing.assert_allclose(np.abs(spike @ randomized_hadamard(64, 0)), 1, rtol=EPS)
 
 
+@pytest.mark.parametrize(("head_dim", "width"), [(64, 80), (32, 48), (16, 32), (128, 144), (256, 272)])
+def test_a_frame_is_orthonormal_and_sums_to_zero(head_dim: int, width: int) -> None:
+    frame, sink = randomized_frame(head_dim, width, 3)
+    rows = np.concatenate([frame, sink[None]]).astype(np.float64)
+    assert np.abs(rows @ rows.T - np.eye(head_dim + 1)).max() < 2 * EPS
+    assert np.abs(rows.sum(1)).max() < 8 * EPS
+    assert np.ptp(np.abs(rows)) == 0  # every coordinate of a basis vector is as large
+    assert not np.array_equal(frame, randomized_frame(head_dim, width, 4)[0])
+
+
+@pytest.mark.parametrize("order", [1, 2, 4, 12, 20, 24, 32, 40, 44, 48, 72, 80, 144, 272])
+def test_hadamard_matrices(order: int) -> None:
+    matrix = hadamard_matrix(order)
+    assert np.array_equal(matrix @ matrix.T, order * np.eye(order))
+    assert (matrix[0] == 1).all()
+
+
+@pytest.mark.parametrize("order", [3, 6, 28, 36, 52])
+def test_no_hadamard_matrix_is_made_up(order: int) -> None:
+    with pytest.raises(ValueError, match="no Hadamard matrix of order"):
+        hadamard_matrix(order)
+
+
+def test_a_sink_row_is_one_row_once(tiny: Path) -> None:
+    """States have a row more than there are tokens: the sink's, the same in every sequence, at every time."""
+    rewrite = applied(tiny, *COMBINATIONS["sink row"])
+    runner = Runner(rewrite.model, "CPU", EXACT_PROPERTIES)
+    frame, sink = randomized_frame(64, 80, 3)
+    for batch, chunks in ((1, (5, 1, 30)), (3, (24, 1))):
+        runner.reset()
+        seen = 0
+        for tokens in chunks:
+            runner.step(np.random.RandomState(tokens).randint(0, 256, (batch, tokens)).astype(np.int64))
+            seen += tokens
+            states = {state.name: np.array(state.state.data) for state in runner.request.query_state()}
+            for index in (1, 3):
+                key, value = states[f"ovtq.{index}.key"], states[f"ovtq.{index}.value"]
+                assert key.shape == value.shape == (batch, 2, 1 + seen, 80)
+                assert np.abs(key[:, :, 1:] @ sink).max() < 32 * EPS * np.abs(key).max()  # no real key meets it
+                assert np.abs(value[:, :, 0] @ frame.T).max() < 8 * EPS
+                np.testing.assert_allclose(key[:, :, 0] @ sink, np.sqrt(80), rtol=8 * EPS)
+                assert np.ptp(key[:, :, 0], axis=0).max() == 0
+
+
+@pytest.mark.parametrize("precision", ["u8", "u4"])
+def test_marks_are_followed_without_any_property(precision: str, tmp_path: Path) -> None:
+    """Read back from the file; a property that a host does pass wins."""
+    xml = tmp_path / "openvino_model.xml"
+    ov.save_model(applied(TINY["5.5"], *COMBINATIONS["exact"], CachePrecision(precision)).model, xml)
+    assert compiled_precisions(xml, "CPU") == [precision] * 4
+    model = ov.Core().read_model(xml)
+    assert marked(model) == precision
+    told = ov.Core().compile_model(model, "CPU", {"KV_CACHE_PRECISION": "f32"}).get_runtime_model()
+    infos = [dict(node.get_rt_info().items()) for node in told.get_ops()]
+    found = [info["kv_cache_precision"].astype(str) for info in infos if "kv_cache_precision" in info]
+    assert found == ["f32"] * 2
+
+
 # ------------------------------------------------------------------------------------------ refusals
+
+
+def test_sink_row_refuses_states_that_genai_would_cut() -> None:
+    rewrite = applied(TINY["5.5"], DecoupleLength())
+    with pytest.raises(PreconditionFailed, match="sink-row: run truncate-window first"):
+        SinkRow().apply(rewrite.model, rewrite.description)
+    load_again(rewrite.model)
+
+
+def test_cache_precision_refuses_what_a_gpu_would_not_follow() -> None:
+    rewrite = applied(TINY["5.5"], *COMBINATIONS["sink row"])
+    with pytest.raises(PreconditionFailed, match="compresses no cache beside windows of floats"):
+        CachePrecision().apply(rewrite.model, rewrite.description)
+    packed = TruncateWindow(k_bits="8", v_bits="8")
+    assert applied(TINY["5.5"], DecoupleLength(), packed, SinkRow(), CachePrecision()).sites == 2
 
 
 def test_truncate_refuses_before_decoupling() -> None:
