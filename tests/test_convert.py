@@ -101,7 +101,26 @@ def test_verifying_the_first_layers_only(capsys: pytest.CaptureFixture[str], tmp
     assert json.loads((tmp_path / "out" / "ovtq.json").read_text())["verified"]["layers"] == 2
 
 
-@pytest.mark.parametrize("preset", ["exact", "k6v4"])
+@pytest.mark.parametrize(("target", "row"), [("gpu", 80 // 2 + 2 + 2), ("cpu", 64 // 2 + 4 + 4)])
+def test_a_cache_of_the_plugin(target: str, row: int, convert: Callable[..., Path]) -> None:
+    """What the record says of it: bytes a token, and that the compiled model really keeps it so."""
+    record = json.loads((convert(TINY["5.5"], "--preset", "u4", "--target", target) / "ovtq.json").read_text())
+    assert record["state_bytes"]["after"]["per_token"] == 2 * 2 * 2 * row  # layers, K and V, heads
+    assert record["verified"]["cache_precision"] == "u4"
+    assert "sink-row" in [step["name"] for step in record["passes"]] or target == "cpu"
+
+
+def test_a_cache_that_the_device_does_not_compress_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Packed layers have no cache that a plugin could keep."""
+    passes = "decouple-length,truncate-window,quantize-kv,cache-precision"
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--passes", passes]) == 2
+    assert "CPU would not keep the caches in u8: of 4 at least, it keeps 0, in none" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("preset", ["exact", "k6v4", "u8"])
 def test_the_same_conversion_gives_the_same_file(preset: str, convert: Callable[..., Path], tmp_path: Path) -> None:
     first = convert(MINI, "--preset", preset)
     assert main([str(MINI), str(tmp_path / "again"), "--preset", preset, "--no-verify"]) == 0

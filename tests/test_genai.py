@@ -52,6 +52,7 @@ def generate(model_dir: Path, properties: dict[str, str], prompt: str, **setting
 PROMPTS = {"short": TEXT[:200], "longer than the window": TEXT[:4000]}
 ALLOWANCE = 64 << 20  # bytes: scores, unpacked keys and values of the longest history, and malloc's slack
 PACKED = ["k6v4 --target gpu", "k6v4 --target cpu"]  # options of ovtq-convert behind --preset
+NATIVE = ["u8 --target gpu", "u4 --target cpu"]  # the plugin's own cache
 ON_CPU = PACKED[1:]  # the form made for the device of these tests, for what takes long
 TRUNCATED = ["exact", *ON_CPU]  # whose states GenAI can't cut
 
@@ -114,6 +115,20 @@ def test_packed_greedy_in_every_host(folder: Path, backend: str, prompt: str) ->
     assert generate(folder, properties, text) == [said]
     assert by_optimum(folder, text)[:, -48:].tolist() == [said]
     assert len(set(said)) > 8
+
+
+@pytest.mark.parametrize("preset", NATIVE)
+def test_the_plugins_own_cache_in_every_host(preset: str, folder: Path) -> None:
+    """No host sets a property: all follow the mark in the file, and say the same."""
+    prompt = PROMPTS["longer than the window"]
+    model = pytest.importorskip("optimum.intel").OVModelForCausalLM.from_pretrained(folder, device="CPU")
+    inputs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(folder)(prompt, return_tensors="pt")
+    said = model.generate(**inputs, max_new_tokens=48, min_new_tokens=48, do_sample=False)[:, -48:].tolist()
+    compiled = model.request.get_compiled_model().get_runtime_model()
+    kinds = [dict(node.get_rt_info().items()).get("kv_cache_precision") for node in compiled.get_ops()]
+    assert {kind.astype(str) for kind in kinds if kind} == {preset.split()[0]}
+    assert generate(folder, {"ATTENTION_BACKEND": "SDPA"}, prompt) == said
+    assert len(set(said[0])) > 8
 
 
 @pytest.mark.parametrize("preset", [*ON_CPU, pytest.param(PACKED[0], marks=pytest.mark.slow)])
@@ -222,16 +237,16 @@ def chat(model_dir: Path, turns: list[str]) -> tuple[list[str], list[str]]:
     return going, scratch
 
 
-@pytest.mark.parametrize("preset", TRUNCATED)
+@pytest.mark.parametrize("preset", [*TRUNCATED, NATIVE[0]])
 def test_chat_whose_history_diverges(preset: str, folder: Path) -> None:
     turns = [TEXT[:800], TEXT[3000:3300], "Question: what did Congress say?"]
     going, scratch = chat(folder, turns)
     assert going == scratch
-    if preset not in PACKED:
+    if preset == "exact":
         assert chat(MINI, turns)[1] == scratch
 
 
-@pytest.mark.parametrize("preset", TRUNCATED)
+@pytest.mark.parametrize("preset", [*TRUNCATED, NATIVE[0]])
 def test_chat_that_goes_back_and_changes_its_past(folder: Path) -> None:
     """The second history shares only its first words with the first: the states can't be cut back, so GenAI resets."""
     pipe = pipeline(folder, STATEFUL)

@@ -18,6 +18,7 @@ from ovtq.runner import EXACT_PROPERTIES
 
 TOOLS = ROOT / "tools" / "gpu"
 INSTALLED = Path(os.environ.get("OVTQ_GPU_DIR", Path.home() / ".cache" / "ovtq-gpu"))
+PROMPT = "The President of the United States said that"
 STEPS = "40,1,1,7,1,23,1"  # past the tiny model's window of 16 at once, one by one, and in chunks
 
 pytestmark = pytest.mark.gpu
@@ -105,6 +106,21 @@ def test_packed_windows_on_lunar_lake(bits: str, more: int, convert: Callable[..
     assert (last["copies"] - plain["copies"], last["waits"] - plain["waits"]) == (1, 1)
 
 
+@virtual
+@pytest.mark.parametrize("preset", ["u8", pytest.param("u4", marks=SLOW)])
+@pytest.mark.parametrize("chip", ["lnl", *(pytest.param(chip, marks=SLOW) for chip in ("ptl", "dg2", "mtl"))])
+def test_the_plugins_own_cache_is_compressed(
+    preset: str, chip: str, convert: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the marks in the file alone, with no property, on chips with and without XMX; what a step reads of it, and that
+    nothing is broadcast, is in test_ledger.py."""
+    monkeypatch.setenv("VIRTUAL_GPU", chip)
+    graph = report(probe("virtual", convert(MINI, "--preset", preset), "--compile-only"))["graph"]
+    assert [node["dtype"] for node in graph["kv_cache"]] == ["i8"] * 2 * 3
+    assert graph["layer_types"]["scaled_dot_product_attention"] == 3
+    assert graph["layer_types"]["assign"] == 2  # the windows' bytes, and their scales
+
+
 # ------------------------------------------------------------------------------------------ an emulated GPU
 
 
@@ -156,3 +172,33 @@ def test_half_precision_on_the_gpu(
     logits, expected = np.load(tmp_path / "logits.npz")["logits"], cpu_logits(model, tmp_path)
     error = np.sqrt(((logits - expected) ** 2).mean(1) / (expected**2).mean(1))
     assert (error < allowed).all(), error
+
+
+@emulated
+@SLOW
+@pytest.mark.parametrize(("cache", "allowed"), [("f16", 16 * 2**-11), ("u8", 24 * 2**-11), ("u4", 0.15)])
+def test_the_plugins_own_cache_on_the_gpu(
+    cache: str, allowed: float, convert: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Relative RMS error of each step's last logits against the unconverted model on the CPU at f32."""
+    model = convert(TINY["5.5"], "--preset", "u8")
+    config = ["INFERENCE_PRECISION_HINT=f16", f"KV_CACHE_PRECISION={cache}", f"CACHE_DIR={tmp_path}"]
+    found = report(probe("emulated", model, "--steps", STEPS, "--out", tmp_path / "logits.npz", "--config", *config))
+    assert {node["dtype"] for node in found["graph"]["kv_cache"]} == {"f16" if cache == "f16" else "i8"}
+    logits, expected = np.load(tmp_path / "logits.npz")["logits"], cpu_logits(TINY["5.5"], tmp_path)
+    error = np.sqrt(((logits - expected) ** 2).mean(1) / (expected**2).mean(1))
+    assert (error < allowed).all(), error
+
+
+@emulated
+@SLOW
+def test_hosts_on_the_gpu_say_what_the_original_says(convert: Callable[..., Path]) -> None:
+    """LLMPipeline and OVModelForCausalLM, f16 and an f16 cache, against the unconverted model there."""
+    said = []
+    for model in (MINI, convert(MINI, "--preset", "u8")):
+        command = [GPU_TOOLS / "emulated", sys.executable, ROOT / "tests" / "on_gpu.py", model, PROMPT, "12"]
+        command.append("KV_CACHE_PRECISION=f16")
+        done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said.append(json.loads(done.stdout.splitlines()[-1]))
+    assert said[0]["genai"] == said[0]["optimum"] == said[1]["genai"] == said[1]["optimum"]

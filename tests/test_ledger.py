@@ -14,7 +14,7 @@ import pytest
 from conftest import GPU_INSTALLED, GPU_TOOLS, MINI, needs
 from ledgers import COUNTS, PRESETS, RECORD, counts, ledger
 
-DEFAULT = ("exact", "k6v4")  # the others are slow
+DEFAULT = ("exact", "k6v4", "u8")  # the others are slow
 HEADS, KV_HEADS, WIDTH = 16, 2, 64  # of the bundled model
 
 pytestmark = pytest.mark.gpu
@@ -96,6 +96,25 @@ def test_a_packed_cache_by_hand(measured: Callable[[str], dict[str, Any]]) -> No
     scores, context = rows(found, "gemm")
     assert (scores["read"], scores["written"]) == (keys["written"], 3 * HEADS * 2)
     assert (context["read"], context["written"]) == (values["written"] + 3 * HEADS * 2, 0)
+
+
+@on_lunar_lake
+@pytest.mark.parametrize(
+    ("preset", "row", "kernel"),
+    # width, f16 scale and zero point: i8 at 8 bits, f16 at 4, where the table of beams is read, too
+    [("u8", 80 + 2 + 1, "sdpa_micro"), pytest.param("u4", 40 + 2 + 2, "sdpa_opt", marks=pytest.mark.slow)],
+)
+def test_the_plugins_own_cache_by_hand(
+    preset: str, row: int, kernel: str, measured: Callable[[str], dict[str, Any]]
+) -> None:
+    """With no property set: bytes of K and V are read once, as they lie, with the mask; nothing else of them moves."""
+    found = measured(preset)
+    (attention,) = rows(found, kernel)
+    mask, beams = 2, 4 * (preset == "u4")
+    assert (attention["launches"], attention["written"]) == (3, 0)
+    assert attention["read"] == 3 * (2 * KV_HEADS * row + mask + beams)
+    assert not [row["kernel"] for row in found["rows"] if row["kernel"].startswith(("broadcast", "concat", "gather"))]
+    assert found["copies"] == 2  # windows: bytes, and scales
 
 
 @pytest.mark.parametrize(

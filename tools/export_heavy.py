@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Make a GPT-OSS IR that spends its time in attention: seeded random weights, the sizes of a benchmark, not of a model.
 
-usage: export_heavy.py OUT_DIR
+usage: export_heavy.py OUT_DIR [LAYERS]
 
-It has the heads of GPT-OSS-20B (64 query and 8 KV heads of 64) and its window of 128, in 4 narrow layers, so that a
-decode step soon costs what its attention costs. What it says means nothing. Needs the `export` extra.
+It has the heads of GPT-OSS-20B (64 query and 8 KV heads of 64) and its window of 128, in 4 narrow layers (or an
+even number LAYERS; GPT-OSS-20B has 24), so that a decode step soon costs what its attention costs. What it says means
+nothing. Needs the `export` extra.
 """
 
 from __future__ import annotations
@@ -21,10 +22,15 @@ HEAVY = CONFIG | dict(
 
 
 def main() -> int:
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+    out, *layers = sys.argv[1:] or ["-"]
+    if (
+        out.startswith("-")
+        or len(layers) > 1
+        or not all(number.isdigit() and int(number) % 2 == 0 for number in layers)
+    ):
         print(__doc__, file=sys.stderr)
         return 2
-    export(HEAVY, Path(sys.argv[1]))
+    export(HEAVY | {"num_hidden_layers": int(layers[0])} if layers else HEAVY, Path(out))
     return 0
 
 
