@@ -112,8 +112,10 @@ def test_packed_windows_on_lunar_lake(bits: str, more: int, convert: Callable[..
 def test_the_plugins_own_cache_is_compressed(
     preset: str, chip: str, convert: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the marks in the file alone, with no property, on chips with and without XMX; what a step reads of it, and that
-    nothing is broadcast, is in test_ledger.py."""
+    """By the marks in the file alone, with no property, on chips with and without XMX.
+
+    What a step reads of it, and that nothing is broadcast, is in test_ledger.py.
+    """
     monkeypatch.setenv("VIRTUAL_GPU", chip)
     graph = report(probe("virtual", convert(MINI, "--preset", preset), "--compile-only"))["graph"]
     assert [node["dtype"] for node in graph["kv_cache"]] == ["i8"] * 2 * 3
