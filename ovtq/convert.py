@@ -320,6 +320,8 @@ def _report(console: Console, options: argparse.Namespace, record: dict[str, Any
     for step in record["passes"]:
         notes = [f"{key}={value}" for key, value in step["options"].items()]
         table.add_row(step["name"], str(step["sites"]), " ".join([*notes, "" if step["exact"] else "lossy"]))
+    made = f"preset {record['preset']}" if record["preset"] else "these passes"
+    console.print(f"{made}, in the form for the {record['target'].upper()} (--target)")
     console.print(table)
 
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -71,7 +71,7 @@ EXACT: tuple[Pass, ...] = (
 
 
 def _native(precision: str, purpose: str) -> Preset:
-    """The plugin's own compressed cache: on a GPU without sinks in the attention, and without floats in other states."""
+    """The plugin's own compressed cache; on a GPU without sinks in the attention, and no floats in other states."""
     return Preset(
         passes=(
             DecoupleLength(),
