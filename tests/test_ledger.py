@@ -117,6 +117,18 @@ def test_the_plugins_own_cache_by_hand(
     assert found["copies"] == 2  # windows: bytes, and scales
 
 
+@on_lunar_lake
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "more"), [("8,8", 17), ("6,4", 30)])
+def test_what_packed_windows_cost(
+    bits: str, more: int, convert: Callable[..., Path], measured: Callable[[str], dict[str, Any]]
+) -> None:
+    """Kernels for all sliding layers together, one copy and one wait."""
+    plain, packed = measured("exact"), ledger(convert(MINI, "--preset", "exact", "--window-bits", bits))
+    assert packed["kernels"] - plain["kernels"] <= more
+    assert (packed["copies"] - plain["copies"], packed["waits"] - plain["waits"]) == (1, 1)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
