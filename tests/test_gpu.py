@@ -102,6 +102,7 @@ def cpu_logits(model: Path, folder: Path) -> np.ndarray:
         ["--preset", "exact"],
         pytest.param(["--preset", "exact", "--window-bits", "6,4"], marks=SLOW),
         pytest.param(["--preset", "k6v4", "--residual-window", "16"], marks=SLOW),
+        pytest.param(["--preset", "u8"], marks=SLOW),  # and in which precision the caches are kept
     ],
 )
 def test_converting_verifies_on_the_gpu(options: list[str], tmp_path: Path) -> None:
@@ -113,28 +114,31 @@ def test_converting_verifies_on_the_gpu(options: list[str], tmp_path: Path) -> N
     assert "verified on GPU at f32, all 4 layers" in done.stdout
 
 
+def gpu_errors(model: Path, expected: np.ndarray, folder: Path, cache: str) -> tuple[np.ndarray, set[str]]:
+    """Relative RMS errors of each step's last logits at f16, and how K and V are kept."""
+    config = ["INFERENCE_PRECISION_HINT=f16", f"KV_CACHE_PRECISION={cache}", f"CACHE_DIR={folder}"]
+    out = folder / "logits.npz"
+    found = report(probe("emulated", model, "--steps", STEPS, "--out", out, "--config", *config))
+    kept = {node["dtype"] for node in found["graph"]["kv_cache"]}
+    return np.sqrt(((np.load(out)["logits"] - expected) ** 2).mean(1) / (expected**2).mean(1)), kept
+
+
 @emulated
+@SLOW
 @pytest.mark.parametrize(
     ("options", "allowed"),
-    [
-        (["exact"], 16 * 2**-11),
-        pytest.param(["k6v4"], 64 * 2**-11, marks=SLOW),
-        pytest.param(["exact", "--window-bits", "8,8"], 64 * 2**-11, marks=SLOW),
-    ],
+    [(["exact"], 16 * 2**-11), (["k6v4"], 64 * 2**-11), (["exact", "--window-bits", "8,8"], 64 * 2**-11)],
 )
 def test_half_precision_on_the_gpu(
     options: list[str], allowed: float, convert: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """What an Arc runs: relative RMS error of each step's last logits against the same model on the CPU at f32.
+    """What an Arc runs, against the same model on the CPU at f32.
 
     f16's rounding, grown over four layers; in a packed layer it may also choose another code.
     """
     model = convert(TINY["5.5"], "--preset", *options)
-    config = ["INFERENCE_PRECISION_HINT=f16", "KV_CACHE_PRECISION=f16", f"CACHE_DIR={tmp_path}"]
-    report(probe("emulated", model, "--steps", STEPS, "--out", tmp_path / "logits.npz", "--config", *config))
-    logits, expected = np.load(tmp_path / "logits.npz")["logits"], cpu_logits(model, tmp_path)
-    error = np.sqrt(((logits - expected) ** 2).mean(1) / (expected**2).mean(1))
-    assert (error < allowed).all(), error
+    errors, _ = gpu_errors(model, cpu_logits(model, tmp_path), tmp_path, "f16")
+    assert (errors < allowed).all(), errors
 
 
 @emulated
@@ -143,18 +147,16 @@ def test_half_precision_on_the_gpu(
 def test_the_plugins_own_cache_on_the_gpu(
     cache: str, allowed: float, convert: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Relative RMS error of each step's last logits against the unconverted model on the CPU at f32."""
+    """Against the unconverted model on the CPU at f32: prefill, single tokens, chunks."""
     model = convert(TINY["5.5"], "--preset", "u8")
-    config = ["INFERENCE_PRECISION_HINT=f16", f"KV_CACHE_PRECISION={cache}", f"CACHE_DIR={tmp_path}"]
-    found = report(probe("emulated", model, "--steps", STEPS, "--out", tmp_path / "logits.npz", "--config", *config))
-    assert {node["dtype"] for node in found["graph"]["kv_cache"]} == {"f16" if cache == "f16" else "i8"}
-    logits, expected = np.load(tmp_path / "logits.npz")["logits"], cpu_logits(TINY["5.5"], tmp_path)
-    error = np.sqrt(((logits - expected) ** 2).mean(1) / (expected**2).mean(1))
-    assert (error < allowed).all(), error
+    errors, kept = gpu_errors(model, cpu_logits(TINY["5.5"], tmp_path), tmp_path, cache)
+    assert kept == {"f16" if cache == "f16" else "i8"}
+    assert (errors < allowed).all(), errors
 
 
 @emulated
 @SLOW
+@pytest.mark.timeout(1800)
 def test_hosts_on_the_gpu_say_what_the_original_says(convert: Callable[..., Path]) -> None:
     """LLMPipeline and OVModelForCausalLM, f16 and an f16 cache, against the unconverted model there."""
     said = []
