@@ -77,28 +77,35 @@ class Runner:
         """Make the states look as after `tokens` tokens, batch 1, without running any: for timing, the text is noise.
 
         A state whose sequence axis is dynamic, (1, heads, tokens, d), gets that length (what is packed as many tokens
-        as the model's stamp says are stored by then), one of fixed length keeps it.
-        Floats are 0.3·N(0, 1), those of a state named `….scale` uniform in 0.01…0.1; integers are random
-        bytes. Raises InputError if a state has another dynamic axis, or if the device does not take states (the CPU's
-        TURBO cache does not).
+        as the model's stamp says are stored by then, one with a sink row a row more), one of fixed length keeps it.
+        Floats are 0.3·N(0, 1), those of a state named `….scale` uniform in 0.01…0.1, or whole numbers for such; other
+        integers are random bytes. Raises InputError if a state has another dynamic axis, or if the device does not take
+        states (the CPU's TURBO cache does not, its 4-bit cache breaks).
         """
         if tokens < 1:
             raise InputError(f"fill: {tokens} tokens; at least 1 is needed")
+        if "u4" in self._cache_precisions():
+            raise InputError(
+                "fill: the CPU plugin corrupts its memory when the state of a 4-bit cache is set; prefill it"
+            )
         model = self.model if isinstance(self.model, ov.Model) else ov.Core().read_model(self.model)
         infos = {variable.info.variable_id: variable.info for variable in model.get_variables()}
         steps = stamp_of(model).get("passes", [])
         rule = next((step["facts"]["stored"] for step in steps if "stored" in step["facts"]), None)
         packed = max(tokens - rule["window"], 0) // rule["multiple"] * rule["multiple"] if rule else tokens
+        packed += any(step["name"] == "sink-row" for step in steps)
         draw = np.random.default_rng(seed)
         self.reset()
         for state in sorted(self.request.query_state(), key=lambda state: state.name):  # the plugin's order varies
             shape, kind = infos[state.name].data_shape, infos[state.name].data_type.to_dtype()
             usual = {0: 1, 2: packed if state.name.startswith("ovtq.") else tokens}
             sizes = [usual.get(axis) if dim.is_dynamic else dim.get_length() for axis, dim in enumerate(shape)]
-            if None in sizes or kind not in (np.float32, np.float16, np.int8, np.uint8):
+            if None in sizes or kind not in (np.float32, np.float16, np.int8, np.uint8, np.int32):
                 raise InputError(f"fill: state {state.name} is {shape} {kind}; only axes 0 and 2 may be dynamic")
             if kind in (np.int8, np.uint8):
                 value = np.frombuffer(draw.bytes(int(np.prod(sizes))), kind).reshape(sizes)
+            elif kind == np.int32:
+                value = draw.integers(400, 1300, sizes, kind)
             elif state.name.endswith(".scale"):
                 value = draw.uniform(0.01, 0.1, sizes).astype(kind)
             else:
@@ -108,6 +115,12 @@ class Runner:
             except RuntimeError as error:
                 raise InputError(f"fill: state {state.name} can't be set ({last_line(error)})") from None
         self.mask = np.ones((1, tokens), np.int64)
+
+    def _cache_precisions(self) -> set[str]:
+        """Those of keys and of values that the CPU plugin was asked for; none on other devices."""
+        compiled = self.request.get_compiled_model()
+        names = {"KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION"} & set(compiled.get_property("SUPPORTED_PROPERTIES"))
+        return {compiled.get_property(name).to_string() for name in names}
 
     def state_bytes(self) -> int:
         """Bytes of all states as the device gives them out (the CPU plugin converts compressed ones to f32 for it)."""

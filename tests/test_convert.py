@@ -110,6 +110,18 @@ def test_a_cache_of_the_plugin(target: str, row: int, convert: Callable[..., Pat
     assert "sink-row" in [step["name"] for step in record["passes"]] or target == "cpu"
 
 
+def test_filling_states_as_after_so_many_tokens(convert: Callable[..., Path]) -> None:
+    """Also behind a sink's row; but not a 4-bit cache, whose state the CPU plugin can't set without harm."""
+    folders = [convert(TINY["5.5"], "--preset", preset) for preset in ("u8", "u4")]
+    filled, refused = (Runner(folder / "openvino_model.xml", "CPU") for folder in folders)
+    filled.fill(50)
+    assert np.isfinite(filled.step(np.array([[1]]))).all()
+    rows = {state.name: state.state.shape[2] for state in filled.request.query_state()}
+    assert rows["ovtq.1.key"] == 1 + 50 + 1
+    with pytest.raises(InputError, match="corrupts its memory"):
+        refused.fill(50)
+
+
 def test_a_cache_that_the_device_does_not_compress_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
