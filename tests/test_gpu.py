@@ -96,13 +96,14 @@ def cpu_logits(model: Path, folder: Path) -> np.ndarray:
 
 
 @emulated
+@SLOW
 @pytest.mark.parametrize(
     "options",
     [
         ["--preset", "exact"],
-        pytest.param(["--preset", "exact", "--window-bits", "6,4"], marks=SLOW),
-        pytest.param(["--preset", "k6v4", "--residual-window", "16"], marks=SLOW),
-        pytest.param(["--preset", "u8"], marks=SLOW),  # and in which precision the caches are kept
+        ["--preset", "exact", "--window-bits", "6,4"],
+        ["--preset", "k6v4", "--residual-window", "16"],
+        ["--preset", "u8"],  # and in which precision the caches are kept
     ],
 )
 def test_converting_verifies_on_the_gpu(options: list[str], tmp_path: Path) -> None:
