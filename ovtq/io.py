@@ -145,7 +145,7 @@ def check_json(path: Path, model_dir: Path, out_dir: Path | None) -> None:
 
 
 def files_of(model_dir: Path) -> list[Path]:
-    """All files of a folder, at any depth, behind links too; but not of version control or download caches."""
+    """All files of a folder, at any depth, behind links too; but not of version control, download or model caches."""
     found, seen, todo = [], set(), [model_dir]
     while todo:
         folder = todo.pop()
@@ -155,7 +155,7 @@ def files_of(model_dir: Path) -> list[Path]:
         for path in folder.iterdir():
             if not path.is_dir():
                 found.append(path)
-            elif path.name not in (".git", ".cache"):
+            elif path.name not in (".git", ".cache", "model_cache"):  # the last: what optimum-intel compiled for a GPU
                 todo.append(path)
     return sorted(found)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 
 import openvino_genai as genai
 from optimum.intel import OVModelForCausalLM
@@ -20,7 +21,10 @@ def main(model_dir: str, prompt: str, tokens: str, *settings: str) -> None:
     config = genai.GenerationConfig(max_new_tokens=int(tokens), ignore_eos=True, apply_chat_template=False)
     said = pipe.generate(pipe.get_tokenizer().encode(prompt).input_ids, config).tokens[0]
     del pipe
-    model = OVModelForCausalLM.from_pretrained(model_dir, device="GPU", ov_config=properties)
+    with tempfile.TemporaryDirectory() as cache:  # else the host leaves one in the model's folder
+        model = OVModelForCausalLM.from_pretrained(
+            model_dir, device="GPU", ov_config={**properties, "CACHE_DIR": cache}
+        )
     inputs = AutoTokenizer.from_pretrained(model_dir)(prompt, return_tensors="pt")
     whole = model.generate(**inputs, max_new_tokens=int(tokens), min_new_tokens=int(tokens), do_sample=False)
     ops = model.request.get_compiled_model().get_runtime_model().get_ops()

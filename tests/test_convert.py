@@ -231,6 +231,14 @@ def test_loader_of_another_file_name_in_subfolders_is_kept(tiny_copy: Path, tmp_
     assert json.loads((tmp_path / "out" / "ovtq.json").read_text())["verified"] is None
 
 
+def test_what_a_host_compiled_is_not_copied(tiny_copy: Path, tmp_path: Path) -> None:
+    """optimum-intel leaves it in the folder of a model that it ran on a GPU: it is of another model than the result."""
+    (tiny_copy / "model_cache").mkdir()
+    (tiny_copy / "model_cache" / "1.blob").write_text("compiled")
+    assert main([str(tiny_copy), str(tmp_path / "out"), "--no-verify"]) == 0
+    assert not (tmp_path / "out" / "model_cache").exists()
+
+
 # ------------------------------------------------------------------------------------------ bad input
 
 
