@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -9,16 +10,43 @@ import sys
 
 def convert() -> int:
     """`ovtq-convert`."""
+    return _command("convert", "interrupted; nothing was written")
+
+
+def inspect() -> int:
+    """`ovtq-inspect`."""
+    return _command("inspect")
+
+
+def evaluate() -> int:
+    """`ovtq-eval`."""
+    return _command("evaluate", name="eval")
+
+
+def bench() -> int:
+    """`ovtq-bench`."""
+    return _command("bench")
+
+
+def infer() -> int:
+    """`ovtq-infer`."""
+    return _command("infer")
+
+
+def report() -> int:
+    """`ovtq-report`."""
+    return _command("report")
+
+
+def _command(module: str, interrupted: str = "interrupted", name: str | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a pipe that takes ASCII only still gets the text
     try:
-        from ovtq.convert import main
-
-        code = main()
+        code = importlib.import_module(f"ovtq.{module}").main()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("ovtq-convert: interrupted; nothing was written", file=sys.stderr)
+        print(f"ovtq-{name or module}: {interrupted}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

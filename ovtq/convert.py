@@ -10,19 +10,19 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import openvino as ov
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 from rich.table import Table
 
 from ovtq import __version__, cache, io, pipeline, verify
+from ovtq.command import Out, Parser, phase, progress, run
 from ovtq.dump import dump
-from ovtq.errors import InputError, OvtqError
+from ovtq.errors import InputError
 from ovtq.models import AttentionLayer, ModelDescription, describe
 from ovtq.models.description import state_bytes
 from ovtq.passes import PASSES, Pass, QuantizeKv
@@ -35,38 +35,15 @@ BIG = 2 << 30  # bytes of weights; above it only the first layers are verified, 
 BIG_LAYERS = 4  # two of each kind in every known architecture
 
 
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Let the caller decide; rich would exit with 1."""
-        raise BrokenPipeError
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, or 2 after one line on stderr that says what is wrong."""
     errors = Console(stderr=True, highlight=False)
-    try:
+
+    def work() -> None:
         options = parser().parse_args(argv)
-        convert(options, _Console(stderr=options.dump_after != [], highlight=False, markup=False), errors)
-    except KeyboardInterrupt:
-        return _fail(errors, "interrupted; nothing was written")
-    except OvtqError as error:
-        return _fail(errors, str(error))
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        return _fail(errors, f"{error.filename or 'system'}: {error.strerror or error}")
-    return 0
+        convert(options, Out(stderr=options.dump_after != []), errors)
 
-
-def _fail(errors: Console, line: str) -> int:
-    errors.print(f"ovtq-convert: {' '.join(line.split())}", markup=False, soft_wrap=True)
-    return 2
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line instead of argparse's usage and line."""
-        raise InputError(f"{message}; see {self.prog} --help")
+    return run("ovtq-convert", work, errors, "interrupted; nothing was written")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -82,12 +59,7 @@ def parser() -> argparse.ArgumentParser:
         + "".join(f"\n{'':<19}{option}: {text}" for option, text in cls.option_help().items())
         for name, cls in PASSES.items()
     )
-    p = _Parser(
-        prog="ovtq-convert",
-        description=__doc__,
-        epilog=f"presets:\n{presets}\n\npasses and their options:\n{passes}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    p = Parser("ovtq-convert", __doc__, epilog=f"presets:\n{presets}\n\npasses and their options:\n{passes}")
     p.add_argument("model_dir", type=Path, help="folder with a stateful IR: openvino_model.xml/.bin, config.json")
     p.add_argument("out_dir", type=Path, nargs="?", help="folder to write; not needed with --dry-run")
     what = p.add_mutually_exclusive_group()
@@ -172,8 +144,8 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             check_device(options.verify_device)
 
     started = time.perf_counter()
-    with _progress(errors) as progress:
-        with _phase(progress, "read", 2) as tick:
+    with progress(errors) as bars:
+        with phase(bars, "read", 2) as tick:
             model = io.load(options.model_dir)
             tick()
             _refuse_converted(options.model_dir, model)
@@ -182,7 +154,7 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
         weights = source.with_suffix(".bin").stat().st_size
         extent = verify.scope(description, options.verify_layers or (BIG_LAYERS if weights > BIG else None))
         before = _memory(model, target)
-        with _phase(progress, "rewrite", len(passes)) as tick:
+        with phase(bars, "rewrite", len(passes)) as tick:
 
             def after(item: Pass, result: ov.Model) -> None:
                 tick()
@@ -205,7 +177,7 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
         if options.dry_run:
             _write_json(options, record)
         else:
-            _write(options, model, description, extent, record, source, progress)
+            _write(options, model, description, extent, record, source, bars)
     _report(console, options, record, time.perf_counter() - started)
 
 
@@ -227,18 +199,18 @@ def _write(
     extent: verify.Scope,
     record: dict[str, Any],
     source: Path,
-    progress: Progress,
+    bars: Progress,
 ) -> None:
     io.stamp(model, {key: record[key] for key in ("ovtq", "preset", "passes", "versions")})
     with io.staged(options.out_dir) as folder:
-        with _phase(progress, "write", 2) as tick:
+        with phase(bars, "write", 2) as tick:
             io.save(model, folder)
             tick()
             io.copy_rest(options.model_dir, folder)
             tick()
         if options.verify:
             layers = description.layers
-            with _phase(progress, "verify", 2 * len(verify.calls_for(layers))) as tick:
+            with phase(bars, "verify", 2 * len(verify.calls_for(layers))) as tick:
                 device, written = options.verify_device, folder / source.name
                 found = verify.verify(source, written, layers, device, options.verify_seed, extent, tick)
             record["verified"] = {
@@ -302,17 +274,6 @@ def _names(passes: Sequence[Pass]) -> str:
     return ", ".join(item.name for item in passes)
 
 
-def _progress(errors: Console) -> Progress:
-    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=errors, disable=not errors.is_terminal)
-
-
-@contextmanager
-def _phase(progress: Progress, name: str, total: int) -> Iterator[Any]:
-    task = progress.add_task(name, total=total)
-    yield lambda: progress.advance(task)
-
-
 def _report(console: Console, options: argparse.Namespace, record: dict[str, Any], seconds: float) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column, justify in (("pass", "left"), ("sites", "right"), ("", "left")):
@@ -341,7 +302,7 @@ def _report(console: Console, options: argparse.Namespace, record: dict[str, Any
             "scheduler_config, draft models and prompt lookup throw"
         )
     )
-    console.print(f"paged attention: {takes}", soft_wrap=True)
+    console.print(f"paged attention: {takes}")
     if record["verified"]:
         found = record["verified"]
         every = found["layers"] == len(record["layers"])
@@ -351,18 +312,16 @@ def _report(console: Console, options: argparse.Namespace, record: dict[str, Any
             f"{'logit' if every else 'result'}, allowed {found['tolerance']:.2g}), same top at "
             f"{found['same_top']:.2%} of {found['positions']} positions"
             + (f"; {found['skipped']} behind a tie in a router left out" if found["skipped"] else ""),
-            soft_wrap=True,
         )
         if found["packed"]:
-            console.print(_packed_line(found), soft_wrap=True)
+            console.print(_packed_line(found))
         if found["cache_precision"]:
             console.print(
                 f"the plugin's own cache: {found['cache_precision']} in the model as compiled for {found['device']} "
                 "without any property",
-                soft_wrap=True,
             )
     if options.dry_run:
         console.print("dry run: nothing was written")
     else:
         doubt = "" if record["verified"] else "; not verified"
-        console.print(f"written to {options.out_dir} in {seconds:.1f} s{doubt}", soft_wrap=True)
+        console.print(f"written to {options.out_dir} in {seconds:.1f} s{doubt}")

@@ -19,12 +19,13 @@ PACKAGES = ("ovtq", "passes", "models")
 # Who may import whom: a module only from layers to its right.
 LAYERS = [
     {"ovtq.cli"},
-    {"ovtq.convert"},
+    {"ovtq.convert", "ovtq.inspect", "ovtq.evaluate", "ovtq.bench", "ovtq.infer"},
+    {"ovtq.report", "ovtq.candidates"},
     {"ovtq.pipeline", "ovtq.verify"},
     {"ovtq.passes"},
     {"ovtq.attend_blocks", "ovtq.attend_branches"},
     {"ovtq.attend", "ovtq.ring"},
-    {"ovtq.models", "ovtq.runner", "ovtq.dump", "ovtq.quantizer", "ovtq.cache"},
+    {"ovtq.models", "ovtq.runner", "ovtq.dump", "ovtq.quantizer", "ovtq.cache", "ovtq.command"},
     {"ovtq.graph", "ovtq.io", "ovtq.packed_attention"},
     {"ovtq.coding"},
     {"ovtq.codec"},
