@@ -44,8 +44,13 @@ def compiled_precisions(model: ov.Model | Path, device: str) -> list[str]:
         compiled = ov.Core().compile_model(model, device)
     except RuntimeError as error:
         raise InputError(f"{device} does not compile the converted model ({last_line(error)})") from None
+    return precisions(compiled)
+
+
+def precisions(compiled: ov.CompiledModel) -> list[str]:
+    """The same of a model that is compiled already."""
     asked = compiled.get_property("KV_CACHE_PRECISION").to_string()
-    found = []
+    found: list[str] = []
     for node in compiled.get_runtime_model().get_ops():
         info = {key: value.astype(str) for key, value in node.get_rt_info().items()}
         if "kv_cache_precision" in info:

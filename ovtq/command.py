@@ -22,6 +22,8 @@ class Out(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, soft_wrap=True, **options)
+        if not self.is_terminal:
+            self.width = 240  # a table in a file is not cut
 
     def on_broken_pipe(self) -> None:
         """Let the caller decide; rich would exit with 1."""

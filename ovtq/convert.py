@@ -31,8 +31,6 @@ from ovtq.runner import check_device
 FLOAT_BYTES = {"gpu": 2, "cpu": 4}  # of a floating-point state: f16 on the GPU, as declared (f32) on the CPU
 CONTEXTS = (4096, 131072)
 PACKED_OPTIONS = ("k-bits", "v-bits", "residual-window", "protect", "centre")  # of quantize-kv, with flags of their own
-BIG = 2 << 30  # bytes of weights; above it only the first layers are verified, so that a 20B model needs no 12 GB here
-BIG_LAYERS = 4  # two of each kind in every known architecture
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,7 +100,8 @@ def parser() -> argparse.ArgumentParser:
         "--verify-layers",
         type=int,
         metavar="N",
-        help=f"run the first N layers only (default: all, or {BIG_LAYERS} of a model over {BIG >> 30} GiB)",
+        help="run the first N layers only "
+        f"(default: all, or {verify.BIG_LAYERS} of a model over {verify.BIG >> 30} GiB)",
     )
     p.add_argument("--dry-run", action="store_true", help="say what would be done; write nothing")
     p.add_argument(
@@ -152,7 +151,7 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             description = describe(model, io.load_config(options.model_dir))
             tick()
         weights = source.with_suffix(".bin").stat().st_size
-        extent = verify.scope(description, options.verify_layers or (BIG_LAYERS if weights > BIG else None))
+        extent = verify.extent(description, source, options.verify_layers)
         before = _memory(model, target)
         with phase(bars, "rewrite", len(passes)) as tick:
 

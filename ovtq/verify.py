@@ -22,6 +22,8 @@ from ovtq.packing import unpack
 from ovtq.runner import EXACT_PROPERTIES, Runner
 
 ATTEMPTS = 5  # seeds
+BIG = 2 << 30  # bytes of weights; above it only the first layers are verified, so that a 20B model needs no 12 GB here
+BIG_LAYERS = 4  # two of each kind in every known architecture
 ROUTER_TIE = 32 * float(np.finfo(np.float32).eps)  # of the largest router logit of a position
 CODE_TIE = 64 * float(np.finfo(np.float32).eps)  # of the largest code
 TIES_UNSEEN = 0.02  # of the largest element, where the device does not show its codes: a code may be off by one
@@ -154,6 +156,12 @@ def scope(description: ModelDescription, layers: int | None = None) -> Scope:
     while node.get_type_name() != "MatMul":  # Transpose, Reshape, then o_proj, which no pass touches
         node = consumers(node.output(0))[0]
     return Scope(layers, node.get_friendly_name())
+
+
+def extent(description: ModelDescription, xml: Path, layers: int | None = None) -> Scope:
+    """The scope of `layers` layers of a model still as exported; by default all, but of a big one the first."""
+    big = xml.with_suffix(".bin").stat().st_size > BIG
+    return scope(description, layers or (BIG_LAYERS if big else None))
 
 
 def cut(model: ov.Model, end: str) -> ov.Model:

@@ -20,7 +20,9 @@ PACKAGES = ("ovtq", "passes", "models")
 LAYERS = [
     {"ovtq.cli"},
     {"ovtq.convert", "ovtq.inspect", "ovtq.evaluate", "ovtq.bench", "ovtq.infer"},
-    {"ovtq.report", "ovtq.candidates"},
+    {"ovtq.worker", "ovtq.divergence", "ovtq.needles", "ovtq.recheck", "ovtq.report"},
+    {"ovtq.candidates"},
+    {"ovtq.host", "ovtq.paged", "ovtq.gpu_cache", "ovtq.text", "ovtq.plots"},
     {"ovtq.pipeline", "ovtq.verify"},
     {"ovtq.passes"},
     {"ovtq.attend_blocks", "ovtq.attend_branches"},

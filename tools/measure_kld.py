@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
-from gpu_cache import as_gpu_stores
 from measure_loss import encode
 from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer
 
 from ovtq.errors import InputError, OvtqError
+from ovtq.gpu_cache import as_gpu_stores
 from ovtq.io import check_json, last_line, load, model_xml
 from ovtq.runner import EXACT_PROPERTIES, Runner
 

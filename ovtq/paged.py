@@ -1,27 +1,12 @@
-#!/usr/bin/env python3
-"""How far models under paged attention are from a reference, over a text, on the CPU.
-
-usage: measure_paged.py TEXT REFERENCE_DIR CANDIDATE_DIR[,KEY=VALUE]… … [--windows 5] [--window 1024] [--chunk 64]
-
-Every candidate goes through OpenVINO's own transformation for paged attention and is fed as one sequence, its blocks
-in order; the reference is the stateful model with an f32 cache. Figures and options are those of measure_kld.py; beside
-them stands the cache that the compiled model asks for, with its bytes a token and layer. Properties are the CPU
-plugin's, f32 where none is given: KEY_CACHE_PRECISION=u4, VALUE_CACHE_PRECISION=u4, KEY_CACHE_QUANT_MODE=BY_CHANNEL
-(the plugin's default) or BY_TOKEN, KEY_CACHE_GROUP_SIZE=32, …
-"""
+"""A stateful model under paged attention, in plain OpenVINO on the CPU: GenAI's default, without GenAI."""
 
 from __future__ import annotations
 
-import argparse
-import functools
 import math
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
-from measure_kld import arguments, measure, parse, run
 from openvino._offline_transformations import paged_attention_transformation
 
 from ovtq.errors import InputError
@@ -111,21 +96,3 @@ def _form(kind: ov.Type, rows: int, width: int, head_size: int) -> str:
         groups = (width - head_size) * kind.bitwidth // 64  # a scale and a zero of 32 bits each
         return f"{name} by token" + (f" in groups of {head_size // groups}" if groups > 1 else "")
     raise InputError(f"a cache of blocks {rows} × {width} for heads of {head_size} is not understood")
-
-
-def open_paged(candidate: str, capacity: int) -> PagedRunner:
-    """The model of `DIR[,KEY=VALUE]…`."""
-    folder, properties = parse(candidate)
-    return PagedRunner(folder, properties, capacity)
-
-
-def work(options: argparse.Namespace) -> None:
-    measure(options, functools.partial(open_paged, capacity=options.window), lambda runner: runner.form)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run(arguments("measure_paged", __doc__), argv, work)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,309 @@
+"""ovtq-bench: time and memory of a model with other caches against the same model as exported, in turn in one run.
+
+Answers prompts (--prompt, or three by default): TTFT, TPOT, tokens a second, bytes of all states, peak memory of the
+process at prefill and decode. With --contexts it measures decode steps at these lengths instead, in blocks of 8. Every
+candidate runs in a process of its own; whoever's turn it is runs alone. Ratios are to MODEL_DIR's block or run beside
+it, figures are medians with the quartiles. The plugin's defaults apply (on a CPU a u8 cache) but for what is given.
+
+candidates:
+  DIR[,KEY=VALUE]…            a model folder, with properties of the plugin
+  stock[:KEY=VALUE,…]         MODEL_DIR with properties, such as stock:KV_CACHE_PRECISION=f32
+  host:k6v4, host:prune128    MODEL_DIR, its states changed by the host in numpy, as model cards do
+  paged:DIR[,KEY=VALUE]…      under paged attention (CPU); DIR may be stock
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from rich.console import Console
+from rich.table import Table
+
+from ovtq import __version__, io, report
+from ovtq.candidates import Candidate, parse
+from ovtq.command import Out, Parser, listed, phase, positive, progress, run
+from ovtq.errors import InputError
+from ovtq.runner import check_device
+from ovtq.text import Tokenizer
+from ovtq.worker import THROUGH, Worker
+
+PROMPTS = (
+    "Explain the key differences between mixture-of-experts and dense transformer models.",
+    "Write a Python function that returns the n-th Fibonacci number, and explain it.",
+    "OpenVINO의 장점을 설명해 주세요.",
+)
+CHUNK = 512  # tokens a prefill call of --contexts
+BLOCK = 8  # decode steps whose mean is one figure: what a method does at every fourth step must be in it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    errors = Console(stderr=True, highlight=False)
+    return run("ovtq-bench", lambda: bench(parser().parse_intermixed_args(argv), Out(), errors), errors)
+
+
+def parser() -> Parser:
+    """The command line."""
+    p = Parser("ovtq-bench", __doc__)
+    p.add_argument("model_dir", type=Path, help="the model as exported: what ratios are to")
+    p.add_argument("others", nargs="*", metavar="CANDIDATE", help="see above")
+    p.add_argument("--candidate", action="append", default=[], metavar="CANDIDATE", help="the same; may be repeated")
+    p.add_argument("--prompt", "--prompts", nargs="+", default=list(PROMPTS), metavar="TEXT", dest="prompts")
+    p.add_argument("--max-new-tokens", type=positive, default=200, metavar="N", help="(default: %(default)s)")
+    p.add_argument("--runs", type=positive, default=3, metavar="N", help="of each prompt (default: %(default)s)")
+    p.add_argument("--contexts", type=listed(positive, "numbers"), metavar="TOKENS,…", help="such as 256,2k,8k,32k")
+    p.add_argument("--steps", type=positive, default=64, metavar="N", help="a context, in blocks of 8 (default: 64)")
+    p.add_argument("--fill", action="store_true", help="fill the states with noise instead of prefilling them")
+    p.add_argument("--through", default="openvino", metavar="RUNTIME,…", help=f"of {', '.join(THROUGH)}")
+    p.add_argument("--device", default="CPU", help="(default: %(default)s)")
+    p.add_argument("--property", action="append", default=[], metavar="KEY=VALUE", help="of the plugin, for all")
+    p.add_argument("--one-at-a-time", action="store_true", help="load one candidate at a time; ratios are of medians")
+    p.add_argument("--output", "--json", type=Path, metavar="FILE", help="write the figures", dest="output")
+    p.add_argument("--report", type=Path, metavar="FILE", help="write a page to look at (HTML)")
+    return p
+
+
+def bench(options: argparse.Namespace, console: Out, errors: Console) -> None:
+    """Do what the command line asks."""
+    texts = ["stock", *options.others, *options.candidate]
+    candidates = [parse(text, options.model_dir) for text in texts]
+    through = options.through.split(",")
+    _check(options, candidates, through)
+    properties = {"PERFORMANCE_HINT": "LATENCY", **dict(text.split("=", 1) for text in options.property)}
+    pairs = [(candidate, runtime) for runtime in through for candidate in candidates]
+    results: dict[str, Any] = {
+        "kind": "bench",
+        "ovtq": __version__,
+        "versions": {"openvino": ov.__version__, "python": platform.python_version()},
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "model": str(options.model_dir),
+        "device": options.device,
+        "machine": _machine(options.device),
+        "prompts": [],
+        "contexts": [],
+    }
+    groups = [[pair] for pair in pairs] if options.one_at_a_time else [pairs]
+    measure: Callable[..., list[dict[str, Any]]] = _contexts if options.contexts else _prompts
+    found: list[dict[str, Any]] = []
+    with progress(errors) as bars:
+        for group in groups:
+            workers: list[Worker] = []
+            try:
+                with phase(bars, "load", len(group)) as tick:
+                    for candidate, runtime in group:
+                        workers.append(Worker(candidate, runtime, options.device, properties))
+                        tick()
+                found += measure(options, workers, bars)
+            finally:
+                for worker in workers:
+                    worker.close()
+    rows = [_row(row, found) for row in found]
+    results["contexts" if options.contexts else "prompts"] = rows
+    console.print(f"{results['machine']['cpu']}, {results['machine']['cores']} cores; on {options.device}")
+    (_show_contexts if options.contexts else _show_prompts)(console, rows)
+    for label, reason in dict.fromkeys((row["candidate"], row["wrong"]) for row in rows if row["wrong"]):
+        console.print(f"not as asked: {label}: {reason}", style="bold red")
+    if options.output:
+        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if options.report:
+        report.write(options.report, [results])
+        console.print(f"report: {options.report}")
+
+
+def _check(options: argparse.Namespace, candidates: Sequence[Candidate], through: Sequence[str]) -> None:
+    """Raise InputError for what would only fail after minutes."""
+    check_device(options.device)
+    if unknown := [name for name in through if name not in THROUGH]:
+        raise InputError(f"--through: no runtime {unknown[0]!r}; there are {', '.join(THROUGH)}")
+    if options.contexts and through != ["openvino"]:
+        raise InputError("--contexts: decode steps are measured through openvino alone; give --prompts instead")
+    if any("=" not in text for text in options.property):
+        raise InputError("--property: write KEY=VALUE")
+    if options.fill and not options.contexts:
+        raise InputError("--fill: belongs to --contexts")
+    if options.max_new_tokens < 2:
+        raise InputError("--max-new-tokens: at least 2, the first is TTFT's")
+    if options.output:
+        for candidate in candidates:
+            io.check_json(options.output, candidate.folder, None)
+    if options.report:
+        report.check(options.report)
+
+
+def _in_turn(workers: Sequence[Worker], turn: int) -> Sequence[int]:
+    """The order of this turn: whoever follows another finds its caches cold, so all do in turn."""
+    return [(turn + place) % len(workers) for place in range(len(workers))]
+
+
+def _prompts(options: argparse.Namespace, workers: list[Worker], bars: Any) -> list[dict[str, Any]]:
+    """Raw figures of every prompt and worker, as lists over the runs; a run before them is not counted."""
+    tokenizer = Tokenizer(options.model_dir)
+    rows = []
+    with phase(bars, "answer", len(options.prompts) * (options.runs + 1) * len(workers)) as tick:
+        for prompt in options.prompts:
+            ids = tokenizer.chat(prompt)
+            runs: list[list[dict[str, Any]]] = [[] for _ in workers]
+            for turn in range(options.runs + 1):
+                for index in _in_turn(workers, turn):
+                    runs[index].append(workers[index]("generate", ids, options.max_new_tokens))
+                    tick()
+            for worker, (_, *some) in zip(workers, runs, strict=True):
+                rows.append(
+                    _facts(worker)
+                    | {
+                        "prompt": prompt,
+                        "prompt_tokens": len(ids),
+                        "new_tokens": options.max_new_tokens,
+                        "runs": options.runs,
+                        "ttft": [run["ttft"] for run in some],
+                        "tpot": [float(np.mean(run["steps"])) for run in some],
+                        **{key: some[-1][key] for key in ("state_bytes", "rss_prefill", "rss_decode")},
+                    }
+                )
+    return rows
+
+
+def _contexts(options: argparse.Namespace, workers: list[Worker], bars: Any) -> list[dict[str, Any]]:
+    """Raw figures of every context and worker, as lists over blocks of steps."""
+    draw, rows, blocks = np.random.default_rng(0), [], math.ceil(options.steps / BLOCK)
+    ids = draw.integers(0, min(worker.facts["vocabulary"] for worker in workers), max(options.contexts))
+    for context in options.contexts:
+        with phase(bars, f"{context:,} tokens", len(workers) + blocks + 1) as tick:
+            prefill: list[dict[str, Any]] = []
+            for worker in workers:
+                if options.fill:
+                    worker("fill", context)
+                    prefill.append({"seconds": None, "rss": None})
+                else:
+                    prefill.append(worker("read", ids[:context], CHUNK))
+                worker("start_peak")
+                tick()
+            seconds = np.empty((blocks + 1, BLOCK, len(workers)))
+            for block in range(blocks + 1):
+                for step in range(BLOCK):
+                    for index in _in_turn(workers, step):
+                        seconds[block, step, index] = workers[index]("step")
+                tick()
+            tpot = seconds[1:].mean(1)  # the first block compiles kernels for what is new
+            for index, worker in enumerate(workers):
+                rows.append(
+                    _facts(worker)
+                    | {
+                        "context": context,
+                        "filled": options.fill,
+                        "tpot": tpot[:, index].tolist(),
+                        "prefill_s": prefill[index]["seconds"],
+                        "state_bytes": worker("state_bytes"),
+                        "rss_prefill": prefill[index]["rss"],
+                        "rss_decode": worker("peak"),
+                    }
+                )
+    return rows
+
+
+def _facts(worker: Worker) -> dict[str, Any]:
+    names = ("cache", "wrong", "bytes_per_token", "flat_bytes")
+    facts = {name: worker.facts[name] for name in names}
+    return {"candidate": worker.candidate.label, "through": worker.through, **facts}
+
+
+def _row(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians and quartiles of raw figures, and ratios to the stock model's in the same run or step."""
+    same = ("through", "prompt", "context")
+    base = next(
+        other for other in rows if other["candidate"] == "stock" and all(other.get(key) == row.get(key) for key in same)
+    )
+    found = {key: value for key, value in row.items() if key not in ("ttft", "tpot")}
+    tpot = np.array(row["tpot"])
+    found["tpot_ms"] = _spread(tpot * 1e3)
+    found["tpot_ratio"] = _spread(tpot / np.array(base["tpot"]))
+    if "ttft" in row:
+        ttft = np.array(row["ttft"])
+        latency = float(np.median(ttft + tpot * (row["new_tokens"] - 1)))
+        found["ttft_ms"] = _spread(ttft * 1e3)
+        found |= {"latency_s": latency, "tokens_per_s": row["new_tokens"] / latency}
+    else:
+        found["prefill_ratio"] = row["prefill_s"] / base["prefill_s"] if row["prefill_s"] else None
+    return found
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    low, median, high = np.percentile(values, (25, 50, 75))
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def _machine(device: str) -> dict[str, Any]:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    core = ov.Core()
+    found = {"cpu": core.get_property("CPU", "FULL_DEVICE_NAME"), "cores": os.cpu_count(), "ram": memory}
+    return found | {"device": core.get_property(device, "FULL_DEVICE_NAME")}
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        if column == "candidate":
+            table.add_column(column, overflow="fold")  # the one that gives way on a narrow terminal
+        else:
+            table.add_column(column, justify="left" if column == "through" else "right", no_wrap=True)
+    return table
+
+
+def _show_prompts(console: Out, rows: list[dict[str, Any]]) -> None:
+    for prompt in dict.fromkeys(row["prompt"] for row in rows):
+        some = [row for row in rows if row["prompt"] == prompt]
+        read, written, runs = (some[0][key] for key in ("prompt_tokens", "new_tokens", "runs"))
+        console.print(f"\n{prompt}\n{read} + {written} tokens, {runs} runs")
+        heads = "through TTFT_ms TPOT_ms ratio 25–75% tokens/s state_bytes peak_MB".split()  # noqa: SIM905
+        table = _table(*(head.replace("_", " ") for head in heads), "candidate")
+        for row in some:
+            table.add_row(
+                row["through"],
+                f"{row['ttft_ms']['median']:.1f}",
+                f"{row['tpot_ms']['median']:.2f}",
+                *_ratio(row["tpot_ratio"]),
+                f"{row['tokens_per_s']:.1f}",
+                _number(row["state_bytes"]),
+                _megabytes(row["rss_decode"]),
+                row["candidate"],
+            )
+        console.print(table)
+
+
+def _show_contexts(console: Out, rows: list[dict[str, Any]]) -> None:
+    heads = "tokens TPOT_ms ratio 25–75% prefill_s ratio state_bytes prefill_MB decode_MB".split()  # noqa: SIM905
+    table = _table(*(head.replace("_", " ") for head in heads), "candidate")
+    for row in rows:
+        table.add_row(
+            f"{row['context']:,}",
+            f"{row['tpot_ms']['median']:.2f}",
+            *_ratio(row["tpot_ratio"]),
+            *("–" if row[key] is None else f"{row[key]:.2f}" for key in ("prefill_s", "prefill_ratio")),
+            _number(row["state_bytes"]),
+            _megabytes(row["rss_prefill"]),
+            _megabytes(row["rss_decode"]),
+            f"{row['candidate']}  [{row['cache']}]",
+        )
+    console.print(table)
+
+
+def _ratio(spread: dict[str, float]) -> tuple[str, str]:
+    return f"{spread['median']:.2f}", f"{spread['low']:.2f}–{spread['high']:.2f}"
+
+
+def _number(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def _megabytes(value: int | None) -> str:
+    return "–" if value is None else f"{value / 1e6:,.0f}"

@@ -1,0 +1,120 @@
+"""ovtq-bench and ovtq-infer: as a user runs them; what they measure is there, no time is asserted."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import MINI
+
+from ovtq import infer
+from ovtq.bench import main
+from ovtq.runner import Runner
+
+pytest.importorskip("openvino_genai", reason="needs the extra [eval]")
+
+
+def test_contexts(exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = tmp_path / "bench.json"
+    options = ["--contexts", "64,200", "--steps", "8", "--output", str(found)]
+    assert main([str(MINI), str(exact), "host:prune128", *options]) == 0
+    rows = json.loads(found.read_text())["contexts"]
+    assert [(row["candidate"], row["context"]) for row in rows] == [
+        (name, context) for context in (64, 200) for name in ("stock", str(exact), "host:prune128")
+    ]
+    for row in rows:
+        assert row["tpot_ms"]["low"] <= row["tpot_ms"]["median"] <= row["tpot_ms"]["high"]
+        assert row["tpot_ms"]["median"] > 0
+        assert row["rss_prefill"] > 50e6
+        assert row["wrong"] == ""
+    assert [row["tpot_ratio"]["median"] for row in rows if row["candidate"] == "stock"] == [1, 1]
+    # 16 steps after the prompt, as the device gives the states out
+    runner = Runner(exact / "openvino_model.xml", "CPU")
+    runner.fill(200 + 16)
+    assert rows[4]["state_bytes"] == runner.state_bytes()
+    assert "host:prune128" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_prompts_through_every_runtime(exact: Path, tmp_path: Path) -> None:
+    pytest.importorskip("optimum.intel", reason="needs the extra [optimum]")
+    found = tmp_path / "bench.json"
+    options = ["--prompt", "The ship", "--max-new-tokens", "6", "--runs", "1", "--output", str(found)]
+    assert main([str(MINI), str(exact), "--through", "openvino,genai,optimum", *options]) == 0
+    rows = json.loads(found.read_text())["prompts"]
+    assert len(rows) == 6
+    for row in rows:
+        assert row["new_tokens"] == 6
+        assert row["ttft_ms"]["median"] > 0
+        assert row["latency_s"] == pytest.approx(
+            (row["ttft_ms"]["median"] + 5 * row["tpot_ms"]["median"]) / 1e3, rel=1e-6
+        )
+    states = {(row["candidate"], row["through"]): row["state_bytes"] for row in rows}
+    for name in ("stock", str(exact)):
+        assert states[name, "openvino"] == states[name, "optimum"]
+        assert states[name, "genai"] is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nowhere"], "nowhere: no such folder"),
+        (["--through", "vllm"], "no runtime 'vllm'"),
+        (["--through", "genai", "--contexts", "64"], "through openvino alone"),
+        (["--fill"], "belongs to --contexts"),
+        (["--property", "X"], "write KEY=VALUE"),
+        (["--output", "nowhere/x.json"], "no such folder"),
+        (["host:k6v4", "--through", "genai"], "can change a cache as host:k6v4 does"),
+        (["stock:KV_CACHE_PRECISION=u9", "--contexts", "64"], "CPU does not compile it"),
+    ],
+)
+def test_bad_input_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(MINI), *options, "--runs", "1", "--max-new-tokens", "2"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_infer_writes_text_and_what_it_took(exact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for folder in (MINI, exact):
+        options = ["--prompt", "The President of the United", "--max-new-tokens", "12"]
+        assert infer.main([str(folder), *options, "--property", "INFERENCE_PRECISION_HINT=f32"]) == 0
+        out, err = capsys.readouterr()
+        texts.append(out)
+        assert "TPOT" in err
+        assert "states after" in err
+    assert texts[0].strip()
+    assert texts[0] == texts[1]
+
+
+def test_infer_reads_stdin(exact: Path) -> None:
+    command = [sys.executable, "-c", "import sys; from ovtq.cli import infer; sys.exit(infer())"]
+    done = subprocess.run(
+        [*command, str(exact), "--prompt", "-", "--max-new-tokens", "2"],
+        input="The President",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cache: 6 caches" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--prompt", ""], "--prompt: empty"),
+        (["--prompt", "x", "--device", "NPU9"], "device NPU9 is not there"),
+        (["--prompt", "x", "--temperature", "-1"], "--temperature: at least 0"),
+        (["--prompt", "x", "--property", "A"], "write KEY=VALUE"),
+    ],
+)
+def test_infer_refuses_in_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert infer.main([str(MINI), *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

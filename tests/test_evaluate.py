@@ -1,0 +1,179 @@
+"""ovtq-eval: as a user runs it, on the bundled model, and against conversions that are silently wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import MINI, ROOT
+from test_verify import _band_off_by_one, _not_undone, _scales_too_large
+
+from ovtq import convert as converter
+from ovtq.divergence import Reference, Text
+from ovtq.evaluate import main
+from ovtq.needles import agreement, haystacks, right
+
+pytest.importorskip("openvino_genai", reason="needs the extra [eval]")
+from ovtq.text import Tokenizer
+
+HELDOUT = ROOT / "tests" / "data" / "heldout.txt"
+SHORT = ["--windows", "1", "--window", "300", "--trials", "0", "--greedy", "0"]
+
+
+def run(*options: str | Path) -> int:
+    return main([str(MINI), "--text", str(HELDOUT), *map(str, options)])
+
+
+def test_the_table(exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = tmp_path / "eval.json"
+    asked = ["--lengths", "600", "--depths", "0.5", "--trials", "2", "--greedy", "2", "--greedy-tokens", "8"]
+    options = [exact, "stock:KV_CACHE_PRECISION=u4", "host:prune128", *SHORT[:4], *asked, "--json", found]
+    assert run(*options) == 0
+    results = json.loads(found.read_text())
+    reference, floor, same, u4, pruned = results["rows"]
+    assert reference["mean_kld"] == 0
+    assert reference["needles"] == [{"needles": 1, "length": 600, "depth": 0.5, "right": 2, "of": 2}]
+    assert 0 < floor["mean_kld"] < 1e-10
+    assert same["verdict"] == "equal"
+    assert same["greedy"] == {"prompts": 2, "tokens": 8, "same": 8.0, "identical": 2}
+    assert u4["verdict"] == "ok"
+    assert 1e-3 < u4["mean_kld"] < 1e-1
+    assert np.mean(u4["kld_by_position"]) == pytest.approx(u4["mean_kld"], rel=0.1)
+    assert pruned["mean_kld"] > u4["mean_kld"]
+    text = capsys.readouterr().out
+    assert "[12 caches u4]" in text
+    assert "equals the reference to the noise floor" in text
+
+    # what is there is kept, what is new is added; other settings are refused
+    assert run(*options, "stock:KV_CACHE_PRECISION=u8", "--resume") == 0
+    again = json.loads(found.read_text())
+    assert again["rows"][2:5] == [same, u4, pruned]
+    assert again["rows"][5]["cache"] == "12 caches u8"
+    assert capsys.readouterr().out.count("(kept)") == 3
+    assert run(*options, "--resume", "--chunk", "32") == 2
+    assert "made with other settings" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Conversions that load, run and are wrong: a rotation not undone, a mask off by one, a codebook times 1.1."""
+    folder, made = tmp_path_factory.mktemp("broken"), {}
+    for harm, preset in ((_not_undone, "exact"), (_band_off_by_one, "exact"), (_scales_too_large, "k6v4")):
+        name = harm.__name__.strip("_")
+        with pytest.MonkeyPatch.context() as patch:
+            harm(patch)
+            made[name] = folder / name
+            options = ["--preset", preset, "--target", "cpu", "--no-verify"]
+            assert converter.main([str(MINI), str(made[name]), *options]) == 0
+    return made
+
+
+def test_broken_conversions_are_caught(broken: dict[str, Path], tmp_path: Path) -> None:
+    found = tmp_path / "eval.json"
+    assert run(*broken.values(), *SHORT, "--json", found) == 1
+    rows = json.loads(found.read_text())["rows"][2:]
+    assert [row["verdict"] for row in rows] == ["wrong"] * 3
+    assert "its results differ by" in rows[0]["reason"]
+    assert "its results differ by" in rows[1]["reason"]
+    assert "packed layer" in rows[2]["reason"]
+
+
+def test_lossless_ones_are_caught_by_their_divergence_alone(broken: dict[str, Path], tmp_path: Path) -> None:
+    found = tmp_path / "eval.json"
+    assert run(*broken.values(), *SHORT, "--no-verify", "--max-kld", "0.001", "--json", found) == 1
+    rows = json.loads(found.read_text())["rows"][2:]
+    assert [row["verdict"] for row in rows] == ["wrong"] * 3
+    assert "its passes are lossless, yet" in rows[1]["reason"]
+    assert "above --max-kld 0.001" in rows[2]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "nothing to compare"),
+        (["nowhere"], "nowhere: no such folder"),
+        (["stock", "stock"], "stock: named twice"),
+        (["stock", "--window", "1"], "at least 2 tokens"),
+        (["stock", "--window", "200k"], "at least 204800 are needed"),
+        (["stock", "--depths", "2"], "invalid shares value"),
+        (["stock", "--device", "NPU9"], "device NPU9 is not there"),
+        (["stock", "--resume"], "name the file"),
+        (["stock", "--lengths", "10"], "too few for 1 facts"),
+        (["stock", "--json", "nowhere/x.json"], "no such folder"),
+        (["stock", "--report", "nowhere/x.html"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_another_models_conversion_is_refused(
+    convert: Callable[..., Path], exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = json.loads((exact / "ovtq.json").read_text())
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in exact.iterdir():
+        (other / path.name).symlink_to(path)
+    (other / "ovtq.json").unlink()
+    record["source"]["xml_sha256"] = "0" * 64
+    (other / "ovtq.json").write_text(json.dumps(record))
+    assert run(other, *SHORT) == 2
+    assert "but of another model" in capsys.readouterr().err
+
+
+class Known:
+    """A model that says the same logits always."""
+
+    def __init__(self, logits: np.ndarray) -> None:
+        self.logits, self.vocabulary = logits, logits.shape[-1]
+
+    def reset(self) -> None:
+        self.past = 0
+
+    def step(self, ids: np.ndarray) -> np.ndarray:
+        self.past += ids.shape[1]
+        return self.logits[None, self.past - ids.shape[1] : self.past]
+
+
+def test_the_figures_by_hand() -> None:
+    draw = np.random.default_rng(0)
+    first, second = (draw.standard_normal((6, 5)).astype(np.float32) for _ in range(2))
+    ids = draw.integers(0, 5, (1, 6))
+    reference = Reference(Known(first), Text(ids, 10), 4, lambda: None)
+    found = reference.compare(Known(second), 3, lambda: None, "x")
+    p, q = (np.exp(x.astype(float)) / np.exp(x.astype(float)).sum(-1, keepdims=True) for x in (first, second))
+    kld = (p * np.log(p / q)).sum(-1)
+    nats = -np.log(q[np.arange(5), ids[0, 1:]]).sum()
+    assert found["mean_kld"] == pytest.approx(kld.mean())
+    assert found["median_kld"] == pytest.approx(np.median(kld))
+    assert found["kld_by_position"] == pytest.approx(kld)
+    assert found["same_top"] == pytest.approx((first.argmax(-1) == second.argmax(-1)).mean())
+    assert found["bits_per_byte"] == pytest.approx(nats / np.log(2) / 10)
+    assert found["perplexity"] == pytest.approx(np.exp(nats / 5))
+
+
+def test_haystacks_hold_their_facts() -> None:
+    tokenizer = Tokenizer(MINI)
+    text = tokenizer.documents(HELDOUT)
+    for stack in haystacks(text, tokenizer, [400, 900], [0.1, 0.9], [1, 4], 1, seed=0):
+        written = tokenizer.decode(stack.ids[0])
+        assert stack.ids.shape[1] == pytest.approx(stack.length, abs=8)  # a template makes new tokens where texts meet
+        assert written.count("The code of the") == stack.needles
+        place = written.index(stack.code) / len(written)
+        assert place == pytest.approx(stack.depth, abs=0.15)
+        assert stack.code not in written[written.index("Question:") :]
+
+
+def test_answers_and_agreement() -> None:
+    assert right(" it is 40213.\n", "40213")
+    assert not right(" 402133", "40213")
+    found: dict[str, Any] = agreement([[1, 2, 3], [1, 2, 3]], [[1, 2, 3], [1, 9, 3]])
+    assert found == {"prompts": 2, "tokens": 3, "same": 2.0, "identical": 1}
