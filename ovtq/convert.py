@@ -232,7 +232,7 @@ def _write(
     io.stamp(model, {key: record[key] for key in ("ovtq", "preset", "passes", "versions")})
     with io.staged(options.out_dir) as folder:
         with _phase(progress, "write", 2) as tick:
-            io.save(model, folder)
+            record["weights"] = io.save(model, folder, source)
             tick()
             io.copy_rest(options.model_dir, folder)
             tick()
