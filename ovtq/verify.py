@@ -10,13 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import openvino as ov
-from openvino import Output
+from openvino import Node, Output
 from scipy.special import log_softmax
 
 from ovtq.cache import compiled_precisions, mark, marked
 from ovtq.coding import whole_scale
-from ovtq.errors import VerificationFailed
-from ovtq.graph import ancestors, constant_of, consumers, id_of
+from ovtq.errors import UnsupportedModel, VerificationFailed
+from ovtq.graph import ancestors, constant_of, consumers, descendants, id_of, redirect
 from ovtq.models import AttentionLayer, ModelDescription
 from ovtq.packing import unpack
 from ovtq.runner import EXACT_PROPERTIES, Runner
@@ -139,27 +139,59 @@ class PackedDifference:
 
 @dataclass(frozen=True)
 class Scope:
-    """How much of the model is run: its first `layers` layers, up to the node named `end`; None: all, to the logits."""
+    """How much of the model is run: its first `layers` layers, up to the node named `end`; None: all, to the logits.
+
+    `joins` are the names of the Adds where those layers' experts join the stream; there it goes on without them.
+    """
 
     layers: int
     end: str | None = None
+    joins: tuple[str, ...] = ()
 
 
-def scope(description: ModelDescription, layers: int | None = None) -> Scope:
-    """The scope of the first `layers` layers (None: all) of a model still as exported."""
+def scope(description: ModelDescription, layers: int | None = None, experts: bool = True) -> Scope:
+    """The scope of the first `layers` layers (None: all) of a model still as exported; without experts: no logits.
+
+    Experts are most of a model's weights, and no pass touches them.
+    """
     count = len(description.layers)
-    if layers is None or layers >= count:
+    some = count if layers is None else min(layers, count)
+    if some == count and experts:
         return Scope(count)
-    node = consumers(description.layers[layers - 1].context)[0]
+    last = _output_projection(description.layers[some - 1]).get_friendly_name()
+    before = [] if experts else description.layers[: some - 1]
+    return Scope(some, last, tuple(_join(layer).get_friendly_name() for layer in before))
+
+
+def _output_projection(layer: AttentionLayer) -> Node:
+    node = consumers(layer.context)[0]
     while node.get_type_name() != "MatMul":  # Transpose, Reshape, then o_proj, which no pass touches
         node = consumers(node.output(0))[0]
-    return Scope(layers, node.get_friendly_name())
+    return node
 
 
-def cut(model: ov.Model, end: str) -> ov.Model:
-    """What the node named `end` depends on, with the states read there, and that node as the result."""
-    node = next(node for node in model.get_ops() if node.get_friendly_name() == end)
-    needed = {id_of(step) for step in ancestors(node.output(0))}
+def _join(layer: AttentionLayer) -> Node:
+    """The Add of the stream behind the attention and of what the experts make of it. Raises UnsupportedModel."""
+    node = _output_projection(layer)
+    while not (len(after := consumers(node.output(0))) > 1 and node.get_type_name() == "Add"):
+        node = after[0]  # the bias, then the stream, which the experts' norm reads, too
+    found = [step for step in after if step.get_type_name() == "Add"]
+    if len(found) != 1:
+        raise UnsupportedModel(f"layer {layer.index}: found {len(found)} places where experts join, expected 1")
+    return found[0]
+
+
+def cut(model: ov.Model, extent: Scope) -> ov.Model:
+    """What the node `extent.end` depends on, with the states read there, and that node as the result."""
+    nodes = {node.get_friendly_name(): node for node in model.get_ops()}
+    for name in extent.joins:
+        join = nodes[name]
+        sides = [value for value in join.input_values() if value.get_node().get_type_name() == "Add"]
+        stream = next(value for value in sides if len(value.get_target_inputs()) > 1)
+        redirect(join.output(0), stream)
+    end = nodes[extent.end]
+    needed = {id_of(step) for step in ancestors(end.output(0))}
+    later = {id_of(step) for step in descendants(end.output(0))}
     reads = {
         step.get_attributes()["variable_id"]
         for step in model.get_ops()
@@ -170,11 +202,11 @@ def cut(model: ov.Model, end: str) -> ov.Model:
     for sink in sinks:
         for step in list(ancestors(sink.input_value(0))):
             if step.get_type_name() == "Concat":
-                kept = [value for value in step.input_values() if id_of(value.get_node()) in needed]
+                kept = [value for value in step.input_values() if id_of(value.get_node()) not in later]
                 for index, value in enumerate(step.input_values()):
-                    if kept and id_of(value.get_node()) not in needed and _alike(value, kept[0]):
+                    if kept and id_of(value.get_node()) in later and _alike(value, kept[0]):
                         step.input(index).replace_source_output(kept[0])
-    return ov.Model([ov.opset15.result(node.output(0))], sinks, model.get_parameters())
+    return ov.Model([ov.opset15.result(end.output(0))], sinks, model.get_parameters())
 
 
 def _alike(a: Output, b: Output) -> bool:
@@ -305,7 +337,7 @@ def kept_precision(converted: Path, layers: Sequence[AttentionLayer], device: st
     if precision is None:
         return None
     if extent.end is not None:
-        model = cut(model, extent.end)
+        model = cut(model, extent)
         mark(model, precision)
     caches = compiled_precisions(model, device)
     least = 2 * sum(layer.window is None and layer.index < extent.layers for layer in layers)
@@ -338,7 +370,7 @@ def _verify(
         model = ov.Core().read_model(xml)
         vocabulary = model.output(0).get_partial_shape()[2].get_length()
         if extent.end is not None:
-            model = cut(model, extent.end)
+            model = cut(model, extent)
         chosen: list[int] = []
         if xml == original:
             model, chosen = with_routers(model)

@@ -1,9 +1,8 @@
 """Writing the IR of a rewritten model without reading its weights: the .bin is cloned whole, and what is new appended.
 
-An IR has one .bin, and passes add constants to it. So it can't be a link to the original's, which must not change. Where
-the file system shares blocks (btrfs, XFS: FICLONE), a clone costs nothing; elsewhere it is a copy, block by block, past
-the page cache if the file system allows. `ov.save_model` would read and hash every weight instead, and keep all of them
-in memory meanwhile.
+An IR has one .bin, and passes add constants to it. So it can't be a link to the original's, which must not change.
+Where the file system shares blocks (btrfs, XFS: FICLONE), a clone costs nothing; elsewhere it is a copy, past the page
+cache if the file system allows. `ov.save_model` would read and hash every weight instead, with all of them in memory.
 """
 
 from __future__ import annotations
@@ -12,9 +11,11 @@ import errno
 import fcntl
 import mmap
 import os
+import shutil
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from openvino import opset15 as op
 STAND_IN = 4096  # bytes; shorter constants are appended, as if they were new
 ALIGNED = 4096  # where what is appended starts
 BLOCK = 1 << 24  # bytes copied at a time
+WORKERS = 4  # blocks in flight
 FICLONE = 0x40049409  # linux/fs.h
 
 
@@ -181,31 +183,35 @@ def can_reflink(source: Path, folder: Path) -> bool:
 
 def _copy(source: Path, target: Path) -> None:
     """Copy past the page cache, which would have to find room for every page; through it where that is refused."""
-    size, position = source.stat().st_size, 0
-    buffer = mmap.mmap(-1, BLOCK)  # at the start of a page, as direct writes demand
+    size = source.stat().st_size
+    try:
+        read, made = os.open(source, os.O_RDONLY | os.O_DIRECT), os.open(target, os.O_WRONLY | os.O_DIRECT)
+    except OSError:
+        shutil.copyfile(source, target)
+        return
     whole = size // ALIGNED * ALIGNED
-    with source.open("rb", buffering=0) as read:
-        try:
-            direct = os.open(target, os.O_WRONLY | os.O_DIRECT)
-        except OSError:
-            whole = 0
-        else:
-            try:
-                while position < whole:
-                    part = memoryview(buffer)[: min(BLOCK, whole - position)]
-                    got = read.readinto(part) // ALIGNED * ALIGNED
-                    written = os.write(direct, part[:got])
-                    position += written
-                    read.seek(position)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-            finally:
-                os.close(direct)
-        with target.open("r+b", buffering=0) as made:
-            made.seek(position)
-            while position < size:
-                count = read.readinto(buffer)
-                for start in range(0, count, BLOCK):
-                    made.write(memoryview(buffer)[start:count])
-                position += count
+    try:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            list(
+                pool.map(
+                    lambda start: _copy_block(read, made, start, min(BLOCK, whole - start)), range(0, whole, BLOCK)
+                )
+            )
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        shutil.copyfile(source, target)
+        return
+    finally:
+        os.close(read)
+        os.close(made)
+    with source.open("rb") as rest, target.open("r+b") as end:
+        rest.seek(whole)
+        end.seek(whole)
+        end.write(rest.read())
+
+
+def _copy_block(read: int, made: int, start: int, size: int) -> None:
+    with mmap.mmap(-1, size) as buffer:  # at the start of a page, as direct reads and writes demand
+        if os.preadv(read, [buffer], start) != size or os.pwrite(made, buffer, start) != size:
+            raise OSError(errno.EIO, "a block was cut off", "the weights")

@@ -37,11 +37,10 @@ def pairs(a: synthetic.Graph, b: synthetic.Graph) -> Iterator[tuple[str, str]]:
     Asserts that the correspondence is one to one and leaves no layer out.
     """
     ends = [
-        {layer.find("data").get("variable_id") if layer.get("type") == "Assign" else "result": key for key, layer in g}
-        for g in (
-            [(k, x) for k, x in graph.layers.items() if x.get("type") in ("Assign", "Result")] for graph in (a, b)
-        )
-    ]
+        {layer.find("data").get("variable_id") if layer.get("type") == "Assign" else "result": key
+         for key, layer in graph.layers.items() if layer.get("type") in ("Assign", "Result")}
+        for graph in (a, b)
+    ]  # fmt: skip
     assert ends[0].keys() == ends[1].keys()
     todo, seen = [(ends[0][name], ends[1][name]) for name in ends[0]], {}
     while todo:

@@ -4,8 +4,8 @@
 usage: export_template.py template OUT.xml.gz    what make_synthetic_gpt_oss.py makes models of other sizes from
        export_template.py check OUT.xml.gz       another size, which tests hold such a model to
 
-The file is the IR's XML; constants of up to 64 bytes have their bytes beside offset and size (`value`, hexadecimal), the
-others are only shapes. It is exported from random weights in bfloat16 by optimum-intel's own recipe for
+The file is the IR's XML; constants of up to 64 bytes have their bytes beside offset and size (`value`, hexadecimal),
+the others are only shapes. It is exported from random weights in bfloat16 by optimum-intel's own recipe for
 openai/gpt-oss-20b: experts in i4, symmetric, a scale for 32 weights; attention, routers, embedding and output layer in
 u8 with scale and zero point for a row. All lengths of the template differ from each other and from every number with
 another meaning in the graph, so that a number in it says which length it is. Needs the `export` extra.
