@@ -23,6 +23,7 @@ from rich.table import Table
 from ovtq import __version__, cache, io, pipeline, verify
 from ovtq.dump import dump
 from ovtq.errors import InputError, OvtqError
+from ovtq.extent import Scope, scope
 from ovtq.models import AttentionLayer, ModelDescription, describe
 from ovtq.models.description import state_bytes
 from ovtq.passes import PASSES, Pass, QuantizeKv
@@ -31,7 +32,7 @@ from ovtq.runner import check_device
 FLOAT_BYTES = {"gpu": 2, "cpu": 4}  # of a floating-point state: f16 on the GPU, as declared (f32) on the CPU
 CONTEXTS = (4096, 131072)
 PACKED_OPTIONS = ("k-bits", "v-bits", "residual-window", "protect", "centre")  # of quantize-kv, with flags of their own
-BIG = 2 << 30  # bytes of weights; above it only the first layers are verified, so that a 20B model needs no 12 GB here
+BIG = 2 << 30  # bytes of weights; above it only the first layers are verified, without their experts: 1 GB, not 12
 BIG_LAYERS = 4  # two of each kind in every known architecture
 
 
@@ -180,7 +181,8 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             description = describe(model, io.load_config(options.model_dir))
             tick()
         weights = source.with_suffix(".bin").stat().st_size
-        extent = verify.scope(description, options.verify_layers or (BIG_LAYERS if weights > BIG else None))
+        some = options.verify_layers or (BIG_LAYERS if weights > BIG else None)
+        extent = scope(description, some, experts=weights <= BIG)
         before = _memory(model, target)
         with _phase(progress, "rewrite", len(passes)) as tick:
 
@@ -224,7 +226,7 @@ def _write(
     options: argparse.Namespace,
     model: ov.Model,
     description: ModelDescription,
-    extent: verify.Scope,
+    extent: Scope,
     record: dict[str, Any],
     source: Path,
     progress: Progress,
@@ -244,6 +246,7 @@ def _write(
             record["verified"] = {
                 "device": device,
                 "tolerance": verify.TOLERANCE,
+                "experts": not extent.joins,
                 **dataclasses.asdict(found),
                 "cache_precision": verify.kept_precision(written, layers, device, extent),
             }
@@ -346,9 +349,10 @@ def _report(console: Console, options: argparse.Namespace, record: dict[str, Any
         found = record["verified"]
         every = found["layers"] == len(record["layers"])
         console.print(
-            f"verified on {found['device']} at f32, {'all' if every else 'the first'} {found['layers']} layers: "
+            f"verified on {found['device']} at f32, {'all' if every else 'the first'} {found['layers']} layers"
+            f"{'' if found['experts'] else ' without their experts'}: "
             f"largest difference {found['largest']:.3g} ({found['relative']:.2g} of the largest "
-            f"{'logit' if every else 'result'}, allowed {found['tolerance']:.2g}), same top at "
+            f"{'logit' if every and found['experts'] else 'result'}, allowed {found['tolerance']:.2g}), same top at "
             f"{found['same_top']:.2%} of {found['positions']} positions"
             + (f"; {found['skipped']} behind a tie in a router left out" if found["skipped"] else ""),
             soft_wrap=True,

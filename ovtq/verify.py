@@ -10,14 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import openvino as ov
-from openvino import Node, Output
 from scipy.special import log_softmax
 
 from ovtq.cache import compiled_precisions, mark, marked
 from ovtq.coding import whole_scale
-from ovtq.errors import UnsupportedModel, VerificationFailed
-from ovtq.graph import ancestors, constant_of, consumers, descendants, id_of, redirect
-from ovtq.models import AttentionLayer, ModelDescription
+from ovtq.errors import VerificationFailed
+from ovtq.extent import Scope, cut, shortened
+from ovtq.graph import constant_of
+from ovtq.models import AttentionLayer
 from ovtq.packing import unpack
 from ovtq.runner import EXACT_PROPERTIES, Runner
 
@@ -135,82 +135,6 @@ class PackedDifference:
     positions: int  # at which some layer read codes
     kld: float | None  # mean divergence of the logits from the original's there, in nats; None if some layers only
     same_top: float | None
-
-
-@dataclass(frozen=True)
-class Scope:
-    """How much of the model is run: its first `layers` layers, up to the node named `end`; None: all, to the logits.
-
-    `joins` are the names of the Adds where those layers' experts join the stream; there it goes on without them.
-    """
-
-    layers: int
-    end: str | None = None
-    joins: tuple[str, ...] = ()
-
-
-def scope(description: ModelDescription, layers: int | None = None, experts: bool = True) -> Scope:
-    """The scope of the first `layers` layers (None: all) of a model still as exported; without experts: no logits.
-
-    Experts are most of a model's weights, and no pass touches them.
-    """
-    count = len(description.layers)
-    some = count if layers is None else min(layers, count)
-    if some == count and experts:
-        return Scope(count)
-    last = _output_projection(description.layers[some - 1]).get_friendly_name()
-    before = [] if experts else description.layers[: some - 1]
-    return Scope(some, last, tuple(_join(layer).get_friendly_name() for layer in before))
-
-
-def _output_projection(layer: AttentionLayer) -> Node:
-    node = consumers(layer.context)[0]
-    while node.get_type_name() != "MatMul":  # Transpose, Reshape, then o_proj, which no pass touches
-        node = consumers(node.output(0))[0]
-    return node
-
-
-def _join(layer: AttentionLayer) -> Node:
-    """The Add of the stream behind the attention and of what the experts make of it. Raises UnsupportedModel."""
-    node = _output_projection(layer)
-    while not (len(after := consumers(node.output(0))) > 1 and node.get_type_name() == "Add"):
-        node = after[0]  # the bias, then the stream, which the experts' norm reads, too
-    found = [step for step in after if step.get_type_name() == "Add"]
-    if len(found) != 1:
-        raise UnsupportedModel(f"layer {layer.index}: found {len(found)} places where experts join, expected 1")
-    return found[0]
-
-
-def cut(model: ov.Model, extent: Scope) -> ov.Model:
-    """What the node `extent.end` depends on, with the states read there, and that node as the result."""
-    nodes = {node.get_friendly_name(): node for node in model.get_ops()}
-    for name in extent.joins:
-        join = nodes[name]
-        sides = [value for value in join.input_values() if value.get_node().get_type_name() == "Add"]
-        stream = next(value for value in sides if len(value.get_target_inputs()) > 1)
-        redirect(join.output(0), stream)
-    end = nodes[extent.end]
-    needed = {id_of(step) for step in ancestors(end.output(0))}
-    later = {id_of(step) for step in descendants(end.output(0))}
-    reads = {
-        step.get_attributes()["variable_id"]
-        for step in model.get_ops()
-        if step.get_type_name() == "ReadValue" and id_of(step) in needed
-    }
-    sinks = [sink for sink in model.get_sinks() if sink.get_variable_id() in reads]
-    # a state that layers share is written by later ones too: let an earlier one write in their stead
-    for sink in sinks:
-        for step in list(ancestors(sink.input_value(0))):
-            if step.get_type_name() == "Concat":
-                kept = [value for value in step.input_values() if id_of(value.get_node()) not in later]
-                for index, value in enumerate(step.input_values()):
-                    if kept and id_of(value.get_node()) in later and _alike(value, kept[0]):
-                        step.input(index).replace_source_output(kept[0])
-    return ov.Model([ov.opset15.result(end.output(0))], sinks, model.get_parameters())
-
-
-def _alike(a: Output, b: Output) -> bool:
-    return str(a.get_partial_shape()) == str(b.get_partial_shape())
 
 
 def schedule(window: int) -> list[Call]:
@@ -371,6 +295,7 @@ def _verify(
         vocabulary = model.output(0).get_partial_shape()[2].get_length()
         if extent.end is not None:
             model = cut(model, extent)
+            vocabulary = shortened(model, vocabulary)
         chosen: list[int] = []
         if xml == original:
             model, chosen = with_routers(model)

@@ -21,7 +21,7 @@ LAYERS = [
     {"ovtq.cli"},
     {"ovtq.convert"},
     {"ovtq.pipeline", "ovtq.verify"},
-    {"ovtq.passes"},
+    {"ovtq.passes", "ovtq.extent"},
     {"ovtq.attend_blocks", "ovtq.attend_branches"},
     {"ovtq.attend", "ovtq.ring"},
     {"ovtq.models", "ovtq.runner", "ovtq.dump", "ovtq.quantizer", "ovtq.cache"},
