@@ -30,7 +30,7 @@ LAYERS = [
     {"ovtq.codec"},
     {"ovtq.codebook", "ovtq.packing"},
     {"ovtq.rotation"},
-    {"ovtq.errors", "ovtq.weights", "ovtq"},
+    {"ovtq.errors", "ovtq.weights", "ovtq.roofline", "ovtq"},
 ]
 
 

@@ -22,9 +22,10 @@ from ovtq import io
 from ovtq.attend import Columns, Plan
 from ovtq.convert import main
 from ovtq.errors import VerificationFailed
+from ovtq.extent import Scope, cut, scope
 from ovtq.passes import DecoupleLength, RotateHeads, TruncateWindow
 from ovtq.rotation import randomized_hadamard
-from ovtq.verify import TOLERANCE, Call, Played, Scope, calls_for, compare, cut, schedule, scope, undecided, verify
+from ovtq.verify import TOLERANCE, Call, Played, calls_for, compare, schedule, undecided, verify
 
 
 def _not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
