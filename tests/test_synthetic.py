@@ -142,13 +142,12 @@ def test_the_seed_decides_and_refusals(tiny: Path, tmp_path: Path) -> None:
     files = [(folder / "openvino_model.bin").read_bytes() for folder in (tiny, tmp_path / "again", tmp_path / "other")]
     assert files[0] == files[1] != files[2]
     tool = ROOT / "tools" / "make_synthetic_gpt_oss.py"
-    for options, words in (["--layers", "3"], "expected an even number"), (["--size", "tiny"], "--no-tokenizer"):
-        command = [sys.executable, tool, tmp_path / "bad", *options]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert words in done.stderr
-        assert len(done.stderr.splitlines()) == 1
-        assert not (tmp_path / "bad").exists()
+    command = [sys.executable, tool, tmp_path / "bad", "--layers", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "expected an even number" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "bad").exists()
 
 
 @pytest.mark.slow
