@@ -23,6 +23,7 @@ from ovtq import __version__, cache, io, pipeline, verify
 from ovtq.command import Out, Parser, phase, progress, run
 from ovtq.dump import dump
 from ovtq.errors import InputError
+from ovtq.extent import BIG, BIG_LAYERS, Scope, usual
 from ovtq.models import AttentionLayer, ModelDescription, describe
 from ovtq.models.description import state_bytes
 from ovtq.passes import PASSES, Pass, QuantizeKv
@@ -100,8 +101,7 @@ def parser() -> argparse.ArgumentParser:
         "--verify-layers",
         type=int,
         metavar="N",
-        help="run the first N layers only "
-        f"(default: all, or {verify.BIG_LAYERS} of a model over {verify.BIG >> 30} GiB)",
+        help=f"run the first N layers only (default: all, or {BIG_LAYERS} of a model over {BIG >> 30} GiB)",
     )
     p.add_argument("--dry-run", action="store_true", help="say what would be done; write nothing")
     p.add_argument(
@@ -151,7 +151,7 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             description = describe(model, io.load_config(options.model_dir))
             tick()
         weights = source.with_suffix(".bin").stat().st_size
-        extent = verify.extent(description, source, options.verify_layers)
+        extent = usual(description, source, options.verify_layers)
         before = _memory(model, target)
         with phase(bars, "rewrite", len(passes)) as tick:
 
@@ -195,7 +195,7 @@ def _write(
     options: argparse.Namespace,
     model: ov.Model,
     description: ModelDescription,
-    extent: verify.Scope,
+    extent: Scope,
     record: dict[str, Any],
     source: Path,
     bars: Progress,
@@ -203,7 +203,7 @@ def _write(
     io.stamp(model, {key: record[key] for key in ("ovtq", "preset", "passes", "versions")})
     with io.staged(options.out_dir) as folder:
         with phase(bars, "write", 2) as tick:
-            io.save(model, folder)
+            record["weights"] = io.save(model, folder, source)
             tick()
             io.copy_rest(options.model_dir, folder)
             tick()
@@ -215,6 +215,7 @@ def _write(
             record["verified"] = {
                 "device": device,
                 "tolerance": verify.TOLERANCE,
+                "experts": not extent.joins,
                 **dataclasses.asdict(found),
                 "cache_precision": verify.kept_precision(written, layers, device, extent),
             }
@@ -306,9 +307,10 @@ def _report(console: Console, options: argparse.Namespace, record: dict[str, Any
         found = record["verified"]
         every = found["layers"] == len(record["layers"])
         console.print(
-            f"verified on {found['device']} at f32, {'all' if every else 'the first'} {found['layers']} layers: "
+            f"verified on {found['device']} at f32, {'all' if every else 'the first'} {found['layers']} layers"
+            f"{'' if found['experts'] else ' without their experts'}: "
             f"largest difference {found['largest']:.3g} ({found['relative']:.2g} of the largest "
-            f"{'logit' if every else 'result'}, allowed {found['tolerance']:.2g}), same top at "
+            f"{'logit' if every and found['experts'] else 'result'}, allowed {found['tolerance']:.2g}), same top at "
             f"{found['same_top']:.2%} of {found['positions']} positions"
             + (f"; {found['skipped']} behind a tie in a router left out" if found["skipped"] else ""),
         )

@@ -84,6 +84,17 @@ def ancestors(output: Output) -> Iterator[Node]:
             todo.extend(value.get_node() for value in node.input_values())
 
 
+def descendants(output: Output) -> Iterator[Node]:
+    """All nodes that depend on `output`, each once."""
+    seen, todo = set(), consumers(output)
+    while todo:
+        node = todo.pop()
+        if id_of(node) not in seen:
+            seen.add(id_of(node))
+            yield node
+            todo.extend(step for some in node.outputs() for step in consumers(some))
+
+
 def constant_of(output: Output) -> np.ndarray | None:
     """The value of a constant, also through the Convert of a compressed one; None if it is no constant.
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import openvino as ov
 
+from ovtq import weights
 from ovtq.errors import InputError
 
 MODEL = "openvino_model"
@@ -129,6 +130,8 @@ def check_output(model_dir: Path, out_dir: Path, force: bool) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"{parent}: can't be written to")
     needed = sum(path.stat().st_size for path in files_of(model_dir)) + (1 << 20)
+    if weights.can_reflink(model_xml(model_dir).with_suffix(".bin"), parent):
+        needed -= model_xml(model_dir).with_suffix(".bin").stat().st_size
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(f"{parent}: no space left ({free >> 20} MiB free, {needed >> 20} MiB needed)")
@@ -245,13 +248,17 @@ def _umask() -> int:
     return mask
 
 
-def save(model: ov.Model, folder: Path) -> None:
-    """Write the IR, every weight in the type it has. Raises InputError if the disk does not take it."""
+def save(model: ov.Model, folder: Path, source: Path) -> str:
+    """Write the IR, every weight in the type it has, to where `source`, the XML it was read from, cannot be harmed.
+
+    Returns how the weights came there (`weights.write`). Raises InputError if the disk does not take it.
+    """
     xml = folder / f"{MODEL}.xml"
     try:
-        ov.save_model(model, xml, compress_to_fp16=False)
+        how = weights.write(model, xml, source.with_suffix(".bin"))
         model_xml(folder)
-    except (RuntimeError, InputError) as error:
+        return how
+    except (OSError, RuntimeError, InputError) as error:
         free = shutil.disk_usage(folder).free >> 20
         raise InputError(
             f"{folder.parent}: the model could not be written ({last_line(error)}; {free} MiB free)"

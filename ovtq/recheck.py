@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ovtq import io, pipeline, verify
 from ovtq.errors import InputError
+from ovtq.extent import usual
 from ovtq.models import describe
 from ovtq.passes import PASSES, Pass
 
@@ -31,6 +32,6 @@ def recheck(model_dir: Path, converted: Path, device: str) -> verify.Difference:
     """
     model = io.load(model_dir)
     description = describe(model, io.load_config(model_dir))
-    extent = verify.extent(description, io.model_xml(model_dir))
+    extent = usual(description, io.model_xml(model_dir))
     _, description, _ = pipeline.run(model, description, passes_of(converted))
     return verify.verify(io.model_xml(model_dir), io.model_xml(converted), description.layers, device, 0, extent)

@@ -10,20 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import openvino as ov
-from openvino import Output
 from scipy.special import log_softmax
 
 from ovtq.cache import compiled_precisions, mark, marked
 from ovtq.coding import whole_scale
 from ovtq.errors import VerificationFailed
-from ovtq.graph import ancestors, constant_of, consumers, id_of
-from ovtq.models import AttentionLayer, ModelDescription
+from ovtq.extent import Scope, cut, shortened
+from ovtq.graph import constant_of
+from ovtq.models import AttentionLayer
 from ovtq.packing import unpack
 from ovtq.runner import EXACT_PROPERTIES, Runner
 
 ATTEMPTS = 5  # seeds
-BIG = 2 << 30  # bytes of weights; above it only the first layers are verified, so that a 20B model needs no 12 GB here
-BIG_LAYERS = 4  # two of each kind in every known architecture
 ROUTER_TIE = 32 * float(np.finfo(np.float32).eps)  # of the largest router logit of a position
 CODE_TIE = 64 * float(np.finfo(np.float32).eps)  # of the largest code
 TIES_UNSEEN = 0.02  # of the largest element, where the device does not show its codes: a code may be off by one
@@ -137,56 +135,6 @@ class PackedDifference:
     positions: int  # at which some layer read codes
     kld: float | None  # mean divergence of the logits from the original's there, in nats; None if some layers only
     same_top: float | None
-
-
-@dataclass(frozen=True)
-class Scope:
-    """How much of the model is run: its first `layers` layers, up to the node named `end`; None: all, to the logits."""
-
-    layers: int
-    end: str | None = None
-
-
-def scope(description: ModelDescription, layers: int | None = None) -> Scope:
-    """The scope of the first `layers` layers (None: all) of a model still as exported."""
-    count = len(description.layers)
-    if layers is None or layers >= count:
-        return Scope(count)
-    node = consumers(description.layers[layers - 1].context)[0]
-    while node.get_type_name() != "MatMul":  # Transpose, Reshape, then o_proj, which no pass touches
-        node = consumers(node.output(0))[0]
-    return Scope(layers, node.get_friendly_name())
-
-
-def extent(description: ModelDescription, xml: Path, layers: int | None = None) -> Scope:
-    """The scope of `layers` layers of a model still as exported; by default all, but of a big one the first."""
-    big = xml.with_suffix(".bin").stat().st_size > BIG
-    return scope(description, layers or (BIG_LAYERS if big else None))
-
-
-def cut(model: ov.Model, end: str) -> ov.Model:
-    """What the node named `end` depends on, with the states read there, and that node as the result."""
-    node = next(node for node in model.get_ops() if node.get_friendly_name() == end)
-    needed = {id_of(step) for step in ancestors(node.output(0))}
-    reads = {
-        step.get_attributes()["variable_id"]
-        for step in model.get_ops()
-        if step.get_type_name() == "ReadValue" and id_of(step) in needed
-    }
-    sinks = [sink for sink in model.get_sinks() if sink.get_variable_id() in reads]
-    # a state that layers share is written by later ones too: let an earlier one write in their stead
-    for sink in sinks:
-        for step in list(ancestors(sink.input_value(0))):
-            if step.get_type_name() == "Concat":
-                kept = [value for value in step.input_values() if id_of(value.get_node()) in needed]
-                for index, value in enumerate(step.input_values()):
-                    if kept and id_of(value.get_node()) not in needed and _alike(value, kept[0]):
-                        step.input(index).replace_source_output(kept[0])
-    return ov.Model([ov.opset15.result(node.output(0))], sinks, model.get_parameters())
-
-
-def _alike(a: Output, b: Output) -> bool:
-    return str(a.get_partial_shape()) == str(b.get_partial_shape())
 
 
 def schedule(window: int) -> list[Call]:
@@ -313,7 +261,7 @@ def kept_precision(converted: Path, layers: Sequence[AttentionLayer], device: st
     if precision is None:
         return None
     if extent.end is not None:
-        model = cut(model, extent.end)
+        model = cut(model, extent)
         mark(model, precision)
     caches = compiled_precisions(model, device)
     least = 2 * sum(layer.window is None and layer.index < extent.layers for layer in layers)
@@ -346,7 +294,8 @@ def _verify(
         model = ov.Core().read_model(xml)
         vocabulary = model.output(0).get_partial_shape()[2].get_length()
         if extent.end is not None:
-            model = cut(model, extent.end)
+            model = cut(model, extent)
+            vocabulary = shortened(model, vocabulary)
         chosen: list[int] = []
         if xml == original:
             model, chosen = with_routers(model)

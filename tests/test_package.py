@@ -24,7 +24,7 @@ LAYERS = [
     {"ovtq.candidates"},
     {"ovtq.host", "ovtq.paged", "ovtq.gpu_cache", "ovtq.text", "ovtq.plots"},
     {"ovtq.pipeline", "ovtq.verify"},
-    {"ovtq.passes"},
+    {"ovtq.passes", "ovtq.extent"},
     {"ovtq.attend_blocks", "ovtq.attend_branches"},
     {"ovtq.attend", "ovtq.ring"},
     {"ovtq.models", "ovtq.runner", "ovtq.dump", "ovtq.quantizer", "ovtq.cache", "ovtq.command"},
@@ -33,7 +33,7 @@ LAYERS = [
     {"ovtq.codec"},
     {"ovtq.codebook", "ovtq.packing"},
     {"ovtq.rotation"},
-    {"ovtq.errors", "ovtq"},
+    {"ovtq.errors", "ovtq.weights", "ovtq.roofline", "ovtq"},
 ]
 
 

@@ -22,9 +22,10 @@ from ovtq import io
 from ovtq.attend import Columns, Plan
 from ovtq.convert import main
 from ovtq.errors import VerificationFailed
+from ovtq.extent import Scope, cut, scope
 from ovtq.passes import DecoupleLength, RotateHeads, TruncateWindow
 from ovtq.rotation import randomized_hadamard
-from ovtq.verify import TOLERANCE, Call, Played, Scope, calls_for, compare, cut, schedule, scope, undecided, verify
+from ovtq.verify import TOLERANCE, Call, Played, calls_for, compare, schedule, undecided, verify
 
 
 def _not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +220,7 @@ def test_packed_windows_of_the_first_layers_alone(layers: int, packed: int, tmp_
     found = json.loads((tmp_path / "out" / io.RECORD).read_text())["verified"]["packed"]
     assert found["layers"] == packed
     assert 0 < found["relative"] <= TOLERANCE
-    model = cut(io.load(tmp_path / "out"), scope(load(TINY["5.5"])[1], layers).end)
+    model = cut(io.load(tmp_path / "out"), scope(load(TINY["5.5"])[1], layers))
     kinds = [node.get_type_name() for node in model.get_ops()]
     assert (kinds.count("TopK"), kinds.count("Assign")) == (layers - 1, 2 + 2 * (layers // 2))
 
@@ -282,7 +283,7 @@ def test_a_cut_model_holds_no_later_layers(layers: int, tiny: Path, convert: Cal
     converted = convert(tiny, "--preset", "exact")
     extent = scope(load(tiny)[1], layers)
     for folder in (tiny, converted):
-        kinds = [node.get_type_name() for node in cut(io.load(folder), extent.end).get_ops()]
+        kinds = [node.get_type_name() for node in cut(io.load(folder), extent).get_ops()]
         assert kinds.count("TopK") == layers - 1  # one router a layer, behind its attention
         assert kinds.count("Assign") == (2 * layers if folder == tiny else 1 + 2 * (layers // 2))
     xml = "openvino_model.xml"

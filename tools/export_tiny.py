@@ -28,8 +28,8 @@ CONFIG = dict(
 )  # fmt: skip
 
 
-def export(config: dict[str, Any], out: Path) -> None:
-    """Write the IR of a model of these sizes to `out`, without a tokenizer."""
+def export(config: dict[str, Any], out: Path, dtype: str = "float32", ov_config: Any = None) -> None:
+    """Write the IR of a model of these sizes to `out`, without a tokenizer, from a checkpoint of type `dtype`."""
     torch.manual_seed(0)
     model = GptOssForCausalLM(GptOssConfig(**config)).float()
     draw = torch.Generator().manual_seed(1)
@@ -41,9 +41,14 @@ def export(config: dict[str, Any], out: Path) -> None:
             fan_in = parameter.shape[-2] if "experts" in name else parameter.shape[-1]
             parameter.copy_(noise * (scale[kind] if kind else fan_in**-0.5) + (1.0 if kind == "norm" else 0.0))
     with tempfile.TemporaryDirectory() as checkpoint:
-        model.save_pretrained(checkpoint)
+        model.to(getattr(torch, dtype)).save_pretrained(checkpoint)
         main_export(
-            checkpoint, out, task="text-generation-with-past", stateful=True, ov_config=None, convert_tokenizer=False
+            checkpoint,
+            out,
+            task="text-generation-with-past",
+            stateful=True,
+            ov_config=ov_config,
+            convert_tokenizer=False,
         )
     for extra in out.glob("*tokenizer*"):
         shutil.rmtree(extra) if extra.is_dir() else extra.unlink()

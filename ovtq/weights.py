@@ -1,0 +1,217 @@
+"""Writing the IR of a rewritten model without reading its weights: the .bin is cloned whole, and what is new appended.
+
+An IR has one .bin, and passes add constants to it. So it can't be a link to the original's, which must not change.
+Where the file system shares blocks (btrfs, XFS: FICLONE), a clone costs nothing; elsewhere it is a copy, past the page
+cache if the file system allows. `ov.save_model` would read and hash every weight instead, with all of them in memory.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+import shutil
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import openvino as ov
+from openvino import Node
+from openvino import opset15 as op
+
+STAND_IN = 4096  # bytes; shorter constants are appended, as if they were new
+ALIGNED = 4096  # where what is appended starts
+BLOCK = 1 << 24  # bytes copied at a time
+WORKERS = 4  # blocks in flight
+FICLONE = 0x40049409  # linux/fs.h
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where a constant lies in the original's .bin: `size` bytes from `offset` on."""
+
+    offset: int
+    size: int
+    element_type: str
+    shape: str
+
+
+def write(model: ov.Model, xml: Path, source: Path) -> str:
+    """Write `model` to `xml` and the .bin beside it; `source` is the .bin from which it was read.
+
+    Returns how the weights came there: `reflink`, `copy`, or `written` if `source` is not mapped into memory. Raises
+    OSError or RuntimeError if they can't be written, or are not the model's once read back.
+    """
+    stood_in, kept = _with_stand_ins(model, _mapped(source))
+    if not kept:
+        ov.save_model(model, xml, compress_to_fp16=False)
+        return "written"
+    ov.save_model(stood_in, xml, compress_to_fp16=False)
+    weights = xml.with_suffix(".bin")
+    new = weights.read_bytes()
+    weights.unlink()
+    start = -(-source.stat().st_size // ALIGNED) * ALIGNED
+    how = clone(source, weights)
+    with weights.open("r+b") as file:
+        file.truncate(start)
+        file.seek(start)
+        file.write(new)
+    _point_at(xml, kept, start)
+    _check(model, xml, kept)
+    return how
+
+
+def _mapped(path: Path) -> list[tuple[int, int, int]]:
+    """Where a file is mapped in this process: first and last address, and the offset in the file of the first."""
+    status, found = path.stat(), []
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
+        span, _, offset, on, inode, *_ = line.split(maxsplit=5)
+        if on == device and int(inode) == status.st_ino:
+            first, last = (int(part, 16) for part in span.split("-"))
+            found.append((first, last, int(offset, 16)))
+    return found
+
+
+def _place(node: Node, spans: list[tuple[int, int, int]]) -> int | None:
+    """The offset of a constant's bytes in the mapped file; None if they lie elsewhere."""
+    address = node.data.ctypes.data
+    for first, last, offset in spans:
+        if first <= address and address + node.get_byte_size() <= last:
+            return address - first + offset
+    return None
+
+
+def _with_stand_ins(model: ov.Model, spans: list[tuple[int, int, int]]) -> tuple[ov.Model, dict[str, Kept]]:
+    """A copy of `model` with inputs in the place of constants that lie in the mapped file, and these by name.
+
+    What the writer does not see it does not read. A name that two nodes have stands for neither.
+    """
+    copy = model.clone()
+    names = [node.get_friendly_name() for node in copy.get_ops()]
+    once = {name for name in names if names.count(name) == 1} if len(set(names)) < len(names) else set(names)
+    inputs, kept = list(copy.get_parameters()), {}
+    for node in copy.get_ops():
+        if node.get_type_name() != "Constant" or node.get_byte_size() < STAND_IN:
+            continue
+        place, name = _place(node, spans), node.get_friendly_name()
+        if place is None or name not in once:
+            continue
+        stand_in = op.parameter(node.get_output_shape(0), node.get_element_type())
+        stand_in.set_friendly_name(name)
+        stand_in.output(0).set_names(node.output(0).get_names())
+        for target in list(node.output(0).get_target_inputs()):
+            target.replace_source_output(stand_in.output(0))
+        inputs.append(stand_in)
+        shape = ", ".join(map(str, node.get_output_shape(0)))
+        kept[name] = Kept(place, node.get_byte_size(), node.get_element_type().get_type_name(), shape)
+    fresh = ov.Model(copy.get_results(), copy.get_sinks(), inputs, copy.get_friendly_name())
+    for key, value in copy.get_rt_info().items():
+        fresh.set_rt_info(value, [key])
+    return fresh, kept
+
+
+def _point_at(xml: Path, kept: Mapping[str, Kept], start: int) -> None:
+    """Turn the stand-ins in an XML back into constants, and move the others to `start`, where they were appended."""
+    tree = ElementTree.parse(xml)
+    for layer in tree.getroot().find("layers"):
+        data = layer.find("data")
+        if layer.get("type") == "Parameter" and layer.get("name") in kept:
+            place = kept[layer.get("name")]
+            layer.set("type", "Const")
+            data.attrib.clear()
+            data.set("element_type", place.element_type)
+            data.set("shape", place.shape)
+            data.set("offset", str(place.offset))
+            data.set("size", str(place.size))
+    names = {id(layer.find("data")) for layer in tree.iter("layer") if layer.get("name") in kept}
+    for layer in tree.iter("layer"):  # at any depth: a branch has constants of its own
+        data = layer.find("data")
+        if layer.get("type") == "Const" and id(data) not in names:
+            data.set("offset", str(int(data.get("offset")) + start))
+    tree.write(xml, encoding="utf-8", xml_declaration=True)
+
+
+def _check(model: ov.Model, xml: Path, kept: Mapping[str, Kept]) -> None:
+    """Raise RuntimeError if the constants of the written file are not those of `model`; weights by their place."""
+    written = ov.Core().read_model(xml)
+    spans = _mapped(xml.with_suffix(".bin"))
+    inputs = [[port.get_any_name() for port in some.inputs] for some in (model, written)]
+    found = {node.get_friendly_name(): node for node in written.get_ops() if node.get_type_name() == "Constant"}
+    if inputs[0] != inputs[1] or len(model.get_ops()) != len(written.get_ops()):
+        raise RuntimeError("the written model has other inputs or nodes than the one in memory")
+    for node in model.get_ops():
+        if node.get_type_name() != "Constant":
+            continue
+        name = node.get_friendly_name()
+        other = found.get(name)
+        same = other is not None and node.get_element_type() == other.get_element_type()
+        if same and name in kept:
+            same = _place(other, spans) == kept[name].offset and other.get_byte_size() == kept[name].size
+        elif same:
+            same = node.data.tobytes() == other.data.tobytes()
+        if not same or node.get_output_shape(0) != other.get_output_shape(0):
+            raise RuntimeError(f"the constant {name} of the written model is not that of the one in memory")
+
+
+def clone(source: Path, target: Path) -> str:
+    """Make `target` a file with the bytes of `source` and blocks of its own: `reflink` if shared until written."""
+    with source.open("rb") as read, target.open("xb") as made:
+        try:
+            fcntl.ioctl(made, FICLONE, read.fileno())
+            return "reflink"
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS):
+                raise
+    _copy(source, target)
+    return "copy"
+
+
+def can_reflink(source: Path, folder: Path) -> bool:
+    """Whether a clone of `source` in `folder` takes no room; tried with a file that is removed at once."""
+    with source.open("rb") as read, tempfile.TemporaryFile(dir=folder) as made:
+        try:
+            fcntl.ioctl(made, FICLONE, read.fileno())
+        except OSError:
+            return False
+    return True
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy past the page cache, which would have to find room for every page; through it where that is refused."""
+    size = source.stat().st_size
+    try:
+        read, made = os.open(source, os.O_RDONLY | os.O_DIRECT), os.open(target, os.O_WRONLY | os.O_DIRECT)
+    except OSError:
+        shutil.copyfile(source, target)
+        return
+    whole = size // ALIGNED * ALIGNED
+    try:
+        with ThreadPoolExecutor(WORKERS) as pool:
+            list(
+                pool.map(
+                    lambda start: _copy_block(read, made, start, min(BLOCK, whole - start)), range(0, whole, BLOCK)
+                )
+            )
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        shutil.copyfile(source, target)
+        return
+    finally:
+        os.close(read)
+        os.close(made)
+    with source.open("rb") as rest, target.open("r+b") as end:
+        rest.seek(whole)
+        end.seek(whole)
+        end.write(rest.read())
+
+
+def _copy_block(read: int, made: int, start: int, size: int) -> None:
+    with mmap.mmap(-1, size) as buffer:  # at the start of a page, as direct reads and writes demand
+        if os.preadv(read, [buffer], start) != size or os.pwrite(made, buffer, start) != size:
+            raise OSError(errno.EIO, "a block was cut off", "the weights")

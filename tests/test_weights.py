@@ -1,0 +1,167 @@
+"""The weights file of a result: the original's bytes, then what is new; and the original never touched."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+from conftest import MINI, TINY, load
+
+from ovtq import io, pipeline, weights
+from ovtq.convert import main
+from ovtq.runner import EXACT_PROPERTIES, Runner
+
+
+def _constants(model: ov.Model) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    return {
+        node.get_friendly_name(): (
+            node.get_element_type().get_type_name(),
+            tuple(node.get_output_shape(0)),
+            hashlib.sha256(node.data.tobytes()).hexdigest(),
+        )
+        for node in model.get_ops()
+        if node.get_type_name() == "Constant"
+    }
+
+
+@pytest.mark.parametrize("preset", ["exact", "k6v4", "u8"])
+def test_the_file_is_what_openvino_would_write(preset: str, tmp_path: Path) -> None:
+    """Every constant has the bytes, type and shape that `ov.save_model` gives it; results are equal to the bit."""
+    results = []
+    for way in ("ours", "theirs"):
+        model, description = load(TINY["5.5"])
+        model, *_ = pipeline.run(model, description, pipeline.PRESETS[preset].on("cpu"))
+        (tmp_path / way).mkdir()
+        xml = tmp_path / way / "openvino_model.xml"
+        if way == "ours":
+            assert weights.write(model, xml, TINY["5.5"] / "openvino_model.bin") in ("copy", "reflink")
+        else:
+            ov.save_model(model, xml, compress_to_fp16=False)
+        read = ov.Core().read_model(xml)
+        runner = Runner(xml, "CPU", EXACT_PROPERTIES)
+        ids = np.random.RandomState(0).randint(0, runner.vocabulary, (1, 70)).astype(np.int64)
+        logits = [runner.step(ids), runner.step(ids[:, :1])]
+        results.append((_constants(read), [port.get_any_name() for port in read.inputs], len(read.get_ops()), logits))
+    ours, theirs = results
+    assert ours[:3] == theirs[:3]
+    for one, two in zip(ours[3], theirs[3], strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+def test_the_original_comes_first_and_is_not_touched(convert: Callable[..., Path]) -> None:
+    before = (MINI / "openvino_model.bin").read_bytes()
+    out = convert(MINI, "--preset", "exact")
+    after = (out / "openvino_model.bin").read_bytes()
+    assert after[: len(before)] == before
+    assert len(after) < len(before) + 500_000
+    assert (MINI / "openvino_model.bin").read_bytes() == before
+    assert (out / "openvino_model.bin").stat().st_ino != (MINI / "openvino_model.bin").stat().st_ino
+    tree = ElementTree.parse(out / "openvino_model.xml")
+    kept = [data for data in tree.iter("data") if int(data.get("offset", len(before))) < len(before)]
+    assert sum(int(data.get("size")) for data in kept) > 0.98 * len(before)
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, weights.BLOCK, 2 * weights.BLOCK + 4097])
+def test_a_clone_is_equal(size: int, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(np.random.RandomState(size % 97).bytes(size))
+    assert weights.clone(tmp_path / "a", tmp_path / "b") in ("copy", "reflink")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with (tmp_path / "b").open("r+b") as file:
+        file.write(b"x")
+    assert (tmp_path / "a").read_bytes()[:1] == np.random.RandomState(size % 97).bytes(size)[:1]
+
+
+def test_direct_writes_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(range(256)) * 100)
+    real = os.open
+
+    def refuses(path: Path, flags: int, *rest: int) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "no direct access")
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", refuses)
+    assert weights.clone(tmp_path / "a", tmp_path / "b") == "copy"
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_shared_blocks_need_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The call that shares blocks is stood in for by one that copies: file systems that have it are not everywhere."""
+
+    def shares(made: object, request: int, read: int) -> None:
+        assert request == weights.FICLONE
+        os.lseek(read, 0, os.SEEK_SET)
+        while block := os.read(read, 1 << 20):
+            os.write(made.fileno(), block)
+
+    assert weights.can_reflink(MINI / "openvino_model.bin", tmp_path) in (True, False)
+    real = fcntl.ioctl
+    monkeypatch.setattr(fcntl, "ioctl", lambda *a: shares(*a) if a[1] == weights.FICLONE else real(*a))
+    assert weights.can_reflink(MINI / "openvino_model.bin", tmp_path)
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--preset", "exact"]) == 0
+    assert '"weights": "reflink"' in (tmp_path / "out" / io.RECORD).read_text()
+
+
+@pytest.mark.parametrize("harm", ["moved", "changed"])
+def test_a_wrong_place_is_noticed(
+    harm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Without verification, too: it would run four layers of a big model, and this is said of all."""
+    real = weights._point_at
+
+    def wrong(xml: Path, kept: dict[str, weights.Kept], start: int) -> None:
+        real(xml, kept, start)
+        tree = ElementTree.parse(xml)
+        consts = [layer.find("data") for layer in tree.iter("layer") if layer.get("type") == "Const"]
+        some = [data for data in consts if (int(data.get("offset")) < start) == (harm == "moved")]
+        last = max(some, key=lambda data: int(data.get("size")))
+        last.set("offset", str(int(last.get("offset")) - 8))
+        tree.write(xml)
+
+    monkeypatch.setattr(weights, "_point_at", wrong)
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--preset", "exact", "--no-verify"]) == 2
+    assert "is not that of the one in memory" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu"])
+def test_without_experts_every_attention_is_run(target: str, convert: Callable[..., Path], tmp_path: Path) -> None:
+    """As a model over 2 GiB is verified: no router, no expert, a state a layer; and a wrong layer is noticed."""
+    from ovtq.extent import cut, scope
+    from ovtq.verify import TOLERANCE, verify
+
+    model, description = load(TINY["5.5"])  # the nodes behind the last layer live as long as their model does
+    assert model.get_variables()
+    extent = scope(description, None, experts=False)
+    assert (extent.layers, len(extent.joins)) == (4, 3)
+    out = convert(TINY["5.5"], "--preset", "exact", "--target", target)
+    for folder in (TINY["5.5"], out):
+        kinds = [node.get_type_name() for node in cut(io.load(folder), extent).get_ops()]
+        assert (kinds.count("TopK"), kinds.count("ScaledDotProductAttention")) == (0, 4 if folder != out else 2)
+    xml = "openvino_model.xml"
+    found = verify(TINY["5.5"] / xml, out / xml, description.layers, "CPU", 0, extent)
+    assert found.relative <= TOLERANCE
+    assert found.skipped == 0
+
+
+def test_a_long_embedding_is_shortened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import ovtq.convert
+    import ovtq.extent
+
+    monkeypatch.setattr(ovtq.convert, "BIG", 1000)
+    monkeypatch.setattr(ovtq.extent, "ROWS", 100)
+    model = io.load(MINI)
+    assert ovtq.extent.shortened(model, 8192) == 100
+    tables = [tuple(n.get_output_shape(0)) for n in model.get_ops() if n.get_type_name() == "Constant"]
+    assert (100, 384) in tables
+    assert main([str(MINI), str(tmp_path / "out"), "--preset", "k6v4", "--target", "cpu"]) == 0
+    record = (tmp_path / "out" / io.RECORD).read_text()
+    assert '"experts": false' in record
