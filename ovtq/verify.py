@@ -56,9 +56,9 @@ class PackedCheck:
         taps = [ov.opset15.result(nodes[name].output(index)) for some in self.names for name, index in some]
         return ov.Model([*model.get_results(), *taps], model.get_sinks(), model.get_parameters())
 
-    def older(self, past: int) -> int:
-        """How many of `past` tokens are read as codes."""
-        return max((layer.packed.older(past) for layer in self.layers if layer.packed), default=0)
+    def lossy(self, past: int) -> bool:
+        """Whether a call after `past` tokens reads codes, or misses tokens that were pruned."""
+        return any(layer.packed.lossy(past) for layer in self.layers if layer.packed)
 
     def reset(self) -> None:
         """Forget everything but the largest difference."""
@@ -75,6 +75,7 @@ class PackedCheck:
                 np.array(request.get_output_tensor(1 + 4 * number + k).data, np.float64) for k in range(4)
             )
             stored = functools.partial(_as_stored, states, past, layer)
+            layer.packed.found(states)
             expected = layer.packed.step(query, keys, values, mask, beams, stored)
             got, expected = (np.moveaxis(x, 1, 2)[visible] for x in (got, expected))
             error = np.abs(got - expected).max(initial=0) / np.abs(expected).max(initial=np.finfo(np.float32).tiny)
@@ -102,13 +103,17 @@ def _as_stored(
     # a state that grows holds the first tokens, one of fixed length the last, behind rows that are not tokens yet
     end = past if layer.window else bytes_.shape[2]
     count = min(end, bytes_.shape[2])
-    span, rows = slice(end - count, end), slice(bytes_.shape[2] - count, None)
-    tie = codec.near_tie(y[:, :, span], CODE_TIE)
-    codes[:, :, span][tie] = unpack(bytes_[:, :, rows], codec.bits)[tie]
+    rows = slice(bytes_.shape[2] - count, None)
+    span = (end - count + packed.columns(states, count))[..., None]  # which token a row is
+    some, some_scales = (np.take_along_axis(tensor, span, 2) for tensor in (codes, scale))
+    tie = codec.near_tie(np.take_along_axis(y, span, 2), CODE_TIE)
+    some[tie] = unpack(bytes_[:, :, rows], codec.bits)[tie]
     tied = tie.any(-1)
-    scale[:, :, span][tied] = scales[:, :, rows][tied]
+    some_scales[tied] = scales[:, :, rows][tied]
     if packed.whole:
-        scale[:, :, span] = whole_scale(scale[:, :, span], scales[:, :, rows])
+        some_scales = whole_scale(some_scales, scales[:, :, rows])
+    for tensor, part in ((codes, some), (scale, some_scales)):
+        np.put_along_axis(tensor, span, part, 2)
     return packed.restored(codec, codes, scale)
 
 
@@ -367,11 +372,11 @@ def _verify(
 
 
 def _reads_codes(calls: Sequence[Call], check: PackedCheck) -> list[bool]:
-    """For each call, whether a token old enough to be quantised is read in it."""
+    """For each call, whether it reads a token that was quantised, or misses one that was pruned."""
     past, found = 0, []
     for call in calls:
         past = 0 if call.reset else past
-        found.append(check.older(past) > 0)
+        found.append(check.lossy(past))
         past += call.tokens
     return found
 
