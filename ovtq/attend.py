@@ -111,7 +111,7 @@ class Held:
 
     def assign(self, rows: Node | Output | None = None) -> Node:
         """The Assign of all it now holds, or, with `rows` (batch, heads, ·), of these rows of each head."""
-        kept = self.appended if rows is None else op.gather(self.appended, rows, i64(2), 2)
+        kept = self.appended.get_node() if rows is None else op.gather(self.appended, rows, i64(2), 2)
         return op.assign(kept, self.variable)
 
 

@@ -21,6 +21,7 @@ from ovtq.passes import (
     CachePrecision,
     DecoupleLength,
     Pass,
+    PruneKv,
     QuantizeKv,
     RotateHeads,
     SimplifyMask,
@@ -123,6 +124,30 @@ PRESETS: dict[str, Preset] = {
 def for_target(passes: Sequence[Pass], target: str) -> tuple[Pass, ...]:
     """`passes`, those that make another graph for each plugin set to `target`."""
     return tuple(dataclasses.replace(item, target=target) if hasattr(item, "target") else item for item in passes)
+
+
+def with_pruning(passes: Sequence[Pass], target: str) -> tuple[Pass, ...]:
+    """`passes` with prune-kv in place of quantize-kv, whose options it takes over, or else before any rotation.
+
+    Full layers that it prunes are no longer cached by the runtime: what rotates them is left to the others. Raises
+    InputError for a list in which it has no place.
+    """
+    if any(isinstance(item, SinkRow | CachePrecision | PruneKv) for item in passes):
+        raise InputError("--budget goes with the presets exact, k8v4, k6v4 and k4v4; others keep their caches otherwise")
+    if not any(isinstance(item, DecoupleLength) for item in passes):
+        raise InputError("--budget needs the pass decouple-length; take the preset exact, k8v4, k6v4 or k4v4")
+    done: list[Pass] = []
+    for item in passes:
+        if isinstance(item, QuantizeKv):
+            done.append(PruneKv(**dataclasses.asdict(item)))
+        elif isinstance(item, RotateHeads) and item.layers != "left":
+            done.append(dataclasses.replace(item, layers="left"))
+        else:
+            done.append(item)
+    if not any(isinstance(item, PruneKv) for item in done):
+        place = next((i for i, item in enumerate(done) if isinstance(item, RotateHeads)), len(done))
+        done.insert(place, PruneKv(target=target))
+    return tuple(done)
 
 
 @dataclass(frozen=True)
