@@ -16,12 +16,25 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.attend import ALL, Columns, Held
-from ovtq.graph import MASKED, body, dim, f32, i64, new_variable, scalar
+from ovtq.graph import MASKED, body, dim, f32, i32, i64, new_variable, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.pruning import DROPPED, EMPTY, FIRST, PADDED, POSITION, PRUNED, SCORE, SHOWN, TABLE, Pruning
+from ovtq.pruning import (
+    DROPPED,
+    EMPTY,
+    FIRST,
+    FRACTION,
+    LARGEST,
+    PADDED,
+    POSITION,
+    PRUNED,
+    SCORE,
+    SHOWN,
+    TABLE,
+    Pruning,
+)
 from ovtq.ring import State
 
-TURNS = 48  # halvings of −65504 … 65504: what is left is 5e-10 wide
+TURNS = 34  # halvings of −2³⁰ … 2³⁰ to 1, and some: a CPU divides whole numbers as f32
 KEY_SUM = "ovtq.key_sum"
 
 
@@ -49,12 +62,12 @@ class Survivors:
         self.count, self.kv_heads = len(layers), layers[0].kv_heads
         self.heads = self.count * self.kv_heads
         kept = op.add(i64(range(rows)), columns.new)
-        start = np.full(1, EMPTY, np.float32)
+        start = np.full(1, EMPTY, np.int32)
         self.recent = State(description, f"{SCORE}.recent", [self.heads, rows, 1], start, kept)
         self.states: list[Node] = []  # Assigns of what the score itself remembers
         self.arrived = self._arriving()
         leaving = op.slice(op.concat([self.recent.past, self.arrived], 2), *span, i64([1]), i64([2]))
-        self.scores = Held(description, SCORE, leaving, self.heads, 1, ov.Type.f32)
+        self.scores = Held(description, SCORE, leaving, self.heads, 1, ov.Type.i32)
         self.stay = op.minimum(older, i64([pruning.room])) if self.evicts else older
         self.masks = self._masks()
 
@@ -77,20 +90,24 @@ class Survivors:
             op.convert(op.slice(columns.shown, *ends, i64([1]), i64([1])), "i32")
             for ends in ((i64([0]), columns.past), (columns.past, i64([ALL])))
         )
-        shown = op.minimum(new, op.constant(np.int32(1)))
+        shown = op.minimum(new, i32(1))
         self.shown = op.unsqueeze(op.unsqueeze(shown, i64([1])), i64([3]))  # (batch, 1, new, 1) i32
-        score = self._raw()
+        score = self._raw()  # f32
         if pruning.shared and self.kv_heads > 1:
             shape = i64([0, self.count, self.kv_heads, -1])
             mean = op.reduce_mean(op.reshape(score, shape, True), i64([2]), True)
             mean = op.multiply(mean, f32(np.ones((1, 1, self.kv_heads, 1))))
             score = op.unsqueeze(op.reshape(mean, i64([0, self.heads, -1]), True), i64([3]))
+        # A whole number, which no inference precision rounds; the integer part apart, to be finite in f16.
+        whole = op.clamp(op.floor(score), -LARGEST, LARGEST)
+        part = op.convert(op.multiply(op.subtract(score, whole), f32(FRACTION)), "i32")
+        score = op.add(op.multiply(op.convert(whole, "i32"), i32(FRACTION)), part)
         if pruning.prefix:
-            ahead = op.reduce_sum(op.minimum(before, op.constant(np.int32(1))), i64([1]), True)
+            ahead = op.reduce_sum(op.minimum(before, i32(1)), i64([1]), True)
             rank = op.add(op.cum_sum(shown, i64(1)), ahead)
             rank = op.unsqueeze(op.unsqueeze(rank, i64([1])), i64([3]))
-            score = op.select(op.less_equal(rank, op.constant(np.int32(pruning.prefix))), f32(FIRST), score)
-        return op.select(op.equal(self.shown, op.constant(np.int32(0))), f32(PADDED), score)
+            score = op.select(op.less_equal(rank, i32(pruning.prefix)), i32(FIRST), score)
+        return op.select(op.equal(self.shown, i32(0)), i32(PADDED), score)
 
     def _raw(self) -> Node:
         score = self.pruning.score
@@ -126,12 +143,13 @@ class Survivors:
 
     def _masks(self) -> list[list[Output]]:
         scores = op.reshape(self.scores.past, i64([0, 0, 1, -1]), True)  # (batch, heads, 1, rows)
-        if self.pruning.mode != "zero":
-            found = [op.select(op.greater(scores, f32(SHOWN)), f32(0), f32(MASKED))]
-        else:  # what is pruned is not masked, only padding is
-            dropped = op.less(scores, f32((DROPPED + PADDED) / 2))
-            hidden = op.logical_and(op.less(scores, f32(SHOWN)), op.logical_not(dropped))
-            found = [op.select(hidden, f32(MASKED), f32(0)), op.select(dropped, f32(0), f32(1))]
+        hidden = op.less_equal(scores, i32(SHOWN))
+        if self.pruning.mode == "zero":  # what is pruned is not masked, only padding is
+            dropped = op.equal(scores, i32(DROPPED))
+            hidden = op.logical_and(hidden, op.logical_not(dropped))
+        found = [op.select(hidden, f32(MASKED), f32(0))]
+        if self.pruning.mode == "zero":
+            found.append(op.select(dropped, f32(0), f32(1)))
         split = [op.split(x, i64(1), self.count).outputs() for x in found]
         return [list(some) for some in zip(*split, strict=True)]
 
@@ -143,26 +161,32 @@ class Survivors:
         full = op.greater(rows, i64([room]))
         overfull = op.logical_and(full, op.greater(self.later, self.older))
         best = _best(scores, room, overfull)
-        alive = op.greater(scores, f32(SHOWN))
+        alive = op.greater(scores, i32(SHOWN))
         gone = op.logical_and(alive, op.logical_not(best))
         count = op.squeeze(op.reduce_sum(op.convert(gone, "i32"), i64([2]), True), i64([3]))
         variable = new_variable(PRUNED, [-1, heads, 1], ov.Type.i32)
         shape = op.concat([self.columns.batch, i64([heads, 1])], 0)
-        zero = op.broadcast(op.constant(np.int32(0)), shape)
+        zero = op.broadcast(i32(0), shape)
         past = op.gather(op.read_value(zero, variable), description.beam_idx, i64(0))
         assigns = [*self.states, op.assign(op.add(past, count), variable), self.recent.store(self.arrived)]
         if not self.evicts:
-            dropped = op.select(gone, f32(DROPPED), scores)
+            dropped = op.select(gone, i32(DROPPED), scores)
             return [None] * self.count, [*assigns, op.assign(dropped, self.scores.variable)]
         numbers = op.convert(op.range(scalar(self.older), scalar(self.later), i64(1), "i64"), "i32")
         shape = op.concat([self.columns.batch, i64([heads]), op.subtract(self.later, self.older), i64([1])], 0)
         numbers = op.broadcast(op.unsqueeze(op.unsqueeze(numbers, i64([0])), i64([2])), shape)
         positions = Held(description, POSITION, numbers, heads, 1, ov.Type.i32)
-        reached = op.cum_sum(op.squeeze(op.convert(best, "i32"), i64([3])), i64(2))
-        stay = scalar(op.minimum(rows, i64([room])))
-        wanted = op.range(i64(1), op.add(stay, i64(1)), i64(1), "i32")
-        shape = op.concat([self.columns.batch, i64([heads]), op.unsqueeze(stay, i64([0]))], 0)
-        index = op.search_sorted(reached, op.broadcast(wanted, shape), False, "i32")  # (batch, heads, stay)
+        # the n-th row that stays is written to place n, all others to one behind the last
+        stay = op.minimum(rows, i64([room]))
+        best = op.squeeze(op.convert(best, "i32"), i64([3]))
+        behind = op.convert(stay, "i32")
+        place = op.select(op.equal(best, i32(0)), behind, op.subtract(op.cum_sum(best, i64(2)), i32(1)))
+        batch_heads = op.concat([self.columns.batch, i64([heads])], 0)
+        places = op.broadcast(i32(0), op.concat([batch_heads, op.add(stay, i64([1]))], 0))
+        every = op.range(i64(0), scalar(rows), i64(1), "i32")
+        every = op.broadcast(every, op.concat([batch_heads, rows], 0))
+        index = op.scatter_elements_update(places, place, every, i64(2))
+        index = op.slice(index, i64([0]), stay, i64([1]), i64([2]))  # (batch, heads, stay)
         assigns += [self.scores.assign(index), positions.assign(index)]
         return list(op.split(index, i64(1), self.count).outputs()), assigns
 
@@ -170,15 +194,15 @@ class Survivors:
 def _best(scores: Output, room: int, overfull: Node) -> Node:
     """Which of (batch, heads, rows, 1) are the `room` of highest score, the first of equal ones; all, if not overfull."""
     batch_heads = op.concat([dim(scores, 0), dim(scores, 1), i64([1, 1])], 0)
-    low, high = (op.broadcast(f32(edge), batch_heads) for edge in (EMPTY, -EMPTY))
+    low, high = (op.broadcast(i32(edge), batch_heads) for edge in (EMPTY, -EMPTY - 1))
     turns = scalar(op.select(overfull, i64([TURNS]), i64([1])))  # none at all leaves a CPU's Loop without a result
     turn = op.parameter([], np.int64)
     shape = low.output(0).get_partial_shape()
-    inner = [op.parameter(scores.get_partial_shape(), np.float32), *(op.parameter(shape, np.float32) for _ in range(2))]
+    inner = [op.parameter(x, np.int32) for x in (scores.get_partial_shape(), shape, shape)]
     some, down, up = inner
-    middle = op.multiply(op.add(down, up), f32(0.5))
-    reach = op.reduce_sum(op.convert(op.greater_equal(some, middle), "f32"), i64([2]), True)
-    enough = op.greater_equal(reach, f32(room))
+    middle = op.add(down, op.divide(op.subtract(up, down), i32(2)))
+    reach = op.reduce_sum(op.convert(op.greater_equal(some, middle), "i32"), i64([2]), True)
+    enough = op.greater_equal(reach, i32(room))
     results = [
         op.result(op.constant(np.array(True))),
         op.result(op.select(enough, middle, down)),
@@ -193,7 +217,7 @@ def _best(scores: Output, room: int, overfull: Node) -> Node:
     down, up = (loop.get_iter_value(result.output(0), -1) for result in results[1:])
     above = op.greater_equal(scores, up)  # fewer than room
     tied = op.logical_and(op.greater_equal(scores, down), op.logical_not(above))
-    left = op.subtract(f32(room), op.reduce_sum(op.convert(above, "f32"), i64([2]), True))
-    first = op.less_equal(op.cum_sum(op.convert(tied, "f32"), i64(2)), left)
+    left = op.subtract(i32(room), op.reduce_sum(op.convert(above, "i32"), i64([2]), True))
+    first = op.less_equal(op.cum_sum(op.convert(tied, "i32"), i64(2)), left)
     best = op.logical_or(above, op.logical_and(tied, first))
     return op.logical_or(best, op.logical_not(op.reshape(overfull, i64([1, 1, 1, 1]), False)))

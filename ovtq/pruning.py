@@ -13,9 +13,12 @@ from ovtq.packed_attention import PackedAttention
 
 SCORES = ("norm-high", "norm-low", "keydiff", "value-norm", "random", "triattention")
 MODES = ("evict", "mask", "zero")
-# What stands in place of a score: all are finite in f16, and every score lies between the last two.
-EMPTY, DROPPED, PADDED, FIRST = -65504.0, -63000.0, -60000.0, 60000.0
-SHOWN = -50000.0  # a token that may be attended to has a higher score
+# A score is kept as ⌊FRACTION·score⌋, so that no inference precision changes which of two is larger; beyond ±LARGEST
+# all are alike. What stands in place of one:
+FRACTION, LARGEST = 2**14, 16000
+EMPTY, DROPPED, PADDED, FIRST = -(2**30), -(3 * 2**28), -(2**29), 2**29
+SHOWN = -(2**28)  # a token that may be attended to has a higher score
+TIE = 64 * float(np.finfo(np.float32).eps)
 TABLE = 4093  # random scores of a head before they repeat; a prime
 SCORE, POSITION, PRUNED = "ovtq.score", "ovtq.position", "ovtq.pruned"  # states that all layers share
 
@@ -54,7 +57,10 @@ class Pruning:
         return np.random.RandomState([self.seed, layer]).rand(kv_heads, TABLE).astype(np.float32)
 
     def scores(self, layer: int, keys: np.ndarray, values: np.ndarray, shown: np.ndarray) -> np.ndarray:
-        """Scores (batch, kv_heads, tokens) of all tokens; keys, after RoPE, and values (batch, kv_heads, tokens, d)."""
+        """FRACTION·score, (batch, kv_heads, tokens), of all tokens, not rounded yet.
+
+        keys, after RoPE, and values (batch, kv_heads, tokens, d).
+        """
         real = shown != 0
         if self.score == "norm-high":
             found = np.linalg.norm(keys, axis=-1)
@@ -73,6 +79,7 @@ class Pruning:
         if self.shared:
             found = np.broadcast_to(found.mean(1, keepdims=True), found.shape)
         first = real & (np.cumsum(real, 1) <= self.prefix)
+        found = np.clip(found, -LARGEST, LARGEST) * FRACTION
         return np.where(real[:, None], np.where(first[:, None], FIRST, found), PADDED)
 
 
@@ -127,12 +134,12 @@ class PrunedAttention(PackedAttention):
         keys = (self.tokens[0] + self.centre) / self.scale
         count = self.older(past)
         scores = self.pruning.scores(self.layer, keys, self.tokens[1], shown)[:, :, :count]
-        chosen = best(scores, self.pruning.room)
+        chosen = best(np.floor(scores), self.pruning.room)
         graph = self._chosen_by_graph(scores.shape)
         if graph is not None and count > self.pruning.room:
-            # where two scores are a rounding apart, either may stay
+            # where two scores are a rounding apart, either may stay: the graph's choice is taken
             edge = np.sort(scores, -1)[..., -self.pruning.room, None]
-            tie = np.abs(scores - edge) <= TIE * np.maximum(np.abs(edge), 1)
+            tie = np.abs(scores - edge) <= 1 + TIE * np.abs(edge)
             chosen = np.where(tie & (scores > SHOWN) & (scores < FIRST), graph, chosen)
         own = np.ones((*chosen.shape[:2], keys.shape[2] - count), bool)
         return np.concatenate([chosen, own], 2)
@@ -157,7 +164,6 @@ class PrunedAttention(PackedAttention):
         return keys, values, alive[:, :, None]
 
 
-TIE = 256 * float(np.finfo(np.float32).eps)
 
 
 def pruned(request: ov.InferRequest) -> dict[str, np.ndarray]:

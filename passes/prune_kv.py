@@ -111,8 +111,8 @@ class PruneKv(QuantizeKv):
         heads = len(layers) * layers[0].kv_heads
         rows = self.window + self.slack
         expected = {
-            SCORE: ("f32", [-1, heads, -1, 1]),
-            f"{SCORE}.recent": ("f32", [-1, heads, rows, 1]),
+            SCORE: ("i32", [-1, heads, -1, 1]),
+            f"{SCORE}.recent": ("i32", [-1, heads, rows, 1]),
             PRUNED: ("i32", [-1, heads, 1]),
         }
         if self.mode == "evict":
