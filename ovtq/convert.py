@@ -270,9 +270,12 @@ def _write(
 def _packed_line(found: dict[str, Any]) -> str:
     packed = found["packed"]
     line = (
-        f"that is where no token read was quantised; elsewhere each of {packed['layers']} packed layers is within "
+        f"that is where no token read was quantised{' and none pruned' if packed['pruned'] else ''}; elsewhere each of "
+        f"{packed['layers']} {'pruned' if packed['pruned'] else 'packed'} layers is within "
         f"{packed['relative']:.2g} of the same attention in numpy"
     )
+    if packed["pruned"]:
+        line += f" (up to {packed['pruned']:,} tokens pruned, as the model itself counts)"
     if packed["kld"] is None:
         return line
     return (

@@ -133,7 +133,9 @@ def with_pruning(passes: Sequence[Pass], target: str) -> tuple[Pass, ...]:
     InputError for a list in which it has no place.
     """
     if any(isinstance(item, SinkRow | CachePrecision | PruneKv) for item in passes):
-        raise InputError("--budget goes with the presets exact, k8v4, k6v4 and k4v4; others keep their caches otherwise")
+        raise InputError(
+            "--budget goes with the presets exact, k8v4, k6v4 and k4v4; others keep their caches otherwise"
+        )
     if not any(isinstance(item, DecoupleLength) for item in passes):
         raise InputError("--budget needs the pass decouple-length; take the preset exact, k8v4, k6v4 or k4v4")
     done: list[Pass] = []
@@ -211,15 +213,7 @@ def with_settings(passes: Sequence[Pass], settings: Sequence[str]) -> tuple[Pass
                 f"{', '.join(item.name for item in passes)}"
             )
         changes.setdefault(name, {})[field] = value
-    return tuple(
-        dataclasses.replace(item, **_changed(item, changes[item.name])) if item.name in changes else item
-        for item in passes
-    )
-
-
-def _changed(item: Pass, texts: dict[str, str]) -> dict[str, Any]:
-    parsed = type(item).parse(texts)
-    return {name.replace("-", "_"): getattr(parsed, name.replace("-", "_")) for name in texts}
+    return tuple(item.changed(changes[item.name]) if item.name in changes else item for item in passes)
 
 
 def _setting(text: str) -> tuple[str, str]:

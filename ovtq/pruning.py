@@ -113,20 +113,31 @@ class PrunedAttention(PackedAttention):
     def lossy(self, past: int) -> bool:
         """Whether a call after `past` tokens differs from the original: it reads codes, or misses tokens."""
         packed = any(self.codecs) and self.older(past) > 0
-        return packed or self.older(past) > self.pruning.room
+        return packed or self.older(past) > self.room
 
     def columns(self, states: Mapping[str, np.ndarray], rows: int) -> np.ndarray:
         """Which token each row of the states is, (batch, kv_heads, rows)."""
         if self.pruning.mode == "evict":
-            return states[POSITION][:, self._heads, :, 0].astype(np.int64)
+            return states[POSITION][:, self.heads, :, 0].astype(np.int64)
         return super().columns(states, rows)
+
+    @property
+    def room(self) -> int:
+        """Tokens that stay besides the recent ones."""
+        return self.pruning.room
+
+    def due(self, shown: np.ndarray) -> np.ndarray:
+        """How many tokens must have been pruned of a text, (batch,); shown (batch, tokens)."""
+        real = (shown[:, : self.older(shown.shape[1])] != 0).sum(1)
+        return np.maximum(real - self.room, 0)
 
     def found(self, states: Mapping[str, np.ndarray]) -> None:
         """Where two scores are within rounding, the graph's choice is taken."""
         self.seen = states
 
     @property
-    def _heads(self) -> slice:
+    def heads(self) -> slice:
+        """Its KV heads in the states that all layers share."""
         return slice(self.first, self.first + len(self.centre[0]))
 
     def alive(self, past: int, shown: np.ndarray) -> np.ndarray:
@@ -134,11 +145,11 @@ class PrunedAttention(PackedAttention):
         keys = (self.tokens[0] + self.centre) / self.scale
         count = self.older(past)
         scores = self.pruning.scores(self.layer, keys, self.tokens[1], shown)[:, :, :count]
-        chosen = best(np.floor(scores), self.pruning.room)
+        chosen = best(np.floor(scores), self.room)
         graph = self._chosen_by_graph(scores.shape)
-        if graph is not None and count > self.pruning.room:
+        if graph is not None and count > self.room:
             # where two scores are a rounding apart, either may stay: the graph's choice is taken
-            edge = np.sort(scores, -1)[..., -self.pruning.room, None]
+            edge = np.sort(scores, -1)[..., -self.room, None]
             tie = np.abs(scores - edge) <= 1 + TIE * np.abs(edge)
             chosen = np.where(tie & (scores > SHOWN) & (scores < FIRST), graph, chosen)
         own = np.ones((*chosen.shape[:2], keys.shape[2] - count), bool)
@@ -151,7 +162,7 @@ class PrunedAttention(PackedAttention):
         if self.pruning.mode == "evict":
             np.put_along_axis(chosen, self.columns(self.seen, 0), True, axis=2)
         else:
-            chosen[:] = self.seen[SCORE][:, self._heads, :, 0] > DROPPED
+            chosen[:] = self.seen[SCORE][:, self.heads, :, 0] > DROPPED
         return chosen
 
     def forget(
@@ -164,11 +175,9 @@ class PrunedAttention(PackedAttention):
         return keys, values, alive[:, :, None]
 
 
-
-
 def pruned(request: ov.InferRequest) -> dict[str, np.ndarray]:
     """How many tokens a running model has pruned so far: {"pruned": (batch, KV heads of all full layers)}, or {}.
 
     Heads are in the order of the layers. Empty for a model without prune-kv.
     """
-    return {"pruned": np.array(s.state.data)[..., 0] for s in request.query_state() if s.name == PRUNED}
+    XX

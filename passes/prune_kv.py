@@ -51,7 +51,9 @@ class PruneKv(QuantizeKv):
     score: str = option("norm-low", "what tokens are kept for; norm-low: short keys", choices=SCORES)
     mode: str = option("evict", "what becomes of the others", choices=MODES)
     slack: int = option(127, "tokens over the budget that are waited for")
-    heads: str = option("each", "whether each KV head keeps tokens of its own, or all the same", choices=("each", "shared"))
+    heads: str = option(
+        "each", "whether each KV head keeps tokens of its own, or all the same", choices=("each", "shared")
+    )
     score_seed: int = option(0, "of random scores")
 
     def __post_init__(self) -> None:

@@ -21,7 +21,7 @@ LAYERS = [
     {"ovtq.cli"},
     {"ovtq.convert"},
     {"ovtq.pipeline", "ovtq.verify"},
-    {"ovtq.passes"},
+    {"ovtq.passes", "ovtq.packed_check"},
     {"ovtq.attend_blocks", "ovtq.attend_branches"},
     {"ovtq.prune"},
     {"ovtq.attend", "ovtq.ring"},
