@@ -68,6 +68,10 @@ class Survivors:
         self.arrived = self._arriving()
         leaving = op.slice(op.concat([self.recent.past, self.arrived], 2), *span, i64([1]), i64([2]))
         self.scores = Held(description, SCORE, leaving, self.heads, 1, ov.Type.i32)
+        if not self.evicts:
+            # After reset_state the CPU plugin goes on to read this one with its old rows: those that should be are cut
+            past = op.slice(self.scores.past, i64([0]), older, i64([1]), i64([2]))
+            self.scores.past, self.scores.appended = past.output(0), op.concat([past, leaving], 2).output(0)
         self.stay = op.minimum(older, i64([pruning.room])) if self.evicts else older
         self.masks = self._masks()
 
@@ -102,8 +106,9 @@ class Survivors:
         whole = op.clamp(op.floor(score), -LARGEST, LARGEST)
         part = op.convert(op.multiply(op.subtract(score, whole), f32(FRACTION)), "i32")
         score = op.add(op.multiply(op.convert(whole, "i32"), i32(FRACTION)), part)
+        ahead = op.reduce_sum(op.minimum(before, i32(1)), i64([1]), True)
+        self.ahead = op.add(ahead, op.reduce_sum(shown, i64([1]), True))  # (batch, 1): all that are no padding
         if pruning.prefix:
-            ahead = op.reduce_sum(op.minimum(before, i32(1)), i64([1]), True)
             rank = op.add(op.cum_sum(shown, i64(1)), ahead)
             rank = op.unsqueeze(op.unsqueeze(rank, i64([1])), i64([3]))
             score = op.select(op.less_equal(rank, i32(pruning.prefix)), i32(FIRST), score)
@@ -164,11 +169,12 @@ class Survivors:
         alive = op.greater(scores, i32(SHOWN))
         gone = op.logical_and(alive, op.logical_not(best))
         count = op.squeeze(op.reduce_sum(op.convert(gone, "i32"), i64([2]), True), i64([3]))
-        variable = new_variable(PRUNED, [-1, heads, 1], ov.Type.i32)
-        shape = op.concat([self.columns.batch, i64([heads, 1])], 0)
-        zero = op.broadcast(i32(0), shape)
+        variable = new_variable(PRUNED, [-1, heads, 2], ov.Type.i32)
+        zero = op.broadcast(i32(0), op.concat([self.columns.batch, i64([heads, 2])], 0))
         past = op.gather(op.read_value(zero, variable), description.beam_idx, i64(0))
-        assigns = [*self.states, op.assign(op.add(past, count), variable), self.recent.store(self.arrived)]
+        total = op.add(op.slice(past, i64([0]), i64([1]), i64([1]), i64([2])), count)
+        counts = op.concat([total, op.subtract(op.unsqueeze(self.ahead, i64([2])), total)], 2)
+        assigns = [*self.states, op.assign(counts, variable), self.recent.store(self.arrived)]
         if not self.evicts:
             dropped = op.select(gone, i32(DROPPED), scores)
             return [None] * self.count, [*assigns, op.assign(dropped, self.scores.variable)]

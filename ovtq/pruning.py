@@ -11,7 +11,7 @@ import openvino as ov
 
 from ovtq.packed_attention import PackedAttention
 
-SCORES = ("norm-high", "norm-low", "keydiff", "value-norm", "random", "triattention")
+SCORES = ("norm-high", "norm-low", "keydiff", "value-norm", "random")
 MODES = ("evict", "mask", "zero")
 # A score is kept as ⌊FRACTION·score⌋, so that no inference precision changes which of two is larger; beyond ±LARGEST
 # all are alike. What stands in place of one:
@@ -20,7 +20,8 @@ EMPTY, DROPPED, PADDED, FIRST = -(2**30), -(3 * 2**28), -(2**29), 2**29
 SHOWN = -(2**28)  # a token that may be attended to has a higher score
 TIE = 64 * float(np.finfo(np.float32).eps)
 TABLE = 4093  # random scores of a head before they repeat; a prime
-SCORE, POSITION, PRUNED = "ovtq.score", "ovtq.position", "ovtq.pruned"  # states that all layers share
+SCORE, POSITION, PRUNED = "ovtq.score", "ovtq.position", "ovtq.pruned"  # states that all layers share; the last one
+# holds how many tokens of each head were pruned, and how many are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,6 @@ class Pruning:
     shared: bool
     flush: int
     seed: int = 0
-    queries: Mapping[int, tuple[np.ndarray, np.ndarray]] | None = None  # triattention: by layer, see `triattention`
 
     @property
     def room(self) -> int:
@@ -75,7 +75,7 @@ class Pruning:
                 self.table(layer, keys.shape[1])[None, :, np.arange(keys.shape[2]) % TABLE], keys.shape[:3]
             )
         else:
-            found = triattention(keys, *self.queries[layer], np.arange(keys.shape[2]))
+            raise ValueError(f"no score {self.score}")
         if self.shared:
             found = np.broadcast_to(found.mean(1, keepdims=True), found.shape)
         first = real & (np.cumsum(real, 1) <= self.prefix)
@@ -175,9 +175,24 @@ class PrunedAttention(PackedAttention):
         return keys, values, alive[:, :, None]
 
 
-def pruned(request: ov.InferRequest) -> dict[str, np.ndarray]:
-    """How many tokens a running model has pruned so far: {"pruned": (batch, KV heads of all full layers)}, or {}.
+def pruned(request: ov.InferRequest) -> dict[int, np.ndarray]:
+    """How many tokens each full layer of a running model has pruned so far, {layer: (batch, kv_heads)}.
 
-    Heads are in the order of the layers. Empty for a model without prune-kv.
+    Padding is not counted. Empty for a model without prune-kv; all 0 where the budget was never exceeded.
     """
-    XX
+    return _by_layer(request, 0)
+
+
+def kept(request: ov.InferRequest) -> dict[int, np.ndarray]:
+    """How many tokens each of these layers still attends to, likewise."""
+    return _by_layer(request, 1)
+
+
+def _by_layer(request: ov.InferRequest, column: int) -> dict[int, np.ndarray]:
+    found = {state.name: state for state in request.query_state()}
+    if PRUNED not in found:
+        return {}
+    parts = {name.removeprefix("ovtq.").partition(".")[0] for name in found}
+    layers = sorted(int(part) for part in parts if part.isdigit())
+    counts = np.array(found[PRUNED].state.data)[..., column]
+    return dict(zip(layers, np.split(counts, len(layers), axis=1), strict=True))

@@ -17,7 +17,7 @@ from ovtq.errors import VerificationFailed
 from ovtq.graph import ancestors, constant_of, consumers, id_of
 from ovtq.models import AttentionLayer, ModelDescription
 from ovtq.packed_check import PackedCheck
-from ovtq.pruning import PrunedAttention
+from ovtq.pruning import POSITION, PRUNED, SCORE, PrunedAttention
 from ovtq.runner import EXACT_PROPERTIES, Runner
 
 ATTEMPTS = 5  # seeds
@@ -86,21 +86,27 @@ def cut(model: ov.Model, end: str) -> ov.Model:
     """What the node named `end` depends on, with the states read there, and that node as the result."""
     node = next(node for node in model.get_ops() if node.get_friendly_name() == end)
     needed = {id_of(step) for step in ancestors(node.output(0))}
-    reads = {
-        step.get_attributes()["variable_id"]
-        for step in model.get_ops()
-        if step.get_type_name() == "ReadValue" and id_of(step) in needed
-    }
-    sinks = [sink for sink in model.get_sinks() if sink.get_variable_id() in reads]
-    # a state that layers share is written by later ones too: let an earlier one write in their stead
-    for sink in sinks:
+    sinks = {sink.get_variable_id(): sink for sink in model.get_sinks()}
+    kept, todo = {}, sorted(_states(node.output(0)))
+    todo += [name for name in (PRUNED, POSITION) if SCORE in todo and name in sinks]  # written, but read by nothing
+    while todo:
+        name = todo.pop()
+        kept[name] = sink = sinks[name]
+        # a state that layers share is written by later ones too: let an earlier one write in their stead
         for step in list(ancestors(sink.input_value(0))):
-            if step.get_type_name() == "Concat":
-                kept = [value for value in step.input_values() if id_of(value.get_node()) in needed]
+            if step.get_type_name() == "Concat" and step.get_attributes()["axis"] == 1:  # of heads
+                inside = [value for value in step.input_values() if id_of(value.get_node()) in needed]
                 for index, value in enumerate(step.input_values()):
-                    if kept and id_of(value.get_node()) not in needed and _alike(value, kept[0]):
-                        step.input(index).replace_source_output(kept[0])
+                    if inside and id_of(value.get_node()) not in needed and _alike(value, inside[0]):
+                        step.input(index).replace_source_output(inside[0])
+        todo += sorted(_states(sink.input_value(0)) - {*kept, *todo})  # what it is made of
+    sinks = [sink for name, sink in sinks.items() if name in kept]
     return ov.Model([ov.opset15.result(node.output(0))], sinks, model.get_parameters())
+
+
+def _states(output: Output) -> set[str]:
+    """Names of the states that a tensor depends on."""
+    return {x.get_attributes()["variable_id"] for x in ancestors(output) if x.get_type_name() == "ReadValue"}
 
 
 def _alike(a: Output, b: Output) -> bool:

@@ -35,7 +35,7 @@ class PruneKv(QuantizeKv):
     window, if longer, takes the place of the recent window. Bytes move as they are, nothing is quantised again.
 
     The form is that of quantize-kv for a CPU on both targets: the GPU plugin appends in place only to states from
-    which nothing is taken. Refuses what quantize-kv refuses, and a budget without room for more than the prefix.
+    which nothing is taken. Refuses what quantize-kv refuses.
     Source: Devoto et al. (arXiv 2406.11430) for norm-low; KeyDiff (arXiv 2504.15364).
     """
 
@@ -85,12 +85,6 @@ class PruneKv(QuantizeKv):
             self.score_seed,
         )  # fmt: skip
 
-    def requires(self, description: ModelDescription) -> None:
-        """Refuses what quantize-kv refuses."""
-        super().requires(description)
-        if self.score == "triattention":
-            raise self.refuse("the score triattention needs statistics of the queries; none were given")
-
     def _plan(self, model: ov.Model, layers: tuple[AttentionLayer, ...]) -> Plan:
         how = super()._plan(model, layers)
         return Plan(how.key, how.value, how.rotation, layers, how.centres, self.window, self.pruning)
@@ -115,7 +109,7 @@ class PruneKv(QuantizeKv):
         expected = {
             SCORE: ("i32", [-1, heads, -1, 1]),
             f"{SCORE}.recent": ("i32", [-1, heads, rows, 1]),
-            PRUNED: ("i32", [-1, heads, 1]),
+            PRUNED: ("i32", [-1, heads, 2]),
         }
         if self.mode == "evict":
             expected[POSITION] = ("i32", [-1, heads, -1, 1])

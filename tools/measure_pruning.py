@@ -5,10 +5,10 @@ usage: measure_pruning.py TEXT MODEL_DIR [--scores norm-low,…] [--budgets 128,
 
 MODEL_DIR, as exported, is converted for each row (`--preset exact --target cpu --budget N --score S …`) into a
 temporary folder. Printed are, against the model as exported at f32: mean KLD in nats and bits a byte over windows of
-TEXT as long as the context, read in chunks of 64 tokens (measure_kld.py; early positions, from which nothing is pruned
-yet, count too), and how many of 20 facts (5 depths, --trials each) hidden in as many tokens are found (measure_needles.py, read in calls of
---chunk tokens). `full` is the model as exported, `random` a control. --options is passed on to ovtq-convert, as in
---options="--mode zero". --stats FILE (of calibrate_triattention.py) adds the score triattention.
+TEXT as long as the context, read in chunks of 64 tokens (measure_kld.py; early positions, before which nothing is
+pruned, count too), and how many facts (5 depths, --trials each) hidden in as many tokens are found (measure_needles.py,
+read in calls of --chunk tokens). `full` is the model as exported, `random` a control. --options is passed on to
+ovtq-convert, as in --options="--mode zero".
 """
 
 from __future__ import annotations
@@ -75,8 +75,7 @@ def measure(options: argparse.Namespace) -> None:
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder) / "out"
                 flags = ["--preset", "exact", "--target", "cpu", "--no-verify", "--json", str(Path(folder) / "record")]
-                stats = ["--stats", str(options.stats)] if score == "triattention" else []
-                command = [*flags, "--budget", str(budget), "--score", score, *stats, *options.options.split()]
+                command = [*flags, "--budget", str(budget), "--score", score, *options.options.split()]
                 if _quietly([str(options.model), str(out), *command]):
                     raise InputError(f"ovtq-convert {' '.join(command)} failed")
                 show(score, budget, Runner(out / "openvino_model.xml", "CPU", EXACT_PROPERTIES))
@@ -114,7 +113,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--chunk", type=positive, default=256, metavar="N", help="tokens a call with facts (default: 256)")
     p.add_argument("--trials", type=positive, default=4, metavar="N", help="facts at each depth (default: 4)")
     p.add_argument("--options", default="", metavar="TEXT", help="more for ovtq-convert")
-    p.add_argument("--stats", type=Path, metavar="FILE", help="of triattention")
     p.add_argument("--json", type=Path, metavar="FILE")
     return run(p, argv, measure)
 
