@@ -48,7 +48,7 @@ class PruneKv(QuantizeKv):
     budget: int = option(1024, "tokens kept in each full layer")
     recent_window: int = option(32, "last tokens that always stay")
     prefix: int = option(4, "first tokens that always stay")
-    score: str = option("norm-low", "what tokens are kept for; norm-low: short keys", choices=SCORES)
+    score: str = option("keydiff", "what tokens are kept for", choices=SCORES)
     mode: str = option("evict", "what becomes of the others", choices=MODES)
     slack: int = option(127, "tokens over the budget that are waited for")
     heads: str = option(
