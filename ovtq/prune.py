@@ -19,11 +19,11 @@ from ovtq.attend import ALL, Columns, Held
 from ovtq.graph import MASKED, body, dim, f32, i32, i64, new_variable, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.pruning import (
+    DIGIT,
+    DIGITS,
     DROPPED,
     EMPTY,
     FIRST,
-    FRACTION,
-    LARGEST,
     PADDED,
     POSITION,
     PRUNED,
@@ -34,7 +34,7 @@ from ovtq.pruning import (
 )
 from ovtq.ring import State
 
-TURNS = 34  # halvings of −2³⁰ … 2³⁰ to 1, and some: a CPU divides whole numbers as f32
+TURNS = 26  # halvings of −2²³ … 2²³ to 1, and some; both plugins divide whole numbers as f32
 KEY_SUM = "ovtq.key_sum"
 
 
@@ -102,10 +102,15 @@ class Survivors:
             mean = op.reduce_mean(op.reshape(score, shape, True), i64([2]), True)
             mean = op.multiply(mean, f32(np.ones((1, 1, self.kv_heads, 1))))
             score = op.unsqueeze(op.reshape(mean, i64([0, self.heads, -1]), True), i64([3]))
-        # A whole number, which no inference precision rounds; the integer part apart, to be finite in f16.
-        whole = op.clamp(op.floor(score), -LARGEST, LARGEST)
-        part = op.convert(op.multiply(op.subtract(score, whole), f32(FRACTION)), "i32")
-        score = op.add(op.multiply(op.convert(whole, "i32"), i32(FRACTION)), part)
+        # A whole number, which no inference precision rounds; in parts, each of them finite in f16
+        score = op.clamp(score, -pruning.largest, pruning.largest)
+        part = op.floor(score)
+        whole = op.convert(part, "i32")
+        for _ in range(DIGITS[pruning.score]):
+            score = op.multiply(op.subtract(score, part), f32(DIGIT))
+            part = op.floor(score)
+            whole = op.add(op.multiply(whole, i32(DIGIT)), op.convert(part, "i32"))
+        score = whole
         ahead = op.reduce_sum(op.minimum(before, i32(1)), i64([1]), True)
         self.ahead = op.add(ahead, op.reduce_sum(shown, i64([1]), True))  # (batch, 1): all that are no padding
         if pruning.prefix:
@@ -163,9 +168,8 @@ class Survivors:
         description, heads, room = self.description, self.heads, self.pruning.room
         scores = self.scores.appended  # (batch, heads, rows, 1)
         rows = dim(scores, 2)
-        full = op.greater(rows, i64([room]))
-        overfull = op.logical_and(full, op.greater(self.later, self.older))
-        best = _best(scores, room, overfull)
+        leaving = op.subtract(self.later, self.older)
+        best = _best(scores, room, op.minimum(op.subtract(rows, i64([room])), leaving))
         alive = op.greater(scores, i32(SHOWN))
         gone = op.logical_and(alive, op.logical_not(best))
         count = op.squeeze(op.reduce_sum(op.convert(gone, "i32"), i64([2]), True), i64([3]))
@@ -179,7 +183,7 @@ class Survivors:
             dropped = op.select(gone, i32(DROPPED), scores)
             return [None] * self.count, [*assigns, op.assign(dropped, self.scores.variable)]
         numbers = op.convert(op.range(scalar(self.older), scalar(self.later), i64(1), "i64"), "i32")
-        shape = op.concat([self.columns.batch, i64([heads]), op.subtract(self.later, self.older), i64([1])], 0)
+        shape = op.concat([self.columns.batch, i64([heads]), leaving, i64([1])], 0)
         numbers = op.broadcast(op.unsqueeze(op.unsqueeze(numbers, i64([0])), i64([2])), shape)
         positions = Held(description, POSITION, numbers, heads, 1, ov.Type.i32)
         # the n-th row that stays is written to place n, all others to one behind the last
@@ -197,11 +201,15 @@ class Survivors:
         return list(op.split(index, i64(1), self.count).outputs()), assigns
 
 
-def _best(scores: Output, room: int, overfull: Node) -> Node:
-    """Which of (batch, heads, rows, 1) are the `room` of highest score, first ones of equals; all, if not overfull."""
+def _best(scores: Output, room: int, over: Node) -> Node:
+    """Which of (batch, heads, rows, 1) are the `room` of highest score, first ones of equals; all, if `over` < 1.
+
+    No boolean takes part in the number of turns: of one that does the GPU plugin makes none at all.
+    """
     batch_heads = op.concat([dim(scores, 0), dim(scores, 1), i64([1, 1])], 0)
     low, high = (op.broadcast(i32(edge), batch_heads) for edge in (EMPTY, -EMPTY - 1))
-    turns = scalar(op.select(overfull, i64([TURNS]), i64([1])))  # none at all leaves a CPU's Loop without a result
+    turns = op.minimum(op.maximum(op.multiply(over, i64([TURNS])), i64([1])), i64([TURNS]))
+    turns = scalar(turns)  # at least one: none at all leaves a CPU's Loop without a result
     turn = op.parameter([], np.int64)
     shape = low.output(0).get_partial_shape()
     inner = [op.parameter(x, np.int32) for x in (scores.get_partial_shape(), shape, shape)]
@@ -226,4 +234,4 @@ def _best(scores: Output, room: int, overfull: Node) -> Node:
     left = op.subtract(i32(room), op.reduce_sum(op.convert(above, "i32"), i64([2]), True))
     first = op.less_equal(op.cum_sum(op.convert(tied, "i32"), i64(2)), left)
     best = op.logical_or(above, op.logical_and(tied, first))
-    return op.logical_or(best, op.logical_not(op.reshape(overfull, i64([1, 1, 1, 1]), False)))
+    return op.logical_or(best, op.less(op.reshape(op.convert(over, "i32"), i64([1, 1, 1, 1]), False), i32(1)))

@@ -13,11 +13,13 @@ from ovtq.packed_attention import PackedAttention
 
 SCORES = ("norm-high", "norm-low", "keydiff", "value-norm", "random")
 MODES = ("evict", "mask", "zero")
-# A score is kept as ⌊FRACTION·score⌋, so that no inference precision changes which of two is larger; beyond ±LARGEST
-# all are alike. What stands in place of one:
-FRACTION, LARGEST = 2**14, 16000
-EMPTY, DROPPED, PADDED, FIRST = -(2**30), -(3 * 2**28), -(2**29), 2**29
-SHOWN = -(2**28)  # a token that may be attended to has a higher score
+# A score is kept as ⌊fraction·score⌋, fraction being DIGIT to the power of DIGITS, so that no inference precision
+# changes which of two is larger; what is beyond 2²¹ then is cut to it. All are exact as f32.
+# What stands in place of a score:
+DIGIT = 2**10
+DIGITS = {"norm-high": 1, "norm-low": 1, "keydiff": 2, "value-norm": 1, "random": 2}
+EMPTY, DROPPED, PADDED, FIRST = -(2**23), -(3 * 2**21), -(2**22), 2**22
+SHOWN = -(3 * 2**20)  # a token that may be attended to has a higher score
 TIE = 64 * float(np.finfo(np.float32).eps)
 TABLE = 4093  # random scores of a head before they repeat; a prime
 SCORE, POSITION, PRUNED = "ovtq.score", "ovtq.position", "ovtq.pruned"  # states that all layers share; the last one
@@ -44,6 +46,16 @@ class Pruning:
     seed: int = 0
 
     @property
+    def fraction(self) -> int:
+        """Steps of a score in 1."""
+        return DIGIT ** DIGITS[self.score]
+
+    @property
+    def largest(self) -> float:
+        """Scores beyond are all alike."""
+        return 2**21 / self.fraction
+
+    @property
     def room(self) -> int:
         """Tokens that stay besides the recent ones."""
         return self.budget - self.window
@@ -57,7 +69,7 @@ class Pruning:
         return np.random.RandomState([self.seed, layer]).rand(kv_heads, TABLE).astype(np.float32)
 
     def scores(self, layer: int, keys: np.ndarray, values: np.ndarray, shown: np.ndarray) -> np.ndarray:
-        """FRACTION·score, (batch, kv_heads, tokens), of all tokens, not rounded yet.
+        """fraction·score, (batch, kv_heads, tokens), of all tokens, not rounded yet.
 
         keys, after RoPE, and values (batch, kv_heads, tokens, d).
         """
@@ -79,7 +91,7 @@ class Pruning:
         if self.shared:
             found = np.broadcast_to(found.mean(1, keepdims=True), found.shape)
         first = real & (np.cumsum(real, 1) <= self.prefix)
-        found = np.clip(found, -LARGEST, LARGEST) * FRACTION
+        found = np.clip(found, -self.largest, self.largest) * self.fraction
         return np.where(real[:, None], np.where(first[:, None], FIRST, found), PADDED)
 
 
