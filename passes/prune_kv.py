@@ -34,8 +34,8 @@ class PruneKv(QuantizeKv):
     With `k-bits` and `v-bits` the tokens kept are packed as by quantize-kv, whose options these are; its residual
     window, if longer, takes the place of the recent window. Bytes move as they are, nothing is quantised again.
 
-    The form is that of quantize-kv for a CPU on both targets: the GPU plugin appends in place only to states from
-    which nothing is taken. Refuses what quantize-kv refuses.
+    Its form is that of quantize-kv for a CPU. The GPU plugin compiles that, but does not run it: with an empty history
+    it fails or crashes. So the target gpu is refused, and what quantize-kv refuses.
     Source: Devoto et al. (arXiv 2406.11430) for norm-low; KeyDiff (arXiv 2504.15364).
     """
 
@@ -54,6 +54,7 @@ class PruneKv(QuantizeKv):
     heads: str = option(
         "each", "whether each KV head keeps tokens of its own, or all the same", choices=("each", "shared")
     )
+    target: str = option("cpu", "whose plugin the graph is made for; gpu is refused", choices=("gpu", "cpu"))
     score_seed: int = option(0, "of random scores")
 
     def __post_init__(self) -> None:
@@ -84,6 +85,14 @@ class PruneKv(QuantizeKv):
             self.budget, self.window, self.prefix, self.score, self.mode, self.heads == "shared", self.slack + 1,
             self.score_seed,
         )  # fmt: skip
+
+    def requires(self, description: ModelDescription) -> None:
+        """Refuses what quantize-kv refuses, and the GPU."""
+        if self.target != "cpu":
+            raise self.refuse(
+                "it makes a graph for the CPU plugin only, which the GPU plugin can't run; use --target cpu"
+            )
+        super().requires(description)
 
     def _plan(self, model: ov.Model, layers: tuple[AttentionLayer, ...]) -> Plan:
         how = super()._plan(model, layers)

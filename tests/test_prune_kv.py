@@ -298,7 +298,7 @@ def test_a_broken_pruning_is_refused(
         [],
         ["--mode", "mask", "--score", "keydiff"],
         ["--preset", "k6v4", "--residual-window", "16", "--protect", "last:1"],
-        ["--target", "gpu", "--heads", "shared", "--verify-layers", "2"],
+        ["--heads", "shared", "--verify-layers", "2"],
     ],
 )
 def test_converting_verifies_what_is_pruned(flags: list[str], tmp_path: Path) -> None:
@@ -376,6 +376,7 @@ def test_options_are_checked(options: dict[str, str], message: str) -> None:
         (["--preset", "rotate", "--budget", "99"], "--budget needs the pass decouple-length"),
         (["--budget", "60"], "prune-kv: budget must be from 69 (the recent window, 64, the prefix, 4, and one more)"),
         (["--budget", "many"], "prune-kv: budget needs int, got 'many'"),
+        (["--budget", "99"], "prune-kv: it makes a graph for the CPU plugin only"),
         (["--budget", "99", "--mode", "zero"], "prune-kv: mode zero needs centre none"),
     ],
 )
