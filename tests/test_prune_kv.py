@@ -46,6 +46,9 @@ FORMS = {
 }
 
 
+QUICK = {(form, "chunks") for form in ("evict, K6V4", "mask", "zero")}
+
+
 class Checked:
     """A pruned tiny model whose layers are held to numpy in every call."""
 
@@ -81,7 +84,7 @@ def checked(form: str) -> Checked:
 @pytest.mark.parametrize(
     ("form", "schedule"),
     [
-        pytest.param(form, name, marks=() if form == "evict" or name in ("chunks", "padding") else pytest.mark.slow)
+        pytest.param(form, name, marks=() if form == "evict" or (form, name) in QUICK else pytest.mark.slow)
         for form in FORMS
         for name in SCHEDULES
     ],
@@ -95,10 +98,11 @@ def test_attention_equals_numpy(form: str, schedule: str) -> None:
     assert not model.check.miscounted
 
 
-def test_evicting_is_masking() -> None:
-    """600 tokens, one by one from the 30th on: not one is kept by the one and not by the other."""
+@pytest.mark.parametrize("tokens", [150, pytest.param(600, marks=pytest.mark.slow)])
+def test_evicting_is_masking(tokens: int) -> None:
+    """One by one from the 30th token on: not one is kept by the one and not by the other."""
     models = [Checked(PruneKv(**SMALL | {"slack": 0, "mode": mode})) for mode in ("evict", "mask")]
-    calls = [Call(30), *[Call(1)] * 570]
+    calls = [Call(30), *[Call(1)] * (tokens - 30)]
     results = [model.play(calls) for model in models]
     for model in models:
         assert 0 < model.check.largest <= 32 * EPS  # also to numpy
@@ -276,7 +280,7 @@ FLAGS = ["--preset", "exact", "--target", "cpu", "--budget", "48", "--recent-win
         (_mask_off_by_one, ["--mode", "mask"]),
         (_rows_off_by_one, []),
         pytest.param(_beams_ignored, [], marks=pytest.mark.slow),
-        (_miscounted, []),
+        pytest.param(_miscounted, [], marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_pruning_is_refused(
@@ -296,7 +300,7 @@ def test_a_broken_pruning_is_refused(
     "flags",
     [
         [],
-        ["--mode", "mask", "--score", "keydiff"],
+        pytest.param(["--mode", "mask", "--score", "norm-high"], marks=pytest.mark.slow),
         ["--preset", "k6v4", "--residual-window", "16", "--protect", "last:1"],
         ["--heads", "shared", "--verify-layers", "2"],
     ],
