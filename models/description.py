@@ -112,20 +112,23 @@ def state_bytes(
     batch: int = 1,
     float_bytes: int = 2,
     row_bytes: Callable[[int], int] | None = None,
+    most: int | None = None,
 ) -> int:
     """Bytes of all states after `tokens` tokens; floating-point states counted with `float_bytes` (GPU: 2).
 
     `row_bytes` says what the plugin makes of a token of one head in a floating-point state that grows, by its width.
+    `most` is how many tokens the growing states hold at most that a pass has made; None: all.
     """
     total = 0
     for variable in model.get_variables():
         info = variable.get_info()
+        held = tokens if most is None or not info.variable_id.startswith("ovtq.") else min(tokens, most)
         *axes, width = (length.get_length() if length.is_static else None for length in info.data_shape)
         grows = None in axes[1:]
         row = width * (float_bytes if info.data_type.is_real() else info.data_type.size)
         if row_bytes and grows and info.data_type.is_real():
             row = row_bytes(width)
         for axis, length in enumerate(axes):
-            row *= length if length is not None else (batch if axis == 0 else tokens)
+            row *= length if length is not None else (batch if axis == 0 else held)
         total += row
     return total

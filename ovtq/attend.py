@@ -7,7 +7,7 @@ carry the scale of the attention.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,6 +21,7 @@ from ovtq.coding import Coding
 from ovtq.graph import MASKED, dim, f32, i64, new_variable, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packing import Layout
+from ovtq.pruning import Pruning
 from ovtq.quantizer import encode, pack
 
 ALL = 2**31 - 1
@@ -31,12 +32,13 @@ class Plan(Coding):
     """What becomes of the tokens of some layers.
 
     `centres`, (kv_heads, head_dim) for each layer, are what was taken from its keys, scale included; `window` is how
-    many recent tokens are at full precision, at the least.
+    many recent tokens are at full precision, at the least. `pruning` says which of the others stay.
     """
 
     layers: tuple[AttentionLayer, ...]
     centres: dict[int, np.ndarray]
     window: int
+    pruning: Pruning | None = None
 
     @cached_property
     def sink_rows(self) -> np.ndarray:
@@ -61,48 +63,56 @@ class History:
 
 def store(
     description: ModelDescription, plan: Plan, layer: AttentionLayer, tokens: Node
-) -> tuple[History, History, list[Node]]:
-    """Quantise keys and values, (batch, 2·kv_heads, tokens, d), and append them to their states, with the Assigns."""
+) -> tuple[History, History, list[Held]]:
+    """Quantise keys and values, (batch, 2·kv_heads, tokens, d), and append them to what their states hold."""
     H, d = layer.kv_heads, layer.head_dim
     halves = op.split(tokens, i64(1), 2).outputs()
     packed = [(half, codec, where) for half, codec, where in _triples(plan, halves) if codec and where]
     codecs, layouts = [codec for _, codec, _ in packed], [where for *_, where in packed]
-    centred, scales = encode(tokens if len(packed) == 2 else packed[0][0], codecs, plan.rotation)
-    parts = op.split(scales, i64(1), 2).outputs() if len(packed) == 2 else [scales.output(0)]
-    done = iter(zip(pack(centred, codecs, layouts), parts, strict=True))
-    histories, assigns = [], []
+    done: Iterator[tuple[Node | Output, Output]] = iter(())
+    if packed:
+        centred, scales = encode(tokens if len(packed) == 2 else packed[0][0], codecs, plan.rotation)
+        parts = op.split(scales, i64(1), 2).outputs() if len(packed) == 2 else [scales.output(0)]
+        done = iter(zip(pack(centred, codecs, layouts), parts, strict=True))
+    histories, held = [], []
     for name, (half, codec, where) in zip(("key", "value"), _triples(plan, halves), strict=True):
         name = f"ovtq.{layer.index}.{name}"
         if codec and where:
             data, scale = next(done)
-            past, appended, assign = _append(description, name, data, H, where.bytes, ov.Type.i8)
-            past_scales, appended_scales, more = _append(description, f"{name}.scale", scale, H, 1, ov.Type.f32)
-            histories.append(History(where, past, appended, past_scales, appended_scales))
-            assigns += [assign, more]
+            codes = Held(description, name, data, H, where.bytes, ov.Type.i8)
+            scaled = Held(description, f"{name}.scale", scale, H, 1, ov.Type.f32)
+            histories.append(History(where, codes.past, codes.appended, scaled.past, scaled.appended))
+            held += [codes, scaled]
         else:
-            past, appended, assign = _append(description, name, half, H, d, ov.Type.f32)
-            histories.append(History(None, past, appended))
-            assigns.append(assign)
-    return histories[0], histories[1], assigns
+            plain = Held(description, name, half, H, d, ov.Type.f32)
+            histories.append(History(None, plain.past, plain.appended))
+            held.append(plain)
+    return histories[0], histories[1], held
 
 
 def _triples(plan: Plan, halves: Sequence[Output]) -> list[tuple[Output, AdaptiveUniform | None, Layout | None]]:
     return list(zip(halves, (plan.key, plan.value), plan.layouts, strict=True))
 
 
-def _append(
-    description: ModelDescription, name: str, new: Node | Output, heads: int, width: int, kind: ov.Type
-) -> tuple[Output, Output, Node]:
-    """A growing state (batch, heads, tokens, width): what it held, beams in order; that and `new`; its Assign.
+class Held:
+    """A growing state (batch, heads, tokens, width): what it held, beams in order, and that with `new` behind it.
 
     Between the state and the Concat stands one Gather and nothing else: so the GPU plugin appends in place.
     """
-    variable = new_variable(name, [-1, heads, -1, width], kind)
-    shape = op.concat([dim(description.input_ids, 0), i64([heads, 0, width])], 0)
-    empty = op.broadcast(op.constant(np.zeros((), kind.to_dtype())), shape)
-    past = op.gather(op.read_value(empty, variable), description.beam_idx, i64(0))
-    appended = op.concat([past, new], 2)
-    return past.output(0), appended.output(0), op.assign(appended, variable)
+
+    def __init__(
+        self, description: ModelDescription, name: str, new: Node | Output, heads: int, width: int, kind: ov.Type
+    ) -> None:
+        self.variable = new_variable(name, [-1, heads, -1, width], kind)
+        shape = op.concat([dim(description.input_ids, 0), i64([heads, 0, width])], 0)
+        empty = op.broadcast(op.constant(np.zeros((), kind.to_dtype())), shape)
+        past = op.gather(op.read_value(empty, self.variable), description.beam_idx, i64(0))
+        self.past, self.appended = past.output(0), op.concat([past, new], 2).output(0)
+
+    def assign(self, rows: Node | Output | None = None) -> Node:
+        """The Assign of all it now holds, or, with `rows` (batch, heads, ·), of these rows of each head."""
+        kept = self.appended.get_node() if rows is None else op.gather(self.appended, rows, i64(2), 2)
+        return op.assign(kept, self.variable)
 
 
 class Columns:

@@ -21,6 +21,7 @@ from openvino import opset15 as op
 from ovtq.attend import ALL, Columns, History, Plan, sink_logits, store
 from ovtq.graph import body, dim, f32, i64, joined, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.prune import Survivors
 from ovtq.quantizer import unpack
 from ovtq.ring import Ring
 
@@ -32,14 +33,13 @@ PORTION = 2  # KV heads whose history is unpacked at a time: a product then read
 class Blocks:
     """The nodes that all layers share, and the attention of one layer."""
 
-    flush = FLUSH
-
     def __init__(self, description: ModelDescription, plan: Plan, name: str) -> None:
         self.description, self.plan = description, plan
-        rows = plan.window + FLUSH - 1
+        self.flush = plan.pruning.flush if plan.pruning else FLUSH
+        rows = plan.window + self.flush - 1
         self.columns = columns = Columns(description, rows)
         self.ring = Ring(description, name, plan.layers, rows, plan.sink_rows)
-        self.parts, self.news, self.assigns = iter(self.ring.parts), [], []
+        self.parts, self.news, self.held = iter(self.ring.parts), [], []
 
         # Of `past` tokens the oldest ones are stored, a multiple of FLUSH, and at least `window` are not.
         self.older, later = (self._stored(past) for past in (columns.past, columns.total))
@@ -47,11 +47,19 @@ class Blocks:
         self.leave = op.subtract(i64([1 + rows]), held)  # the row of the first token to join the history
         self.left = op.add(self.leave, op.subtract(later, self.older))
 
+        self.survivors, self.stay = None, self.older
+        if plan.pruning:
+            span = tuple(op.subtract(row, i64([1])) for row in (self.leave, self.left))
+            self.survivors = Survivors(description, plan.layers, plan.pruning, columns, self.older, later, rows, span)
+            self.stay = self.survivors.stay
+
         trips = op.divide(op.subtract(columns.new, i64([1])), i64([BLOCK]))
         self.trips = scalar(trips)
         self.lead = op.multiply(trips, i64([BLOCK]))  # queries in the Loop
         self.keep = op.multiply(op.minimum(trips, i64([1])), i64([ALL]))  # what it reads of an axis: nothing or all
-        self.far_mask, self.near = columns.far_mask(self.older), columns.near(self.older)
+        self.near = columns.near(self.older)
+        far_mask = [] if plan.pruning else [columns.far_mask(self.older)]
+        self.far_masks = iter(self.survivors.masks if self.survivors else [far_mask] * len(plan.layers))
         rest = op.subtract(columns.new, self.lead)
         self.near_mask = columns.near_mask(self.near, columns.recent, self.lead, rest)
         behind = op.concat([i64([0] * 5), op.subtract(columns.recent, i64([1]))], 0)
@@ -61,7 +69,7 @@ class Blocks:
 
     def _stored(self, past: Node) -> Node:
         leaving = op.maximum(op.subtract(past, i64([self.plan.window])), i64([0]))
-        return op.multiply(op.divide(leaving, i64([FLUSH])), i64([FLUSH]))
+        return op.multiply(op.divide(leaving, i64([self.flush])), i64([self.flush]))
 
     def attend(self, layer: AttentionLayer, queries: Output, new: Node) -> Node:
         """The context, (batch, query_heads, new, d), of the layers in turn; `new` is (batch, 2·kv_heads, new, d)."""
@@ -69,30 +77,40 @@ class Blocks:
         columns = self.columns
         recent = op.concat([next(self.parts), new], 2)  # first the sink's row
         leaving = op.slice(recent, self.leave, self.left, i64([1]), i64([2]))
-        keys, values, assigns = store(self.description, self.plan, layer, leaving)
+        keys, values, held = store(self.description, self.plan, layer, leaving)
         self.news.append(new)
-        self.assigns += assigns
+        self.held.append(held)
+        far = next(self.far_masks)
         rows = op.reshape(queries, i64([0, H, G, -1, d]), True)
         sinks = op.squeeze(next(self.sinks), i64([0]))
         block = _Block(layer, keys, values, self.plan.rotation)
         rest = op.slice(rows, self.lead, i64([ALL]), i64([1]), i64([3]))
         histories = [keys.past, values.past, *filter(None, (keys.past_scales, values.past_scales))]
-        direct = block(rest, recent, histories, self.far_mask, self.near_mask, sinks, self.older, columns.recent)
-        leading = self._loop(block, rows, recent, histories, sinks)
+        direct = block(rest, recent, histories, far, self.near_mask, sinks, self.stay, columns.recent)
+        leading = self._loop(block, rows, recent, histories, far, sinks)
         tokens = op.concat([columns.new, columns.batch, i64([H * G, d])], 0)
         context = op.reshape(op.concat([leading, _flat(direct)], 0), tokens, False)
         return op.transpose(context, i64([1, 2, 0, 3]))
 
     @property
     def stored(self) -> dict[str, int]:
-        """After t tokens the growing states hold max(t − window, 0) of them, less the rest modulo multiple."""
-        return {"window": self.plan.window, "multiple": FLUSH}
+        """After t tokens the growing states hold max(t − window, 0) of them, less the rest modulo multiple.
+
+        And no more than `most`, if that is given.
+        """
+        rule = {"window": self.plan.window, "multiple": self.flush}
+        return rule | self.survivors.stored if self.survivors else rule
 
     def stores(self) -> list[Node]:
         """The Assigns of all states, once every layer is rewritten."""
-        return [*self.assigns, *self.ring.store(self.news)]
+        rows, assigns = self.survivors.store() if self.survivors else ([None] * len(self.held), [])
+        for row, held in zip(rows, self.held, strict=True):
+            assigns += [state.assign(row) for state in held]
+        return [*assigns, *self.ring.store(self.news)]
 
-    def _loop(self, block: _Block, queries: Node, recent: Node, histories: list[Output], sinks: Node) -> Node:
+    def _loop(
+        self, block: _Block, queries: Node, recent: Node, histories: list[Output], far: Sequence[Node], sinks: Node
+    ) -> Node:
         """The context of the leading blocks, as a vector, tokens first."""
 
         def cut(x: Node | Output, axis: int, end: Node) -> Output:
@@ -101,18 +119,19 @@ class Blocks:
         outer = [
             cut(queries, 3, self.lead),
             *(cut(x, 2, self.keep) for x in (recent, *histories)),
-            cut(self.far_mask, 3, self.keep),
+            *(cut(x, 3, self.keep) for x in far),
             cut(self.near, 2, self.keep),
             cut(sinks, 4, self.keep),
         ]
         turn = op.parameter([], np.int64)
         inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in outer]
-        some, rows, *past, far, near, sink = (x.output(0) for x in inner)
+        some, rows, *past, near, sink = (x.output(0) for x in inner)
+        past, masks = past[: len(histories)], past[len(histories) :]
         first = op.multiply(op.unsqueeze(turn, i64([0])), i64([BLOCK]))
         some = op.slice(some, first, op.add(first, i64([BLOCK])), i64([1]), i64([3]))
         width = dim(near, 2)
         mask = self.columns.near_mask(near, width, first, i64([BLOCK]))
-        context = block(some, rows, past, far, mask, sink, dim(far, 3), width)
+        context = block(some, rows, past, masks, mask, sink, dim(masks[0], 3), width)
         results = [op.result(op.constant(np.array(True))), op.result(op.unsqueeze(_flat(context), i64([0])))]
         loop = op.loop(self.trips, op.constant(np.array(True)))
         loop.set_function(body(results, [turn, *inner], "blocks"))
@@ -142,13 +161,16 @@ class _Block:
         queries: Node | Output,
         recent: Node | Output,
         histories: Sequence[Output],
-        far_mask: Node | Output,
+        far_masks: Sequence[Node | Output],
         near_mask: Node | Output,
         sinks: Node | Output,
         past: Node,
         columns: Node,
     ) -> Node:
-        """Queries (batch, H, G, count, d) to their context of that shape."""
+        """Queries (batch, H, G, count, d) to their context of that shape.
+
+        `far_masks`: what is added to scores of the history, and, maybe, what they and the weights are multiplied by.
+        """
         H, G, d = self.layer.kv_heads, self.layer.group, self.layer.head_dim
         key_bytes, value_bytes, *scales = histories
         key_rows, value_rows = op.split(recent, i64(1), 2).outputs()
@@ -160,9 +182,14 @@ class _Block:
         far = self._products(rows, key_bytes)
         if self.keys.layout:
             far = op.multiply(far, op.reshape(scales[0], i64([0, H, 1, -1]), True))
-        far = op.add(far, far_mask)
+        mask, *zeroed = far_masks
+        for factor in zeroed:
+            far = op.multiply(far, factor)
+        far = op.add(far, mask)
         weights = op.softmax(op.concat([near, far], 3), 3)
         near, far = op.variadic_split(weights, i64(3), op.concat([columns, past], 0)).outputs()
+        for factor in zeroed:
+            far = op.multiply(far, factor)
         if self.values.layout:
             far = op.multiply(far, op.reshape(scales[-1], i64([0, H, 1, -1]), True))
         context = op.add(self._sums(far, value_bytes), op.matmul(near, value_rows, False, False))

@@ -54,10 +54,10 @@ class Branches:
 
     def attend(self, layer: AttentionLayer, queries: Output, new: Node) -> Node:
         """The context, (batch, query_heads, new, d), of the layers in turn; `new` is (batch, 2·kv_heads, new, d)."""
-        keys, values, assigns = store(self.description, self.plan, layer, new)
+        keys, values, held = store(self.description, self.plan, layer, new)
         recent = op.concat([next(self.parts), new], 2)  # first the sink's row
         self.news.append(new)
-        self.assigns += assigns
+        self.assigns += [state.assign() for state in held]
         outer = _Read(
             queries,
             _looked_up(keys),

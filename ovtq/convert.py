@@ -26,12 +26,13 @@ from ovtq.errors import InputError
 from ovtq.extent import BIG, BIG_LAYERS, Scope, usual
 from ovtq.models import AttentionLayer, ModelDescription, describe
 from ovtq.models.description import state_bytes
-from ovtq.passes import PASSES, Pass, QuantizeKv
+from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv
 from ovtq.runner import check_device
 
 FLOAT_BYTES = {"gpu": 2, "cpu": 4}  # of a floating-point state: f16 on the GPU, as declared (f32) on the CPU
 CONTEXTS = (4096, 131072)
 PACKED_OPTIONS = ("k-bits", "v-bits", "residual-window", "protect", "centre")  # of quantize-kv, with flags of their own
+PRUNING_OPTIONS = ("recent-window", "prefix", "score", "mode", "slack", "heads")  # of prune-kv, likewise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,6 +90,13 @@ def parser() -> argparse.ArgumentParser:
         metavar="K,V",
         help="pack what sliding layers keep, too: bits of a key's and of a value's coordinate (default none,none)",
     )
+    pruning = p.add_argument_group("pruning, which is lossy (short for --set prune-kv.…)")
+    pruning.add_argument("--budget", metavar="N", help="keep N tokens in each full layer (default: all)")
+    helps = PruneKv.option_help()
+    for option in PRUNING_OPTIONS:
+        pruning.add_argument(
+            f"--{option}", metavar=option.rpartition("-")[2].upper(), help=helps[option.replace("-", "_")]
+        )
     p.add_argument(
         "--verify",
         action=argparse.BooleanOptionalAction,
@@ -127,7 +135,15 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
         if preset
         else pipeline.for_target(pipeline.parse_passes(options.passes), target)
     )
-    passes = pipeline.with_settings(passes, _settings(options))
+    budget = {name: getattr(options, name.replace("-", "_")) for name in ("budget", *PRUNING_OPTIONS)}
+    pruning = [f"prune-kv.{name}={value}" for name, value in budget.items() if value]
+    if pruning and not options.budget and PruneKv.name not in _names(passes):
+        raise InputError(f"--{pruning[0][9:].split('=')[0]} has no effect without --budget")
+    packing, settings = _settings(options)
+    passes = pipeline.with_settings(passes, packing)
+    if options.budget:
+        passes = pipeline.with_pruning(passes, target)
+    passes = pipeline.with_settings(passes, [*pruning, *settings])
     if not 0 <= options.verify_seed < 2**32:
         raise InputError(f"--verify-seed must be from 0 to {2**32 - 1}, got {options.verify_seed}")
     if options.verify_layers is not None and options.verify_layers < 1:
@@ -167,7 +183,7 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             "passes": [dataclasses.asdict(step) for step in steps],
             "layers": [_layer(layer) for layer in description.layers],
             "target": target,
-            "state_bytes": {"before": before, "after": _memory(model, target)},
+            "state_bytes": {"before": before, "after": _memory(model, target, _most(steps))},
             "paged_attention": all(item.paged_attention for item in passes),
             "source": {"xml_sha256": _sha256(source), "bin_bytes": weights},
             "versions": {"openvino": ov.__version__, "python": platform.python_version()},
@@ -180,15 +196,15 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
     _report(console, options, record, time.perf_counter() - started)
 
 
-def _settings(options: argparse.Namespace) -> list[str]:
-    """What --set says, and the options that are short for it."""
+def _settings(options: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The options for packed caches, written as for --set, and what --set says."""
     short = {f"quantize-kv.{name}": getattr(options, name.replace("-", "_")) for name in PACKED_OPTIONS}
     if options.window_bits:
         bits = options.window_bits.split(",")
         if len(bits) != 2:
             raise InputError(f"--window-bits: expected K,V such as 8,4, got {options.window_bits!r}")
         short |= zip(("truncate-window.k-bits", "truncate-window.v-bits"), bits, strict=True)
-    return [*(f"{name}={value}" for name, value in short.items() if value), *options.settings]
+    return [f"{name}={value}" for name, value in short.items() if value], options.settings
 
 
 def _write(
@@ -226,9 +242,12 @@ def _write(
 def _packed_line(found: dict[str, Any]) -> str:
     packed = found["packed"]
     line = (
-        f"that is where no token read was quantised; elsewhere each of {packed['layers']} packed layers is within "
+        f"that is where no token read was quantised{' and none pruned' if packed['pruned'] else ''}; elsewhere each of "
+        f"{packed['layers']} {'pruned' if packed['pruned'] else 'packed'} layers is within "
         f"{packed['relative']:.2g} of the same attention in numpy"
     )
+    if packed["pruned"]:
+        line += f" (up to {packed['pruned']:,} tokens pruned, as the model itself counts)"
     if packed["kld"] is None:
         return line
     return (
@@ -251,14 +270,20 @@ def _refuse_converted(model_dir: Path, model: ov.Model) -> None:
         )
 
 
-def _memory(model: ov.Model, target: str) -> dict[str, int]:
+def _most(steps: Sequence[pipeline.Step]) -> int | None:
+    """How many rows the growing states of full layers have at most; None if there is no such number."""
+    return next((step.facts["stored"]["most"] for step in steps if "most" in step.facts.get("stored", {})), None)
+
+
+def _memory(model: ov.Model, target: str, most: int | None = None) -> dict[str, int]:
     """Bytes of the states: those there from the first token on, those each token adds, and at some contexts.
 
-    Floating-point states that grow are counted in the precision that the model asks the plugin for.
+    Floating-point states that grow are counted in the precision that the model asks the plugin for; with `most`, no
+    state of ovtq grows beyond that many tokens.
     """
     precision = cache.marked(model)
     row_bytes = functools.partial(cache.row_bytes, precision=precision, target=target) if precision else None
-    at = [state_bytes(model, tokens, 1, FLOAT_BYTES[target], row_bytes) for tokens in (0, 1, *CONTEXTS)]
+    at = [state_bytes(model, tokens, 1, FLOAT_BYTES[target], row_bytes, most) for tokens in (0, 1, *CONTEXTS)]
     return {"flat": at[0], "per_token": at[1] - at[0], **dict(zip(map(str, CONTEXTS), at[2:], strict=True))}
 
 

@@ -13,6 +13,7 @@ from openvino import opset15 as op
 from ovtq.errors import UnsupportedModel
 from ovtq.graph import ancestors, consumers, descendants, id_of, redirect
 from ovtq.models import AttentionLayer, ModelDescription
+from ovtq.pruning import POSITION, PRUNED, SCORE
 
 BIG = 2 << 30  # bytes of weights; above it only the first layers are verified, without their experts: 1 GB, not 12
 BIG_LAYERS = 4  # two of each kind in every known architecture
@@ -78,23 +79,28 @@ def cut(model: ov.Model, extent: Scope) -> ov.Model:
         stream = next(value for value in sides if len(value.get_target_inputs()) > 1)
         redirect(join.output(0), stream)
     end = nodes[extent.end]
-    needed = {id_of(step) for step in ancestors(end.output(0))}
     later = {id_of(step) for step in descendants(end.output(0))}
-    reads = {
-        step.get_attributes()["variable_id"]
-        for step in model.get_ops()
-        if step.get_type_name() == "ReadValue" and id_of(step) in needed
-    }
-    sinks = [sink for sink in model.get_sinks() if sink.get_variable_id() in reads]
-    # a state that layers share is written by later ones too: let an earlier one write in their stead
-    for sink in sinks:
+    sinks = {sink.get_variable_id(): sink for sink in model.get_sinks()}
+    kept, todo = {}, sorted(_states(end.output(0)))
+    todo += [name for name in (PRUNED, POSITION) if SCORE in todo and name in sinks]  # written, but read by nothing
+    while todo:
+        name = todo.pop()
+        kept[name] = sink = sinks[name]
+        # a state that layers share is written by later ones too: let an earlier one write in their stead
         for step in list(ancestors(sink.input_value(0))):
             if step.get_type_name() == "Concat":
-                kept = [value for value in step.input_values() if id_of(value.get_node()) not in later]
+                inside = [value for value in step.input_values() if id_of(value.get_node()) not in later]
                 for index, value in enumerate(step.input_values()):
-                    if kept and id_of(value.get_node()) in later and _alike(value, kept[0]):
-                        step.input(index).replace_source_output(kept[0])
+                    if inside and id_of(value.get_node()) in later and _alike(value, inside[0]):
+                        step.input(index).replace_source_output(inside[0])
+        todo += sorted(_states(sink.input_value(0)) - {*kept, *todo})  # what it is made of
+    sinks = [sink for name, sink in sinks.items() if name in kept]
     return ov.Model([op.result(end.output(0))], sinks, model.get_parameters())
+
+
+def _states(output: Output) -> set[str]:
+    """Names of the states that a tensor depends on."""
+    return {x.get_attributes()["variable_id"] for x in ancestors(output) if x.get_type_name() == "ReadValue"}
 
 
 def _alike(a: Output, b: Output) -> bool:

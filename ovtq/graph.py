@@ -19,6 +19,11 @@ def i64(values: int | Sequence[int]) -> Node:
     return op.constant(np.asarray(values, dtype=np.int64))
 
 
+def i32(value: int) -> Node:
+    """An i32 constant."""
+    return op.constant(np.int32(value))
+
+
 def f32(values: float | np.ndarray) -> Node:
     """An f32 constant."""
     return op.constant(np.ascontiguousarray(values, dtype=np.float32))

@@ -62,6 +62,23 @@ class PackedAttention:
         """How many of `past` tokens are read as stored."""
         return max(past - self.window, 0) // self.flush * self.flush
 
+    def lossy(self, past: int) -> bool:
+        """Whether a call after `past` tokens reads anything as stored."""
+        return self.older(past) > 0
+
+    def columns(self, states: Mapping[str, np.ndarray], rows: int) -> np.ndarray:
+        """Which token each of the `rows` first rows of the states is, to be broadcast to (batch, kv_heads, rows)."""
+        return np.arange(rows)[None, None]
+
+    def found(self, states: Mapping[str, np.ndarray]) -> None:
+        """Be told the states that the graph's next call finds; {} if they are not to be had."""
+
+    def forget(
+        self, keys: np.ndarray, values: np.ndarray, past: int, shown: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Keys and values as they are, and that all are visible: nothing is forgotten here."""
+        return keys, values, np.ones((1, 1, 1, 1), bool)
+
     def stored(self, which: int, x: np.ndarray) -> np.ndarray:
         """What keys (0) or values (1), (batch, kv_heads, tokens, d), become in the store."""
         codec = self.codecs[which]
@@ -95,13 +112,14 @@ class PackedAttention:
         is_old = (np.arange(past + count) < self.older(past))[:, None]
         stored = stored or self.stored
         keys, values = (np.where(is_old, stored(i, self.tokens[i]), self.tokens[i]) for i in (0, 1))
+        keys, values, kept = self.forget(keys, values, past, shown)
         batch, kv_heads, total, d = keys.shape
         query = (self.query_scale * query.astype(np.float64)).reshape(
             batch, kv_heads, -1, d
         )  # query heads that share a KV head as rows
         behind = past + np.arange(count)[:, None] - np.arange(total)  # how far each key is behind each query
         seen = (behind >= 0) & (behind < (self.reach or total))
-        visible = np.tile(seen, (query.shape[2] // count, 1)) & (shown != 0)[:, None, None]
+        visible = np.tile(seen, (query.shape[2] // count, 1)) & (shown != 0)[:, None, None] & kept
         scores = np.where(visible, query @ keys.swapaxes(2, 3), -np.inf)
         sink = np.repeat(self.sinks.reshape(1, kv_heads, -1), count, 2) - (query * self.centre).sum(-1)
         scores = np.concatenate([scores, sink[..., None]], -1)

@@ -21,6 +21,7 @@ from ovtq.passes import (
     CachePrecision,
     DecoupleLength,
     Pass,
+    PruneKv,
     QuantizeKv,
     RotateHeads,
     SimplifyMask,
@@ -125,6 +126,32 @@ def for_target(passes: Sequence[Pass], target: str) -> tuple[Pass, ...]:
     return tuple(dataclasses.replace(item, target=target) if hasattr(item, "target") else item for item in passes)
 
 
+def with_pruning(passes: Sequence[Pass], target: str) -> tuple[Pass, ...]:
+    """`passes` with prune-kv in place of quantize-kv, whose options it takes over, or else before any rotation.
+
+    Full layers that it prunes are no longer cached by the runtime: what rotates them is left to the others. Raises
+    InputError for a list in which it has no place.
+    """
+    if any(isinstance(item, SinkRow | CachePrecision | PruneKv) for item in passes):
+        raise InputError(
+            "--budget goes with the presets exact, k8v4, k6v4 and k4v4; others keep their caches otherwise"
+        )
+    if not any(isinstance(item, DecoupleLength) for item in passes):
+        raise InputError("--budget needs the pass decouple-length; take the preset exact, k8v4, k6v4 or k4v4")
+    done: list[Pass] = []
+    for item in passes:
+        if isinstance(item, QuantizeKv):
+            done.append(PruneKv(**dataclasses.asdict(item)))
+        elif isinstance(item, RotateHeads) and item.layers != "left":
+            done.append(dataclasses.replace(item, layers="left"))
+        else:
+            done.append(item)
+    if not any(isinstance(item, PruneKv) for item in done):
+        place = next((i for i, item in enumerate(done) if isinstance(item, RotateHeads)), len(done))
+        done.insert(place, PruneKv(target=target))
+    return tuple(done)
+
+
 @dataclass(frozen=True)
 class Step:
     """What one pass did."""
@@ -186,15 +213,7 @@ def with_settings(passes: Sequence[Pass], settings: Sequence[str]) -> tuple[Pass
                 f"{', '.join(item.name for item in passes)}"
             )
         changes.setdefault(name, {})[field] = value
-    return tuple(
-        dataclasses.replace(item, **_changed(item, changes[item.name])) if item.name in changes else item
-        for item in passes
-    )
-
-
-def _changed(item: Pass, texts: dict[str, str]) -> dict[str, Any]:
-    parsed = type(item).parse(texts)
-    return {name.replace("-", "_"): getattr(parsed, name.replace("-", "_")) for name in texts}
+    return tuple(item.changed(changes[item.name]) if item.name in changes else item for item in passes)
 
 
 def _setting(text: str) -> tuple[str, str]:

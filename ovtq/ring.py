@@ -22,7 +22,7 @@ from ovtq.quantizer import encode, pack, restore
 ALL = 2**31 - 1
 
 
-class _State:
+class State:
     """(batch, heads, length, width), `start` before the text begins; `kept` are the rows of it and of what is new."""
 
     def __init__(
@@ -59,7 +59,7 @@ class Ring:
             kept, length = op.concat([i64([0]), op.add(kept, i64([1]))], 0), rows + 1
             start = np.zeros((1, heads, length, d), np.float32)
             start[0, :, 0] = head
-        self.state = _State(description, name, [heads, length, d], start, kept)
+        self.state = State(description, name, [heads, length, d], start, kept)
         self.parts = op.split(self.state.past, i64(1), len(layers)).outputs()
 
     def store(self, news: Sequence[Node | Output]) -> list[Node]:
@@ -101,8 +101,8 @@ class PackedRing:
 
         kept = op.add(i64(range(rows)), op.minimum(dim(description.input_ids, 1), i64([rows])))
         shape = [heads.size // len(self.codecs), rows, sum(self.widths)]
-        self.codes = _State(description, name, shape, np.zeros(1, np.int8), kept)
-        self.scales = _State(description, f"{name}.scale", [heads.size, rows, 1], np.zeros(1, np.int32), kept)
+        self.codes = State(description, name, shape, np.zeros(1, np.int8), kept)
+        self.scales = State(description, f"{name}.scale", [heads.size, rows, 1], np.zeros(1, np.int32), kept)
         root = op.multiply(op.convert(self.scales.past, "f32"), f32(1 / UNIT))
         bytes_, scales = [self.codes.past.output(0)], [op.multiply(root, root).output(0)]
         if not same:

@@ -93,6 +93,7 @@ class Runner:
         steps = stamp_of(model).get("passes", [])
         rule = next((step["facts"]["stored"] for step in steps if "stored" in step["facts"]), None)
         packed = max(tokens - rule["window"], 0) // rule["multiple"] * rule["multiple"] if rule else tokens
+        packed = min(packed, rule.get("most", packed)) if rule else packed
         packed += any(step["name"] == "sink-row" for step in steps)
         draw = np.random.default_rng(seed)
         self.reset()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,17 +12,16 @@ import openvino as ov
 from scipy.special import log_softmax
 
 from ovtq.cache import compiled_precisions, mark, marked
-from ovtq.coding import whole_scale
 from ovtq.errors import VerificationFailed
 from ovtq.extent import Scope, cut, shortened
 from ovtq.graph import constant_of
 from ovtq.models import AttentionLayer
-from ovtq.packing import unpack
+from ovtq.packed_check import PackedCheck
+from ovtq.pruning import PrunedAttention
 from ovtq.runner import EXACT_PROPERTIES, Runner
 
 ATTEMPTS = 5  # seeds
 ROUTER_TIE = 32 * float(np.finfo(np.float32).eps)  # of the largest router logit of a position
-CODE_TIE = 64 * float(np.finfo(np.float32).eps)  # of the largest code
 TIES_UNSEEN = 0.02  # of the largest element, where the device does not show its codes: a code may be off by one
 TOLERANCE = 128 * float(np.finfo(np.float32).eps)  # of the largest logit: 24 layers of f32 sums in another order
 
@@ -37,79 +35,6 @@ class Call:
     pad: int = 0
     beams: tuple[int, ...] = ()
     reset: bool = False
-
-
-class PackedCheck:
-    """Holds the packed layers of a running model to `PackedAttention`, from the queries, keys and values it shows."""
-
-    def __init__(self, layers: Sequence[AttentionLayer]) -> None:
-        self.layers = [layer for layer in layers if layer.packed]
-        ports = [(port.source for port in (x.query, x.key, x.value)) for x in self.layers]
-        taps = [[*inner, layer.context] for inner, layer in zip(ports, self.layers, strict=True)]
-        self.names = [[(tap.get_node().get_friendly_name(), tap.get_index()) for tap in some] for some in taps]
-        self.largest, self.exact_codes = 0.0, False
-        self.states: dict[str, np.ndarray] = {}  # before the next call
-
-    def tapped(self, model: ov.Model) -> ov.Model:
-        """`model`, as read from its file, with what is checked as further results."""
-        nodes = {node.get_friendly_name(): node for node in model.get_ops()}
-        taps = [ov.opset15.result(nodes[name].output(index)) for some in self.names for name, index in some]
-        return ov.Model([*model.get_results(), *taps], model.get_sinks(), model.get_parameters())
-
-    def older(self, past: int) -> int:
-        """How many of `past` tokens are read as codes."""
-        return max((layer.packed.older(past) for layer in self.layers if layer.packed), default=0)
-
-    def reset(self) -> None:
-        """Forget everything but the largest difference."""
-        self.states = {}
-        for layer in self.layers:
-            layer.packed.reset()
-
-    def step(self, request: ov.InferRequest, shown: np.ndarray, mask: np.ndarray, beams: np.ndarray) -> None:
-        """Compare one call's results; `shown` (batch, new), `mask` (batch, past + new)."""
-        visible, past = shown.astype(bool), mask.shape[1] - shown.shape[1]
-        states = {name: state[beams] for name, state in self.states.items()}
-        for number, layer in enumerate(self.layers):
-            query, keys, values, got = (
-                np.array(request.get_output_tensor(1 + 4 * number + k).data, np.float64) for k in range(4)
-            )
-            stored = functools.partial(_as_stored, states, past, layer)
-            expected = layer.packed.step(query, keys, values, mask, beams, stored)
-            got, expected = (np.moveaxis(x, 1, 2)[visible] for x in (got, expected))
-            error = np.abs(got - expected).max(initial=0) / np.abs(expected).max(initial=np.finfo(np.float32).tiny)
-            self.largest = max(self.largest, float(error) if np.isfinite(got).all() else float("inf"))
-        try:
-            self.states = {state.name: np.array(state.state.data) for state in request.query_state()}
-        except RuntimeError:  # the GPU plugin does not give out i8 states
-            self.states = {}
-        self.exact_codes = bool(self.states)
-
-
-def _as_stored(
-    states: Mapping[str, np.ndarray], past: int, layer: AttentionLayer, which: int, x: np.ndarray
-) -> np.ndarray:
-    """Keys or values as the codec stores them, but with the graph's code where one is a rounding away from another.
-
-    `states` are those that this call of the graph found, of `past` tokens; `x` are all tokens.
-    """
-    packed, codec = layer.packed, layer.packed.codecs[which]
-    if codec is None or not states:
-        return packed.stored(which, x)
-    y = x @ packed.rotation
-    codes, scale = codec.encode(y)
-    bytes_, scales = layer.places[which].read(states)
-    # a state that grows holds the first tokens, one of fixed length the last, behind rows that are not tokens yet
-    end = past if layer.window else bytes_.shape[2]
-    count = min(end, bytes_.shape[2])
-    span, rows = slice(end - count, end), slice(bytes_.shape[2] - count, None)
-    tie = codec.near_tie(y[:, :, span], CODE_TIE)
-    codes[:, :, span][tie] = unpack(bytes_[:, :, rows], codec.bits)[tie]
-    tied = tie.any(-1)
-    scale[:, :, span][tied] = scales[:, :, rows][tied]
-    if packed.whole:
-        scale[:, :, span] = whole_scale(scale[:, :, span], scales[:, :, rows])
-    return packed.restored(codec, codes, scale)
 
 
 @dataclass(frozen=True)
@@ -135,6 +60,7 @@ class PackedDifference:
     positions: int  # at which some layer read codes
     kld: float | None  # mean divergence of the logits from the original's there, in nats; None if some layers only
     same_top: float | None
+    pruned: int  # tokens that a head had lost at the end of a text, at most
 
 
 def schedule(window: int) -> list[Call]:
@@ -276,7 +202,19 @@ def kept_precision(converted: Path, layers: Sequence[AttentionLayer], device: st
 def calls_for(layers: Sequence[AttentionLayer]) -> list[Call]:
     """The schedule that reaches every case of these layers."""
     packed = [layer.packed.window + layer.packed.flush for layer in layers if layer.packed]
-    return schedule(max([*(layer.window or 0 for layer in layers), *packed]) or 128)
+    calls = schedule(max([*(layer.window or 0 for layer in layers), *packed]) or 128)
+    limits = [x.packed.room + x.packed.window + x.packed.flush for x in layers if isinstance(x.packed, PrunedAttention)]
+    return [*calls, *overflow(max(limits))] if limits else calls
+
+
+def overflow(limit: int) -> list[Call]:
+    """Calls that reach every case of a cache that holds no more than `limit` tokens: filled and overfull in chunks, by
+    single tokens, in a batch with padding whose sequences are then swapped."""
+    step = min(256, limit)
+    chunks = [step] * (limit // step + 1)
+    one = [Call(chunks[0], reset=True), *map(Call, chunks[1:]), Call(1), Call(1), Call(7), Call(1)]
+    two = [Call(chunks[0], 2, pad=9, reset=True), *(Call(tokens, 2) for tokens in chunks[1:]), Call(1, 2, beams=(1, 0))]
+    return [*one, *two, Call(step, 2), Call(1, 2, beams=(1, 1))]
 
 
 def _verify(
@@ -317,18 +255,22 @@ def _verify(
             f"the converted model is wrong on {device}: a layer that reads packed codes is {check.largest:.2g} of its "
             f"largest result away from what numpy computes (allowed {allowed:.2g}); nothing was written"
         )
+    if check.miscounted:
+        raise VerificationFailed(f"the converted model is wrong on {device}: {check.miscounted}; nothing was written")
     rest = [[played for played, old in zip(side, lossy, strict=True) if old] for side in results]
     kld, same_top = _divergence(*rest) if extent.end is None else (None, None)
     positions = sum(int(played.usable.sum()) for played in rest[0])
-    return replace(difference, packed=PackedDifference(len(check.layers), check.largest, positions, kld, same_top))
+    return replace(
+        difference, packed=PackedDifference(len(check.layers), check.largest, positions, kld, same_top, check.pruned)
+    )
 
 
 def _reads_codes(calls: Sequence[Call], check: PackedCheck) -> list[bool]:
-    """For each call, whether a token old enough to be quantised is read in it."""
+    """For each call, whether it reads a token that was quantised, or misses one that was pruned."""
     past, found = 0, []
     for call in calls:
         past = 0 if call.reset else past
-        found.append(check.older(past) > 0)
+        found.append(check.lossy(past))
         past += call.tokens
     return found
 

@@ -6,6 +6,7 @@ if __name__ != "ovtq.passes":
 from ovtq.passes.base import Pass, Rewrite
 from ovtq.passes.cache_precision import CachePrecision
 from ovtq.passes.decouple_length import DecoupleLength
+from ovtq.passes.prune_kv import PruneKv
 from ovtq.passes.quantize_kv import QuantizeKv
 from ovtq.passes.rotate_heads import RotateHeads
 from ovtq.passes.simplify_mask import SimplifyMask
@@ -14,7 +15,7 @@ from ovtq.passes.truncate_window import TruncateWindow
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
-    for cls in (DecoupleLength, TruncateWindow, SimplifyMask, RotateHeads, QuantizeKv, SinkRow, CachePrecision)
+    for cls in (DecoupleLength, TruncateWindow, SimplifyMask, RotateHeads, QuantizeKv, PruneKv, SinkRow, CachePrecision)
 }
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "CachePrecision",
     "DecoupleLength",
     "Pass",
+    "PruneKv",
     "QuantizeKv",
     "Rewrite",
     "RotateHeads",

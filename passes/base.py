@@ -97,6 +97,21 @@ class Pass(ABC):
     @classmethod
     def parse(cls, options: Mapping[str, str]) -> Pass:
         """Make the pass from option texts. Raises InputError for an unknown option or an unusable value."""
+        try:
+            return cls(**cls.values(options))
+        except ValueError as error:
+            raise InputError(f"{cls.name}: {error}") from None
+
+    def changed(self, options: Mapping[str, str]) -> Pass:
+        """This pass with some options changed, given as texts. Raises InputError as `parse` does."""
+        try:
+            return dataclasses.replace(self, **self.values(options))
+        except ValueError as error:
+            raise InputError(f"{self.name}: {error}") from None
+
+    @classmethod
+    def values(cls, options: Mapping[str, str]) -> dict[str, Any]:
+        """Option texts as values of the fields. Raises InputError for an unknown option or another type."""
         hints, values = get_type_hints(cls), {}
         known = {option.name: option for option in dataclasses.fields(cls)}
         for name, text in options.items():
@@ -110,10 +125,7 @@ class Pass(ABC):
             choices = known[option].metadata.get("choices")
             if choices and values[option] not in choices:
                 raise InputError(f"{cls.name}: {name} is one of {', '.join(choices)}, got {text!r}")
-        try:
-            return cls(**values)
-        except ValueError as error:
-            raise InputError(f"{cls.name}: {error}") from None
+        return values
 
 
 def _value(kind: type, text: str) -> Any:

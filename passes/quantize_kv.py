@@ -109,21 +109,26 @@ class QuantizeKv(Pass):
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each layer's states and attention."""
         layers = self.chosen(description)
-        how = coding(self.bits, layers[0].head_dim, self.seed)
-        plan = Plan(
-            how.key,
-            how.value,
-            how.rotation,
-            layers,
-            centres={layer.index: self._centre(model, layer) for layer in layers},
-            window=self.residual_window,
-        )
-        form = FORMS[self.target](description, plan, RECENT)
+        plan = self._plan(model, layers)
+        form = self._form(description, plan, RECENT)
         changed = {layer.index: self._rewrite(form, plan, layer) for layer in layers}
         old = [path.assign for layer in layers for path in layer.paths]
         model = rebuild(model, drop=old, add=form.stores())
         facts = {**_facts(plan), "stored": form.stored}
         return Rewrite(model, description.with_layers(changed), len(changed), facts)
+
+    def _plan(self, model: ov.Model, layers: tuple[AttentionLayer, ...]) -> Plan:
+        how = coding(self.bits, layers[0].head_dim, self.seed)
+        centres = {layer.index: self._centre(model, layer) for layer in layers}
+        return Plan(how.key, how.value, how.rotation, layers, centres, self.residual_window)
+
+    def _form(self, description: ModelDescription, plan: Plan, name: str) -> Blocks | Branches:
+        return FORMS[self.target](description, plan, name)
+
+    def _definition(self, plan: Plan, form: Blocks | Branches, layer: AttentionLayer) -> PackedAttention:
+        centre, sinks = plan.centres[layer.index], sink_logits(layer).reshape(-1)
+        codecs = plan.key, plan.value
+        return PackedAttention(codecs, plan.rotation, centre, sinks, layer.scale, plan.window, form.flush)
 
     @property
     def bits(self) -> tuple[str, str]:
@@ -157,12 +162,9 @@ class QuantizeKv(Pass):
             mask=None,
             key_path=None,
             value_path=None,
-            packed=PackedAttention(
-                (plan.key, plan.value), plan.rotation, centre, sink_logits(layer).reshape(-1), layer.scale,
-                plan.window, form.flush,
-            ),
+            packed=self._definition(plan, form, layer),
             places=tuple(Place(f"ovtq.{layer.index}.{what}") for what in ("key", "value")),
-        )  # fmt: skip
+        )
 
     def ensures(self, rewrite: Rewrite) -> None:
         """Every layer has a state of packed bytes and one of scales for K and for V, as wide as promised."""

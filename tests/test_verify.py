@@ -160,13 +160,13 @@ def _window_not_turned_back(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _window_lags(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows kept are those of one token before."""
-    store = ovtq.ring._State.store
+    store = ovtq.ring.State.store
 
-    def late(self: ovtq.ring._State, new: ov.Node) -> ov.Node:
+    def late(self: ovtq.ring.State, new: ov.Node) -> ov.Node:
         self.kept = ov.opset15.maximum(self.kept - 1, self.kept * 0)
         return store(self, new)
 
-    monkeypatch.setattr(ovtq.ring._State, "store", late)
+    monkeypatch.setattr(ovtq.ring.State, "store", late)
 
 
 def _heads_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,15 +176,15 @@ def _heads_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _beams_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes follow their beams, scales do not."""
-    init = ovtq.ring._State.__init__
+    init = ovtq.ring.State.__init__
 
-    def deaf(self: ovtq.ring._State, description: object, name: str, *rest: object) -> None:
+    def deaf(self: ovtq.ring.State, description: object, name: str, *rest: object) -> None:
         init(self, description, name, *rest)
         if name.endswith(".scale"):
             read, beams, axis = (value.get_node() for value in self.past.input_values())
             self.past = ov.opset15.gather(read, ov.opset15.multiply(beams, ov.opset15.constant(np.int32(0))), axis)
 
-    monkeypatch.setattr(ovtq.ring._State, "__init__", deaf)
+    monkeypatch.setattr(ovtq.ring.State, "__init__", deaf)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,210 @@
+"""Which tokens a layer keeps, and attention to those alone, in numpy by definition: what the graphs are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from ovtq.packed_attention import PackedAttention
+
+SCORES = ("norm-high", "norm-low", "keydiff", "value-norm", "random")
+MODES = ("evict", "mask", "zero")
+# A score is kept as ⌊fraction·score⌋, fraction being DIGIT to the power of DIGITS, so that no inference precision
+# changes which of two is larger; what is beyond 2²¹ then is cut to it. All are exact as f32.
+# What stands in place of a score:
+DIGIT = 2**10
+DIGITS = {"norm-high": 1, "norm-low": 1, "keydiff": 2, "value-norm": 1, "random": 2}
+EMPTY, DROPPED, PADDED, FIRST = -(2**23), -(3 * 2**21), -(2**22), 2**22
+SHOWN = -(3 * 2**20)  # a token that may be attended to has a higher score
+TIE = 64 * float(np.finfo(np.float32).eps)
+TABLE = 4093  # random scores of a head before they repeat; a prime
+SCORE, POSITION, PRUNED = "ovtq.score", "ovtq.position", "ovtq.pruned"  # states that all layers share; the last one
+# holds how many tokens of each head were pruned, and how many are kept
+
+
+@dataclass(frozen=True, eq=False)
+class Pruning:
+    """The rule: of the tokens older than the recent ones, those of highest score stay, `room` of them for each KV head.
+
+    Tokens leave the recent ones `flush` at a time, so that between `window` and window + flush − 1 of them are recent,
+    and no more than budget + flush − 1 are kept, budget being room + window. The first `prefix` tokens are always
+    among those that stay, padding never is. A score depends on the tokens up to its own and is never changed: what is
+    out stays out, however the text is cut into calls. With `shared` the scores of a layer's KV heads are averaged.
+    """
+
+    budget: int
+    window: int
+    prefix: int
+    score: str
+    mode: str
+    shared: bool
+    flush: int
+    seed: int = 0
+
+    @property
+    def fraction(self) -> int:
+        """Steps of a score in 1."""
+        return DIGIT ** DIGITS[self.score]
+
+    @property
+    def largest(self) -> float:
+        """Scores beyond are all alike."""
+        return 2**21 / self.fraction
+
+    @property
+    def room(self) -> int:
+        """Tokens that stay besides the recent ones."""
+        return self.budget - self.window
+
+    def older(self, past: int) -> int:
+        """How many of `past` tokens are no longer among the recent ones."""
+        return max(past - self.window, 0) // self.flush * self.flush
+
+    def table(self, layer: int, kv_heads: int) -> np.ndarray:
+        """The random scores of a layer, (kv_heads, TABLE) f32: token t has that at t modulo TABLE."""
+        return np.random.RandomState([self.seed, layer]).rand(kv_heads, TABLE).astype(np.float32)
+
+    def scores(self, layer: int, keys: np.ndarray, values: np.ndarray, shown: np.ndarray) -> np.ndarray:
+        """fraction·score, (batch, kv_heads, tokens), of all tokens, not rounded yet.
+
+        keys, after RoPE, and values (batch, kv_heads, tokens, d).
+        """
+        real = shown != 0
+        if self.score == "norm-high":
+            found = np.linalg.norm(keys, axis=-1)
+        elif self.score == "norm-low":
+            found = -np.linalg.norm(keys, axis=-1)
+        elif self.score == "value-norm":
+            found = np.linalg.norm(values, axis=-1)
+        elif self.score == "keydiff":
+            found = keydiff(keys, real)
+        elif self.score == "random":
+            found = np.broadcast_to(
+                self.table(layer, keys.shape[1])[None, :, np.arange(keys.shape[2]) % TABLE], keys.shape[:3]
+            )
+        else:
+            raise ValueError(f"no score {self.score}")
+        if self.shared:
+            found = np.broadcast_to(found.mean(1, keepdims=True), found.shape)
+        first = real & (np.cumsum(real, 1) <= self.prefix)
+        found = np.clip(found, -self.largest, self.largest) * self.fraction
+        return np.where(real[:, None], np.where(first[:, None], FIRST, found), PADDED)
+
+
+def keydiff(keys: np.ndarray, real: np.ndarray) -> np.ndarray:
+    """−cos(k_t, Σ_{s ≤ t} k_s/‖k_s‖), higher for keys unlike those before. KeyDiff (arXiv 2504.15364), made static:
+    there the mean is of all keys at the time of pruning. Padding is not in the sum."""
+    unit = keys / np.maximum(np.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
+    total = np.cumsum(unit * real[:, None, :, None], axis=2)
+    return -(unit * total).sum(-1) / np.maximum(np.linalg.norm(total, axis=-1), 1e-12)
+
+
+def best(scores: np.ndarray, room: int) -> np.ndarray:
+    """Which of (…, tokens) are the `room` of highest score; of equal ones the first."""
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    chosen = np.zeros(scores.shape, bool)
+    np.put_along_axis(chosen, order[..., :room], True, axis=-1)
+    return chosen
+
+
+class PrunedAttention(PackedAttention):
+    """A PackedAttention (with codecs None: to tokens as they came) that sees only what `pruning` kept.
+
+    `layer` is its index, `first` the number of its first KV head in the states that all layers share.
+    """
+
+    def __init__(self, *args: Any, pruning: Pruning, layer: int, first: int) -> None:
+        super().__init__(*args)
+        self.pruning, self.layer, self.first = pruning, layer, first
+        self.seen: Mapping[str, np.ndarray] = {}  # states that the graph's next call finds; {}: not known
+
+    def lossy(self, past: int) -> bool:
+        """Whether a call after `past` tokens differs from the original: it reads codes, or misses tokens."""
+        packed = any(self.codecs) and self.older(past) > 0
+        return packed or self.older(past) > self.room
+
+    def columns(self, states: Mapping[str, np.ndarray], rows: int) -> np.ndarray:
+        """Which token each row of the states is, (batch, kv_heads, rows)."""
+        if self.pruning.mode == "evict":
+            return states[POSITION][:, self.heads, :, 0].astype(np.int64)
+        return super().columns(states, rows)
+
+    @property
+    def room(self) -> int:
+        """Tokens that stay besides the recent ones."""
+        return self.pruning.room
+
+    def due(self, shown: np.ndarray) -> np.ndarray:
+        """How many tokens must have been pruned of a text, (batch,); shown (batch, tokens)."""
+        real = (shown[:, : self.older(shown.shape[1])] != 0).sum(1)
+        return np.maximum(real - self.room, 0)
+
+    def found(self, states: Mapping[str, np.ndarray]) -> None:
+        """Where two scores are within rounding, the graph's choice is taken."""
+        self.seen = states
+
+    @property
+    def heads(self) -> slice:
+        """Its KV heads in the states that all layers share."""
+        return slice(self.first, self.first + len(self.centre[0]))
+
+    def alive(self, past: int, shown: np.ndarray) -> np.ndarray:
+        """Which tokens the call after `past` attends to, (batch, kv_heads, past + new): its own ones all."""
+        keys = (self.tokens[0] + self.centre) / self.scale
+        count = self.older(past)
+        scores = self.pruning.scores(self.layer, keys, self.tokens[1], shown)[:, :, :count]
+        chosen = best(np.floor(scores), self.room)
+        graph = self._chosen_by_graph(scores.shape)
+        if graph is not None and count > self.room:
+            # where two scores are a rounding apart, either may stay: the graph's choice is taken
+            edge = np.sort(scores, -1)[..., -self.room, None]
+            tie = np.abs(scores - edge) <= 1 + TIE * np.abs(edge)
+            chosen = np.where(tie & (scores > SHOWN) & (scores < FIRST), graph, chosen)
+        own = np.ones((*chosen.shape[:2], keys.shape[2] - count), bool)
+        return np.concatenate([chosen, own], 2)
+
+    def _chosen_by_graph(self, shape: tuple[int, ...]) -> np.ndarray | None:
+        if not self.seen or SCORE not in self.seen:
+            return None
+        chosen = np.zeros(shape, bool)
+        if self.pruning.mode == "evict":
+            np.put_along_axis(chosen, self.columns(self.seen, 0), True, axis=2)
+        else:
+            chosen[:] = self.seen[SCORE][:, self.heads, :, 0] > DROPPED
+        return chosen
+
+    def forget(
+        self, keys: np.ndarray, values: np.ndarray, past: int, shown: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Keys, values, and which of them are visible, (batch, kv_heads, 1, tokens)."""
+        alive = self.alive(past, shown)
+        if self.pruning.mode == "zero":
+            return keys * alive[..., None], values * alive[..., None], np.ones((1, 1, 1, 1), bool)
+        return keys, values, alive[:, :, None]
+
+
+def pruned(request: ov.InferRequest) -> dict[int, np.ndarray]:
+    """How many tokens each full layer of a running model has pruned so far, {layer: (batch, kv_heads)}.
+
+    Padding is not counted. Empty for a model without prune-kv; all 0 where the budget was never exceeded.
+    """
+    return _by_layer(request, 0)
+
+
+def kept(request: ov.InferRequest) -> dict[int, np.ndarray]:
+    """How many tokens each of these layers still attends to, likewise."""
+    return _by_layer(request, 1)
+
+
+def _by_layer(request: ov.InferRequest, column: int) -> dict[int, np.ndarray]:
+    found = {state.name: state for state in request.query_state()}
+    if PRUNED not in found:
+        return {}
+    parts = {name.removeprefix("ovtq.").partition(".")[0] for name in found}
+    layers = sorted(int(part) for part in parts if part.isdigit())
+    counts = np.array(found[PRUNED].state.data)[..., column]
+    return dict(zip(layers, np.split(counts, len(layers), axis=1), strict=True))

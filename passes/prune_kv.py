@@ -1,0 +1,125 @@
+"""prune-kv: keep a budget of tokens in each full layer, chosen by a score of their keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import openvino as ov
+
+from ovtq.attend import Plan
+from ovtq.attend_blocks import Blocks
+from ovtq.attend_branches import Branches
+from ovtq.coding import BITS
+from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.packed_attention import PackedAttention
+from ovtq.passes.base import Rewrite, option
+from ovtq.passes.quantize_kv import QuantizeKv
+from ovtq.pruning import MODES, POSITION, PRUNED, SCORE, SCORES, PrunedAttention, Pruning
+
+
+@dataclass(frozen=True)
+class PruneKv(QuantizeKv):
+    """softmax over the `budget` tokens that are worth most, by a score written once, and over a call's own tokens.
+
+    For each KV head, of the tokens older than the recent ones those of highest score stay. The first `prefix` tokens
+    and the last `recent-window` always do, and all count for the budget. A call attends to what was kept before it and
+    to its own tokens, all of them; what leaves is decided at its end. So a prefill in one call loses nothing in itself,
+    one in chunks is pruned between them.
+
+    `evict`: tokens leave the states, `slack` + 1 at a time, and no state ever holds more than budget + slack of them.
+    `mask`: they stay and are masked; nothing is freed. `zero`: they stay, their keys and values read as 0, so that each
+    is one more sink of logit 0; for comparison, not for use. The same tokens in all three.
+
+    With `k-bits` and `v-bits` the tokens kept are packed as by quantize-kv, whose options these are; its residual
+    window, if longer, takes the place of the recent window. Bytes move as they are, nothing is quantised again.
+
+    Its form is that of quantize-kv for a CPU. The GPU plugin compiles that, but does not run it: with an empty history
+    it fails or crashes. So the target gpu is refused, and what quantize-kv refuses.
+    Source: Devoto et al. (arXiv 2406.11430) for norm-low; KeyDiff (arXiv 2504.15364).
+    """
+
+    name: ClassVar[str] = "prune-kv"
+
+    k_bits: str = option("none", "of a key's coordinate", choices=BITS)
+    v_bits: str = option("none", "of a value's coordinate", choices=BITS)
+    residual_window: int = option(0, "recent tokens kept at full precision, with bits")
+    centre: str = option("none", "what to take from the keys, with bits", choices=("bias", "none"))
+    budget: int = option(1024, "tokens kept in each full layer")
+    recent_window: int = option(32, "last tokens that always stay")
+    prefix: int = option(4, "first tokens that always stay")
+    score: str = option("keydiff", "what tokens are kept for", choices=SCORES)
+    mode: str = option("evict", "what becomes of the others", choices=MODES)
+    slack: int = option(127, "tokens over the budget that are waited for")
+    heads: str = option(
+        "each", "whether each KV head keeps tokens of its own, or all the same", choices=("each", "shared")
+    )
+    target: str = option("cpu", "whose plugin the graph is made for; gpu is refused", choices=("gpu", "cpu"))
+    score_seed: int = option(0, "of random scores")
+
+    def __post_init__(self) -> None:
+        if self.k_bits != "none" or self.v_bits != "none":
+            super().__post_init__()
+        elif self.residual_window or self.centre != "none":
+            raise ValueError("residual-window and centre are options of packed caches; give k-bits or v-bits")
+        for what, value in (("recent-window", self.recent_window), ("slack", self.slack), ("prefix", self.prefix)):
+            if not 0 <= value <= 4096:
+                raise ValueError(f"{what} must be from 0 to 4096, got {value}")
+        if not self.window + self.prefix < self.budget <= 2**20:
+            raise ValueError(
+                f"budget must be from {self.window + self.prefix + 1} (the recent window, {self.window}, the prefix, "
+                f"{self.prefix}, and one more) to {2**20}, got {self.budget}"
+            )
+        if self.mode == "zero" and self.centre != "none":
+            raise ValueError("mode zero needs centre none: a centred key that reads as 0 is not a key of 0")
+
+    @property
+    def window(self) -> int:
+        """Recent tokens that are neither pruned nor packed."""
+        return max(self.recent_window, self.residual_window)
+
+    @property
+    def pruning(self) -> Pruning:
+        """The rule in the terms of its numpy definition."""
+        return Pruning(
+            self.budget, self.window, self.prefix, self.score, self.mode, self.heads == "shared", self.slack + 1,
+            self.score_seed,
+        )  # fmt: skip
+
+    def requires(self, description: ModelDescription) -> None:
+        """Refuses what quantize-kv refuses, and the GPU."""
+        if self.target != "cpu":
+            raise self.refuse(
+                "it makes a graph for the CPU plugin only, which the GPU plugin can't run; use --target cpu"
+            )
+        super().requires(description)
+
+    def _plan(self, model: ov.Model, layers: tuple[AttentionLayer, ...]) -> Plan:
+        how = super()._plan(model, layers)
+        return Plan(how.key, how.value, how.rotation, layers, how.centres, self.window, self.pruning)
+
+    def _form(self, description: ModelDescription, plan: Plan, name: str) -> Blocks | Branches:
+        return Blocks(description, plan, name)
+
+    def _definition(self, plan: Plan, form: Blocks | Branches, layer: AttentionLayer) -> PackedAttention:
+        held = super()._definition(plan, form, layer)
+        first = next(i for i, other in enumerate(plan.layers) if other.index == layer.index) * layer.kv_heads
+        return PrunedAttention(
+            held.codecs, held.rotation, plan.centres[layer.index], held.sinks, held.scale, held.window, held.flush,
+            pruning=plan.pruning, layer=layer.index, first=first,
+        )  # fmt: skip
+
+    def ensures(self, rewrite: Rewrite) -> None:
+        """The states of quantize-kv, and those that all layers share: scores, how many went, which ones stay."""
+        super().ensures(rewrite)
+        layers = self.chosen(rewrite.description)
+        heads = len(layers) * layers[0].kv_heads
+        rows = self.window + self.slack
+        expected = {
+            SCORE: ("i32", [-1, heads, -1, 1]),
+            f"{SCORE}.recent": ("i32", [-1, heads, rows, 1]),
+            PRUNED: ("i32", [-1, heads, 2]),
+        }
+        if self.mode == "evict":
+            expected[POSITION] = ("i32", [-1, heads, -1, 1])
+        self.expect(rewrite.model, expected)

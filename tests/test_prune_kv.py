@@ -1,0 +1,399 @@
+"""prune-kv: which tokens stay, against numpy; the attention to them, step by step; bounded states; what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+from conftest import MINI, TINY
+from test_passes import Tapped, applied
+
+import ovtq.prune
+from ovtq import io
+from ovtq.convert import main
+from ovtq.errors import InputError
+from ovtq.packed_check import PackedCheck
+from ovtq.passes import DecoupleLength, PruneKv, SimplifyMask, TruncateWindow
+from ovtq.pruning import FIRST, POSITION, SCORE, SHOWN, Pruning, best, kept, pruned
+from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.verify import TOLERANCE, Call, overflow
+
+EPS = float(np.finfo(np.float32).eps)
+EXACT = (DecoupleLength(), TruncateWindow(), SimplifyMask())
+SMALL = {"budget": 48, "recent_window": 16, "slack": 7, "target": "cpu"}
+
+SCHEDULES = {
+    "one by one": [Call(40), *[Call(1)] * 40],
+    "chunks": [Call(30), Call(31), Call(1), Call(64), Call(129), Call(1), Call(1)],
+    "padding": [Call(44, 3, pad=11), *[Call(1, 3)] * 12, Call(39, 3), Call(1, 3)],
+    "beams": [Call(60), Call(1, 4, beams=(0, 0, 0, 0)), *[Call(1, 4, beams=(1, 1, 3, 0))] * 9, Call(9, 4)],
+}
+FORMS = {
+    "evict": PruneKv(**SMALL),
+    "evict, no slack": PruneKv(**SMALL | {"slack": 0}, score="keydiff"),
+    "evict, shared": PruneKv(**SMALL, heads="shared", score="norm-high"),
+    "evict, K6V4": PruneKv(**SMALL, k_bits="6", v_bits="4", centre="bias", score="value-norm"),
+    "mask": PruneKv(**SMALL, mode="mask", score="random"),
+    "mask, K6V4": PruneKv(**SMALL, mode="mask", k_bits="6", v_bits="4", centre="bias"),
+    "zero": PruneKv(**SMALL, mode="zero", prefix=0),
+}
+
+
+QUICK = {(form, "chunks") for form in ("evict, K6V4", "mask", "zero")}
+
+
+class Checked:
+    """A pruned tiny model whose layers are held to numpy in every call."""
+
+    def __init__(self, item: PruneKv) -> None:
+        rewrite = applied(TINY["5.5"], *EXACT, item)
+        self.check = PackedCheck(rewrite.description.layers)
+        self.runner = Runner(self.check.tapped(rewrite.model), "CPU", EXACT_PROPERTIES)
+
+    def play(self, calls: list[Call]) -> list[np.ndarray]:
+        """The logits of each call; asserts nothing."""
+        random, results = np.random.RandomState(3), []
+        self.runner.reset()
+        self.check.reset()
+        self.check.largest = 0.0
+        for call in calls:
+            ids = random.randint(0, 256, (call.batch, call.tokens)).astype(np.int64)
+            shown = np.ones(ids.shape, np.int64)
+            shown[1:, : call.pad] = 0
+            beams = np.array(call.beams or range(call.batch), np.int32)
+            results.append(np.array(self.runner.step(ids, shown, beams)))
+            self.check.step(self.runner.request, shown, self.runner.mask, beams)
+        return results
+
+    def states(self) -> dict[str, np.ndarray]:
+        return {state.name: np.array(state.state.data) for state in self.runner.request.query_state()}
+
+
+@functools.cache
+def checked(form: str) -> Checked:
+    return Checked(FORMS[form])
+
+
+@pytest.mark.parametrize(
+    ("form", "schedule"),
+    [
+        pytest.param(form, name, marks=() if form == "evict" or (form, name) in QUICK else pytest.mark.slow)
+        for form in FORMS
+        for name in SCHEDULES
+    ],
+)
+def test_attention_equals_numpy(form: str, schedule: str) -> None:
+    """What numpy keeps by its own scores, and the attention to that, in every call; the graph's own count besides."""
+    model = checked(form)
+    model.play(SCHEDULES[schedule])
+    assert 0 < model.check.largest <= 32 * EPS
+    assert model.check.pruned > 0
+    assert not model.check.miscounted
+
+
+@pytest.mark.parametrize("tokens", [150, pytest.param(600, marks=pytest.mark.slow)])
+def test_evicting_is_masking(tokens: int) -> None:
+    """One by one from the 30th token on: not one is kept by the one and not by the other."""
+    models = [Checked(PruneKv(**SMALL | {"slack": 0, "mode": mode})) for mode in ("evict", "mask")]
+    calls = [Call(30), *[Call(1)] * (tokens - 30)]
+    results = [model.play(calls) for model in models]
+    for model in models:
+        assert 0 < model.check.largest <= 32 * EPS  # also to numpy
+    largest = max(float(np.abs(a - b).max()) for a, b in zip(*results, strict=True))
+    assert largest <= TOLERANCE * max(float(np.abs(a).max()) for a in results[0])
+    evicted, masked = (model.states() for model in models)
+    alive = masked[SCORE][..., 0] > SHOWN  # (batch, heads, tokens)
+    assert alive.sum(-1).tolist() == [[32] * 4]
+    assert np.array_equal(evicted[POSITION][0, :, :, 0], [np.flatnonzero(row) for row in alive[0]])
+
+
+def test_zeroing_is_not_masking() -> None:
+    """The tokens are the same, what they do is not: each is a sink more."""
+    models = [Checked(PruneKv(**SMALL, mode=mode)) for mode in ("mask", "zero")]
+    masked, zeroed = (model.play(SCHEDULES["one by one"])[-1] for model in models)
+    assert np.abs(masked - zeroed).max() > 1e-2
+
+
+def test_the_text_is_cut_as_one_likes() -> None:
+    """What is kept does not depend on the calls that the same tokens came in."""
+    model, found = checked("evict"), []
+    for sizes in ([200], [1] * 200, [50, 1, 1, 98, 50]):
+        calls = [Call(size) for size in sizes]
+        ids = np.random.RandomState(0).randint(0, 256, (1, 200)).astype(np.int64)
+        model.runner.reset()
+        start = 0
+        for call in calls:
+            model.runner.step(ids[:, start : start + call.tokens])
+            start += call.tokens
+        # only layer 1: what layer 3 is fed depends on what layer 1 had pruned by then
+        found.append(model.states()[POSITION][0, :2, :, 0])
+    assert np.array_equal(found[0], found[1])
+    assert np.array_equal(found[0], found[2])
+
+
+def test_counts_and_bounds() -> None:
+    """Pruned and kept add up to the text; the rows of the states are as many as promised and no more."""
+    model = checked("evict")
+    model.play([Call(20)])
+    assert {layer: count.tolist() for layer, count in pruned(model.runner.request).items()} == {
+        1: [[0, 0]],
+        3: [[0, 0]],
+    }
+    rows = []
+    for tokens in range(20, 140):
+        model.runner.step(np.array([[tokens]]))
+        went, stay = (read(model.runner.request) for read in (pruned, kept))
+        assert all((went[layer] + stay[layer] == tokens + 1).all() for layer in (1, 3))
+        assert max(stay[1].max(), stay[3].max()) <= 48 + 7
+        rows.append(model.states()["ovtq.1.key"].shape[2])
+    assert max(rows) == 32
+    assert pruned(Runner(TINY["5.5"] / "openvino_model.xml", "CPU").request) == {}
+
+
+def test_the_prefix_and_the_recent_tokens_stay() -> None:
+    model = checked("evict")
+    model.play([Call(120, 2, pad=11)])
+    states = model.states()
+    positions, scores = states[POSITION][..., 0], states[SCORE][..., 0]
+    for row, first in ((0, 0), (1, 11)):  # what is padding is not the beginning of a text
+        assert (positions[row][:, :4] == range(first, first + 4)).all()
+        assert (scores[row][:, :4] == FIRST).all()
+
+
+@pytest.mark.parametrize(("score", "sign"), [("norm-high", 1), ("norm-low", -1)])
+def test_scores_are_norms_of_keys(score: str, sign: int) -> None:
+    """Of the keys that enter the exported model's attention."""
+    ids = np.random.RandomState(0).randint(0, 256, (1, 90)).astype(np.int64)
+    plain = Tapped(TINY["5.5"], ())
+    _, inner, _ = plain.step(ids, np.ones_like(ids), np.zeros(1, np.int32))
+    runner = Runner(
+        applied(TINY["5.5"], *EXACT, PruneKv(**SMALL, score=score, prefix=0)).model, "CPU", EXACT_PROPERTIES
+    )
+    runner.step(ids)
+    states = {state.name: np.array(state.state.data) for state in runner.request.query_state()}
+    norms = np.linalg.norm(inner[1][1][0].astype(np.float64), axis=-1)  # layer 1's keys, (2, 90)
+    older = 90 - 16 - (90 - 16) % 8
+    for head in range(2):
+        stay = np.sort(np.argsort(-sign * norms[head, :older])[:32])
+        assert np.array_equal(states[POSITION][0, head, :, 0], stay)
+
+
+def test_best_takes_the_first_of_equals() -> None:
+    assert best(np.array([[3.0, 1, 3, 3, 2]]), 2).tolist() == [[True, False, True, False, False]]
+
+
+def test_keydiff_is_causal() -> None:
+    """A score is written once: what comes later does not change it."""
+    rule = Pruning(48, 16, 0, "keydiff", "evict", False, 8)
+    keys = np.random.RandomState(0).standard_normal((2, 2, 50, 64))
+    shown = np.ones((2, 50))
+    shown[1, :7] = 0
+    whole = rule.scores(1, keys, keys, shown)
+    assert np.allclose(rule.scores(1, keys[:, :, :30], keys[:, :, :30], shown[:, :30]), whole[:, :, :30], rtol=1e-12)
+    alone = rule.scores(1, keys[1:, :, 7:], keys[1:, :, 7:], shown[1:, 7:])
+    assert np.allclose(alone, whole[1:, :, 7:], rtol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------ the command
+
+
+def _flipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = ovtq.prune.Survivors._raw
+    monkeypatch.setattr(ovtq.prune.Survivors, "_raw", lambda self: ov.opset15.negative(raw(self)))
+
+
+def _prefix_not_protected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ovtq.prune, "FIRST", SHOWN + 1)
+
+
+def _one_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = ovtq.prune._best
+    monkeypatch.setattr(ovtq.prune, "_best", lambda scores, room, full: chosen(scores, room - 1, full))
+
+
+def _mask_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = ovtq.prune.Survivors._masks
+
+    def shifted(self: ovtq.prune.Survivors) -> list:
+        op, by_one = ov.opset15, ov.opset15.constant(np.int64([-1]))
+        return [[op.roll(x, by_one, op.constant(np.int64([3]))).output(0) for x in some] for some in masks(self)]
+
+    monkeypatch.setattr(ovtq.prune.Survivors, "_masks", shifted)
+
+
+def _before(row: ov.Output) -> ov.Output:
+    op, one = ov.opset15, ov.opset15.constant(np.int32(1))
+    return op.subtract(op.maximum(row, one), one).output(0)
+
+
+def _rows_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Evicting takes the neighbour of each row that should stay, but for the scores."""
+    store = ovtq.prune.Survivors.store
+
+    def shifted(self: ovtq.prune.Survivors) -> tuple:
+        rows, assigns = store(self)
+        return [_before(row) for row in rows], assigns
+
+    monkeypatch.setattr(ovtq.prune.Survivors, "store", shifted)
+
+
+def _beams_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores stay with their row of the batch when the tokens move."""
+    init = ovtq.prune.Held.__init__
+
+    def deaf(self: ovtq.prune.Held, description: object, name: str, *rest: object) -> None:
+        if name == SCORE:
+            beams = description.beam_idx
+            still = ov.opset15.range(
+                ov.opset15.constant(np.int32(0)),
+                ov.opset15.squeeze(ov.opset15.shape_of(beams, "i32"), ov.opset15.constant(np.int64([0]))),
+                ov.opset15.constant(np.int32(1)), "i32",
+            )  # fmt: skip
+            description = dataclasses.replace(description, beam_idx=still)
+        init(self, description, name, *rest)
+
+    monkeypatch.setattr(ovtq.prune, "Held", deaf_class := type("Held", (ovtq.prune.Held,), {"__init__": deaf}))
+    assert deaf_class
+
+
+def _miscounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but the counter is wrong: it counts padding."""
+    monkeypatch.setattr(ovtq.prune, "SHOWN", ovtq.prune.EMPTY)
+
+
+FLAGS = ["--preset", "exact", "--target", "cpu", "--budget", "48", "--recent-window", "16", "--slack", "7"]
+
+
+@pytest.mark.parametrize(
+    ("harm", "flags"),
+    [
+        (_flipped, []),
+        (_prefix_not_protected, []),
+        pytest.param(_one_too_few, ["--mode", "mask"], marks=pytest.mark.slow),
+        (_mask_off_by_one, ["--mode", "mask"]),
+        (_rows_off_by_one, []),
+        pytest.param(_beams_ignored, [], marks=pytest.mark.slow),
+        pytest.param(_miscounted, [], marks=pytest.mark.slow),
+    ],
+)
+def test_a_broken_pruning_is_refused(
+    harm: Callable[[pytest.MonkeyPatch], None],
+    flags: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    harm(monkeypatch)
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), *FLAGS, *flags]) == 2
+    assert "the converted model is wrong on CPU: " in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        pytest.param(["--mode", "mask", "--score", "norm-high"], marks=pytest.mark.slow),
+        ["--preset", "k6v4", "--residual-window", "16", "--protect", "last:1"],
+        ["--heads", "shared", "--verify-layers", "2"],
+    ],
+)
+def test_converting_verifies_what_is_pruned(flags: list[str], tmp_path: Path) -> None:
+    assert main([str(TINY["4.57"]), str(tmp_path / "out"), *FLAGS, *flags]) == 0
+    record = json.loads((tmp_path / "out" / io.RECORD).read_text())
+    found = record["verified"]["packed"]
+    assert found["pruned"] > 48  # a pruning that was never tried would be no proof
+    assert 0 < found["relative"] <= TOLERANCE
+    assert found["positions"] > 50
+
+
+def test_bytes_in_the_record_are_the_bytes_on_the_device(convert: Callable[..., Path]) -> None:
+    out = convert(MINI, "--preset", "exact", "--target", "cpu", "--budget", "128", "--no-verify")
+    record = json.loads((out / io.RECORD).read_text())
+    runner = Runner(out / "openvino_model.xml", "CPU", EXACT_PROPERTIES)
+    for _ in range(4):
+        runner.step(np.ones((1, 128), np.int64))
+    assert runner.state_bytes() == record["state_bytes"]["after"]["4096"]
+    assert record["state_bytes"]["after"]["4096"] == record["state_bytes"]["after"]["131072"]
+    runner.fill(5000)
+    assert runner.state_bytes() == record["state_bytes"]["after"]["4096"]
+
+
+@pytest.mark.slow
+def test_eight_thousand_tokens_take_no_more_bytes_than_promised(convert: Callable[..., Path]) -> None:
+    out = convert(MINI, "--preset", "exact", "--target", "cpu", "--budget", "256", "--no-verify")
+    promised = json.loads((out / io.RECORD).read_text())["state_bytes"]["after"]["131072"]
+    runner = Runner(out / "openvino_model.xml", "CPU", EXACT_PROPERTIES)
+    token, sizes = 5, []
+    for _ in range(8000):
+        token = int(runner.step(np.array([[token]]))[0, -1].argmax())
+        sizes.append(runner.state_bytes())
+    assert max(sizes) == sizes[-1] == promised
+    assert all((count == 8000 - 256 - (8000 - 32) % 128).all() for count in pruned(runner.request).values())
+
+
+@pytest.mark.parametrize("mode", ["evict", pytest.param("mask", marks=pytest.mark.slow)])
+def test_genai_resets_when_a_history_changes(mode: str, convert: Callable[..., Path]) -> None:
+    """Tokens that are gone can't be cut from an end: GenAI sees states of fixed shape, resets and prefills again.
+
+    The answer to a history that diverged is that of the history from scratch; a text read in one call loses nothing in
+    itself, and 40 tokens of answer are pruned after it.
+    """
+    test_genai = pytest.importorskip("test_genai", reason="needs openvino_genai")
+    flags = ["--preset", "exact", "--target", "cpu", "--budget", "96", "--slack", "15", "--mode", mode]
+    folder = convert(MINI, *flags, "--no-verify")
+    text = test_genai.TEXT
+    going, scratch = test_genai.chat(folder, [text[:800], text[3000:3300], "Question: what did Congress say?"])
+    assert going == scratch
+    assert all(going)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": "36"}, "budget must be from 37 (the recent window, 32, the prefix, 4, and one more) to 1048576"),
+        ({"slack": "-1"}, "slack must be from 0 to 4096, got -1"),
+        ({"prefix": "5000"}, "prefix must be from 0 to 4096, got 5000"),
+        ({"mode": "drop"}, "prune-kv: mode is one of evict, mask, zero, got 'drop'"),
+        ({"score": "norm"}, "prune-kv: score is one of norm-high, norm-low, keydiff, value-norm, random, got 'norm'"),
+        ({"centre": "bias"}, "residual-window and centre are options of packed caches; give k-bits or v-bits"),
+        ({"k-bits": "6", "mode": "zero", "centre": "bias"}, "mode zero needs centre none"),
+    ],
+)
+def test_options_are_checked(options: dict[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=re.escape(message)):
+        PruneKv.parse(options)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mode", "mask"], "--mode has no effect without --budget"),
+        (["--preset", "u8", "--budget", "99"], "--budget goes with the presets exact, k8v4, k6v4 and k4v4"),
+        (["--preset", "rotate", "--budget", "99"], "--budget needs the pass decouple-length"),
+        (["--budget", "60"], "prune-kv: budget must be from 69 (the recent window, 64, the prefix, 4, and one more)"),
+        (["--budget", "many"], "prune-kv: budget needs int, got 'many'"),
+        (["--budget", "99"], "prune-kv: it makes a graph for the CPU plugin only"),
+        (["--budget", "99", "--mode", "zero"], "prune-kv: mode zero needs centre none"),
+    ],
+)
+def test_the_command_refuses_in_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(TINY["5.5"]), "--dry-run", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_calls_overfill_the_budget() -> None:
+    for limit in (40, 300, 1183):
+        calls = overflow(limit)
+        one = calls[: next(i for i, call in enumerate(calls) if call.batch == 2)]
+        assert sum(call.tokens for call in one) > limit
+        assert sum(call.tokens for call in calls[len(one) :]) > limit
