@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ovtq import io, pipeline, verify
-from ovtq.errors import InputError
+from ovtq.errors import InputError, VerificationFailed
 from ovtq.extent import usual
 from ovtq.models import describe
 from ovtq.passes import PASSES, Pass
@@ -28,10 +28,16 @@ def passes_of(folder: Path) -> tuple[Pass, ...]:
 def recheck(model_dir: Path, converted: Path, device: str) -> verify.Difference:
     """Verify `converted`, made of `model_dir`, as ovtq-convert does; packed layers are held to numpy once more.
 
-    Raises VerificationFailed if it is wrong, InputError if it was not made of this model.
+    Raises VerificationFailed if it is wrong, or not what this version of ovtq writes.
     """
     model = io.load(model_dir)
     description = describe(model, io.load_config(model_dir))
     extent = usual(description, io.model_xml(model_dir))
-    _, description, _ = pipeline.run(model, description, passes_of(converted))
+    made, description, _ = pipeline.run(model, description, passes_of(converted))
+    names, written = ({node.get_friendly_name() for node in graph.get_ops()} for graph in (made, io.load(converted)))
+    if names != written:
+        raise VerificationFailed(
+            f"its graph is not what its recorded passes make of the model: {len(names ^ written)} nodes differ, such as "
+            f"{min(names ^ written)}"
+        )
     return verify.verify(io.model_xml(model_dir), io.model_xml(converted), description.layers, device, 0, extent)
