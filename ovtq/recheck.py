@@ -37,7 +37,7 @@ def recheck(model_dir: Path, converted: Path, device: str) -> verify.Difference:
     names, written = ({node.get_friendly_name() for node in graph.get_ops()} for graph in (made, io.load(converted)))
     if names != written:
         raise VerificationFailed(
-            f"its graph is not what its recorded passes make of the model: {len(names ^ written)} nodes differ, such as "
-            f"{min(names ^ written)}"
+            f"its graph is not what its recorded passes make of the model: {len(names ^ written)} nodes differ, "
+            f"such as {min(names ^ written)}"
         )
     return verify.verify(io.model_xml(model_dir), io.model_xml(converted), description.layers, device, 0, extent)
