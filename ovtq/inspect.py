@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ import numpy as np
 import openvino as ov
 from openvino import opset15 as op
 from rich.console import Console
-from rich.table import Table
 
 from ovtq import __version__, cache, io, pipeline
 from ovtq.command import Out, Parser, listed, phase, positive, progress, run
 from ovtq.errors import InputError, OvtqError, UnsupportedModel
 from ovtq.graph import constant_of
+from ovtq.inspect_tables import SECTIONS
 from ovtq.models import ModelDescription, describe
 from ovtq.models.attention import biased_projection
 from ovtq.passes import PASSES
@@ -26,12 +27,7 @@ from ovtq.runner import EXACT_PROPERTIES, Runner
 
 FLOAT_BYTES = {"gpu": 2, "cpu": 4}  # of a floating-point state: f16 on the GPU, as declared (f32) on the CPU
 TEXT_TOKENS = 1024  # of --text that are run
-NOTES = {
-    "gpu": "stock u8 and u4 are not shown: a model with sinks gets no compressed cache from the GPU plugin in the "
-    "stateful path, KV_CACHE_PRECISION has no effect there; only paged attention compresses it",
-    "cpu": "stock u8 (the plugin's default) and u4 keep 8 bytes of scale and zero point beside a row; presets are "
-    "counted with floats as declared (f32), which the default u8 compresses where the plugin fuses the attention",
-}
+PAGE = 16  # tokens in a block of the GPU plugin's paged attention
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,8 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if to_stdout:
             Out().out(text, end="")
             return
+        console = Out() if sys.stdout.isatty() else Out(width=160)  # a file needs no narrow columns
         for section in SECTIONS:
-            section(Out(), facts)
+            section(console, facts)
         if options.json:
             options.json.write_text(text, encoding="utf-8")
 
@@ -67,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="LIST",
         help="tokens at which memory is shown (default: 4k,32k,131k)",
     )
-    p.add_argument("--target", choices=FLOAT_BYTES, help="where it runs (default: what a converted model is for, or gpu)")
+    p.add_argument(
+        "--target", choices=FLOAT_BYTES, help="where it runs (default: what a converted model is for, or gpu)"
+    )
     p.add_argument(
         "--text",
         type=Path,
@@ -98,6 +97,7 @@ def inspect(options: argparse.Namespace, errors: Console) -> dict[str, Any]:
         "config": {key: config.get(key) for key in ("hidden_size", "vocab_size", "max_position_embeddings")},
         "weights_bytes": xml.with_suffix(".bin").stat().st_size,
         "target": target,
+        "float_bytes": FLOAT_BYTES[target],
         "contexts": sorted(set(options.context)),
         "converted": converted,
         "consumers": _consumers(converted),
@@ -110,9 +110,10 @@ def inspect(options: argparse.Namespace, errors: Console) -> dict[str, Any]:
         facts["memory"] = [memory("as converted", model, facts["contexts"], target, steps=converted["passes"])]
         return facts
     description = describe(model, config)
+    ids = _tokens(options.model_dir, options.text) if options.text else None  # refused before the rest takes seconds
     facts["layers"] = _layers(description)
     facts["states"] = states(model, target)
-    facts["memory"] = _stock(model, facts["contexts"], target)
+    facts["memory"] = _stock(model, description, facts["contexts"], target)
     with progress(errors) as bars, phase(bars, "presets", len(pipeline.PRESETS)) as tick:
         for name, preset in pipeline.PRESETS.items():
             fresh = io.load(options.model_dir)
@@ -124,8 +125,8 @@ def inspect(options: argparse.Namespace, errors: Console) -> dict[str, Any]:
                 done = [{"name": step.name, "facts": step.facts} for step in steps]
                 facts["memory"].append(memory(name, changed, facts["contexts"], target, steps=done))
             tick()
-    if options.text:
-        found = key_bias_shares(model, description, _tokens(options.model_dir, options.text))
+    if ids is not None:
+        found = key_bias_shares(model, description, ids)
         for layer in facts["layers"]:
             layer["text"] = found.get(layer["index"])
     return facts
@@ -150,15 +151,15 @@ def _converted(xml: Path, model: ov.Model) -> dict[str, Any] | None:
 
 
 def _consumers(converted: dict[str, Any] | None) -> dict[str, str]:
-    """Which hosts take the model, as README's table says."""
+    """Which hosts take the model, as README's table says; "PA" stands for all that demand paged attention."""
     paged = converted is None or converted["paged_attention"]
     return {
         "OVModelForCausalLM": "yes",
-        "LLMPipeline, default": "yes, with paged attention" if paged else "yes: falls back to the stateful path by itself",
-        'LLMPipeline, ATTENTION_BACKEND="SDPA"': "yes"
+        "LLMPipeline": "yes, with paged attention" if paged else "yes: falls back to the stateful path by itself",
+        'LLMPipeline, "SDPA"': "yes"
         if converted
         else "yes; but OpenVINO 2026.4.0 and 2026.4.1 do not compile it for GPUs with XMX such as Lunar Lake",
-        '"PA", scheduler_config, draft models, prompt lookup': "yes" if paged else "no: throws",
+        'LLMPipeline, "PA"': "yes" if paged else "no: throws",
     }
 
 
@@ -188,7 +189,7 @@ def states(model: ov.Model, target: str) -> list[dict[str, Any]]:
         group["count"] += 1
         row, grows = _row(info, FLOAT_BYTES[target])
         group["per_token" if grows else "flat"] += row
-    return list(groups.values())
+    return [groups[key] for key in sorted(groups)]  # OpenVINO's order varies
 
 
 def _row(info: Any, float_bytes: float, row_bytes: Callable[[int], int] | None = None) -> tuple[int, bool]:
@@ -244,15 +245,33 @@ def memory(
     }
 
 
-def _stock(model: ov.Model, contexts: Sequence[int], target: str) -> list[dict[str, Any]]:
-    """The exported model in the caches that the plugin really keeps of it; see NOTES."""
-    kinds = ("f16",) if target == "gpu" else ("f32", "f16", "u8", "u4")
-    return [memory(f"as exported, {kind}", model, contexts, target, kind) for kind in kinds]
+def _stock(
+    model: ov.Model, description: ModelDescription, contexts: Sequence[int], target: str
+) -> list[dict[str, Any]]:
+    """The exported model in the caches that the plugin really keeps of it; see inspect_tables.NOTES."""
+    if target == "cpu":
+        kinds = ("f32", "f16", "u8", "u4")
+        return [memory(f"as exported, {kind}", model, contexts, target, kind) for kind in kinds]
+    return [memory("as exported, f16", model, contexts, target, "f16")] + [
+        _paged(f"paged, {kind}", description, contexts, bits) for kind, bits in (("u8", 8), ("u4", 4))
+    ]
 
 
-def key_bias_shares(
-    model: ov.Model, description: ModelDescription, ids: np.ndarray
-) -> dict[int, dict[str, Any]]:
+def _paged(label: str, description: ModelDescription, contexts: Sequence[int], bits: int) -> dict[str, Any]:
+    """Paged attention on a GPU, as its compiled model shows it: whole blocks of every layer, windows cut from none.
+
+    A block holds keys as (head_dim, PAGE codes and 4 bytes), values as (PAGE, head_dim codes and 4 bytes): scale and
+    zero point in f16 beside each channel of keys and each token of values.
+    """
+    block = sum(
+        layer.kv_heads * (layer.head_dim * (PAGE * bits // 8 + 4) + PAGE * (layer.head_dim * bits // 8 + 4))
+        for layer in description.layers
+    )
+    at = {str(tokens): -(-tokens // PAGE) * block for tokens in contexts}
+    return {"cache": label, "per_token": block // PAGE, "flat": 0, "at": at}
+
+
+def key_bias_shares(model: ov.Model, description: ModelDescription, ids: np.ndarray) -> dict[int, dict[str, Any]]:
     """By layer with a key bias: how large the bias is beside W·x, and how much of the keys is their mean; before RoPE.
 
     `bias_ratio` is ‖b_k‖ / rms‖W·x‖ over the tokens `ids` (1, tokens), `by_head` the same of each KV head, `mean_share`
@@ -300,114 +319,3 @@ def _tokens(model_dir: Path, text: Path) -> np.ndarray:
     if ids.size < 2:
         raise InputError(f"{text}: too short, {ids.size} tokens")
     return np.ascontiguousarray(ids[:, :TEXT_TOKENS])
-
-
-def _table(*columns: str, left: Sequence[str] = ()) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="left" if column in left else "right", no_wrap=True)
-    return table
-
-
-def _show_model(console: Console, facts: dict[str, Any]) -> None:
-    config, layers = facts["config"], facts["layers"]
-    sliding = sum(layer["window"] is not None for layer in layers)
-    console.print(
-        f"{facts['model']}: {facts['architecture']}, {len(layers)} layers ({sliding} sliding, {len(layers) - sliding} "
-        f"full), hidden {config['hidden_size']}, vocabulary {config['vocab_size']:,}, "
-        f"{config['max_position_embeddings']:,} positions, {facts['weights_bytes'] / 1e6:,.1f} MB of weights"
-    )
-    made = facts["converted"]
-    if made is None:
-        console.print("not converted")
-        return
-    console.print(
-        f"converted by ovtq {made['ovtq']} with openvino {made['versions'].get('openvino')}: preset "
-        f"{made['preset'] or 'none, a pass list'}, target {made['target'] or 'unknown'}"
-    )
-    table = _table("pass", "sites", "options", left=("pass", "options"))
-    for step in made["passes"]:
-        options = " ".join(f"{key}={value}" for key, value in step["options"].items())
-        table.add_row(step["name"], str(step["sites"]), options + ("" if step["exact"] else "  lossy"))
-    console.print(table)
-    found = made["verified"]
-    if found:
-        console.print(
-            f"verified on {found['device']}, {found['layers']} layers: within {found['relative']:.2g} of the largest "
-            f"result (allowed {found['tolerance']:.2g})"
-        )
-    else:
-        console.print("not verified" if made["record"] else f"no {io.RECORD} beside it: target and verification unknown")
-
-
-def _show_layers(console: Console, facts: dict[str, Any]) -> None:
-    layers = facts["layers"]
-    if not layers:
-        return
-    biased, text = "key_bias_norms" in layers[0], any(layer.get("text") for layer in layers)
-    extra = ("sinks", "‖b_k‖ by KV head") if biased else ()
-    extra += ("‖b_k‖/rms‖Wx‖", "largest head", "mean key") if text else ()
-    table = _table("layer", "kind", "window", "heads", "KV heads", "head_dim", *extra, left=("kind",))
-    for layer in layers:
-        norms, seen = layer.get("key_bias_norms"), layer.get("text")
-        row = [str(layer["index"]), "full" if layer["window"] is None else "sliding", str(layer["window"] or "all")]
-        row += [str(layer[name]) for name in ("query_heads", "kv_heads", "head_dim")]
-        if biased:
-            row += ["yes" if layer["sinks"] else "no", f"{min(norms):.2f}–{max(norms):.2f}" if norms else "none"]
-        if text and seen:
-            head = int(np.argmax(seen["by_head"]))
-            row += [f"{seen['bias_ratio']:.2f}", f"{seen['by_head'][head]:.2f} ({head})", f"{seen['mean_share']:.0%}"]
-        table.add_row(*row)
-    console.print()
-    console.print(table)
-    if text:
-        tokens = next(layer["text"]["tokens"] for layer in layers if layer.get("text"))
-        console.print(f"over {tokens:,} tokens, before RoPE; mean key: its share of the keys' energy")
-
-
-def _show_states(console: Console, facts: dict[str, Any]) -> None:
-    table = _table("states", "number", "type", "shape", "bytes a token", "flat bytes", left=("states", "type", "shape"))
-    for group in facts["states"]:
-        sizes = (f"{group[name]:,}" if group[name] else "" for name in ("per_token", "flat"))
-        table.add_row(group["name"], str(group["count"]), group["dtype"], group["shape"], *sizes)
-    console.print()
-    console.print(table)
-    console.print(f"floating-point states counted in {FLOAT_BYTES[facts['target']]} bytes, as on a {facts['target'].upper()}")
-
-
-def _show_memory(console: Console, facts: dict[str, Any]) -> None:
-    first = f"memory, {facts['target'].upper()}"
-    table = _table(
-        first, "bytes a token", "flat", *(f"MB at {tokens:,}" for tokens in facts["contexts"]), left=(first,)
-    )
-    refused = []
-    for row in facts["memory"]:
-        if "refused" in row:
-            refused.append(f"{row['cache']}: {row['refused']}")
-            continue
-        at = (f"{row['at'][str(tokens)] / 1e6:,.1f}" for tokens in facts["contexts"])
-        table.add_row(row["cache"], f"{row['per_token']:,}", f"{row['flat']:,}", *at)
-    console.print()
-    console.print(table)
-    for line in refused:
-        console.print(line)
-    if not facts["converted"]:
-        console.print(NOTES[facts["target"]])
-
-
-def _show_consumers(console: Console, facts: dict[str, Any]) -> None:
-    table = _table("host", "takes it", left=("host", "takes it"))
-    for row in facts["consumers"].items():
-        table.add_row(*row)
-    console.print()
-    console.print(table)
-
-
-# What is printed, in this order: each prints one part of what `inspect` found.
-SECTIONS: tuple[Callable[[Console, dict[str, Any]], None], ...] = (
-    _show_model,
-    _show_layers,
-    _show_states,
-    _show_memory,
-    _show_consumers,
-)

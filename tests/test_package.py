@@ -21,7 +21,7 @@ LAYERS = [
     {"ovtq.cli"},
     {"ovtq.convert", "ovtq.inspect", "ovtq.evaluate", "ovtq.bench", "ovtq.infer"},
     {"ovtq.report", "ovtq.candidates"},
-    {"ovtq.pipeline", "ovtq.verify"},
+    {"ovtq.pipeline", "ovtq.verify", "ovtq.inspect_tables"},
     {"ovtq.passes"},
     {"ovtq.attend_blocks", "ovtq.attend_branches"},
     {"ovtq.attend", "ovtq.ring"},
