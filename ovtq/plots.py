@@ -13,8 +13,8 @@ Rows = Sequence[Mapping[str, Any]]
 
 INK = "#010203"  # stands for the page's text colour until the picture is in the page
 PAPER = "#040506"  # likewise, its background
-# Okabe and Ito's colours for all kinds of colour vision, those that show on white and on black; then by marker
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6bb1", "#999999")
+# near Okabe and Ito's, for all kinds of colour vision; each shows on white and on black, and markers differ, too
+COLOURS = ("#2a8fd6", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#7fbf3f", "#9a7bc8", "#999999")
 MARKERS = "osD^vPX*"
 FONT = "system-ui, sans-serif"
 
