@@ -15,12 +15,13 @@ from typing import Protocol
 
 import numpy as np
 import openvino as ov
+from openvino.op.util import VariableInfo
 
 from ovtq import host
 from ovtq.cache import BESIDE, marked, precisions
 from ovtq.errors import InputError
 from ovtq.gpu_cache import as_gpu_stores
-from ovtq.io import load, model_xml
+from ovtq.io import load, model_xml, stamp_of
 from ovtq.paged import PagedRunner
 from ovtq.runner import Runner
 
@@ -154,7 +155,8 @@ def look(candidate: Candidate, subject: Subject, device: str) -> Cache:
                 wrong.append(f"{which}s are kept in {kept[which]}, not in {asked}")
     elif _names_a_cache(candidate.properties):
         wrong.append("the plugin keeps no cache of its own in this model, so the properties change nothing")
-    per_token, flat = _bytes(infos, kept if fused else None, device)
+    most = _most(model)
+    per_token, flat = _bytes(infos, kept if fused else None, device, most)
     if candidate.gpu_cache:
         kept = dict.fromkeys(kept, f"{candidate.gpu_cache} by the GPU's arithmetic")
         per_token, flat = _bytes(infos, dict.fromkeys(kept, candidate.gpu_cache), "GPU")
@@ -186,8 +188,19 @@ def _kept(candidate: Candidate, subject: Runner, device: str, which: str, fused:
     return fused[0]
 
 
-def _bytes(infos: list[ov.Any], kept: Mapping[str, str | None] | None, device: str) -> tuple[int, int]:
-    """Bytes that a token adds to the states, and those there from the beginning, for one sequence."""
+def _most(model: ov.Model) -> int | None:
+    """How many tokens a pruned model holds at most in the states that ovtq made, by its stamp."""
+    steps = stamp_of(model).get("passes", [])
+    return next((found["most"] for step in steps if "most" in (found := step["facts"].get("stored", {}))), None)
+
+
+def _bytes(
+    infos: list[VariableInfo], kept: Mapping[str, str | None] | None, device: str, most: int | None = None
+) -> tuple[int, int]:
+    """Bytes that a token adds to the states, and those that are there whatever the length, for one sequence.
+
+    States of ovtq that hold at most `most` tokens count as there with all of them.
+    """
     per_token = flat = 0
     target, floats = ("cpu", 4) if device.startswith("CPU") else ("gpu", 2)
     for info in infos:
@@ -201,11 +214,13 @@ def _bytes(infos: list[ov.Any], kept: Mapping[str, str | None] | None, device: s
             beside = 0 if bits > 8 else TURBO_BESIDE if "TURBO" in precision else BESIDE[target, precision]
             row = width * bits // 8 + beside
         row *= int(np.prod([length for length in axes[1:] if length is not None]))
+        if grows and most is not None and info.variable_id.startswith("ovtq."):
+            row, grows = row * most, False
         per_token, flat = (per_token + row, flat) if grows else (per_token, flat + row)
     return per_token, flat
 
 
-def _text(candidate: Candidate, infos: list[ov.Any], kept: Mapping[str, str | None], fused: list[str]) -> str:
+def _text(candidate: Candidate, infos: list[VariableInfo], kept: Mapping[str, str | None], fused: list[str]) -> str:
     """One line: what the plugin keeps and which states there are besides."""
     parts = []
     own = [info for info in infos if fused and info.variable_id.endswith(PLUGIN_CACHE)]

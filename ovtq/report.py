@@ -136,10 +136,10 @@ def _evaluation(run: Mapping[str, Any]) -> str:
     return "".join(
         [
             f'<p class="soft">{_made(run)}: quality on {_text(run["device"])}</p><h2>Quality</h2>',
-            f"<p>{total:,} tokens of {_text(run['text'])} in windows of {run['window']:,}, read {run['chunk']} at a ",
-            "time. KLD is the divergence of the next-token distribution from that of the model as exported with a cache ",
-            "of f32, in nats; lower is better. The noise floor is the same model read in other chunks: nothing below it ",
-            "is a difference.</p>",
+            f"<p>{total:,} tokens of {_text(run['text'])} in windows of {run['window']:,}, read {run['chunk']} at ",
+            "a time. KLD is the divergence of the next-token distribution from that of the model as exported with a ",
+            "cache of f32, in nats; lower is better. The noise floor is the same model read in other chunks: nothing ",
+            "below it is a difference.</p>",
             _table(columns, rows, lambda row: row["role"]),
             _figure(plots.front(rows), FRONT),
             _figure(plots.by_position(run), POSITION),

@@ -61,6 +61,15 @@ def test_a_converted_models_cache(convert: Callable[..., Path]) -> None:
     assert "the properties change nothing" in seen(f"{packed},KV_CACHE_PRECISION=u8").wrong
 
 
+def test_a_pruned_models_cache_is_bounded(convert: Callable[..., Path]) -> None:
+    pruned = convert(MINI, "--preset", "exact", "--target", "cpu", "--budget", "64", "--no-verify")
+    found = seen(str(pruned))
+    runner = Runner(pruned / "openvino_model.xml", "CPU", EXACT_PROPERTIES)
+    runner.step(np.zeros((1, 400), np.int64))
+    assert found.per_token == 0
+    assert runner.state_bytes() <= found.flat < runner.state_bytes() * 1.1
+
+
 def test_what_the_model_asks_for_is_left_to_it(convert: Callable[..., Path]) -> None:
     marked = convert(MINI, "--preset", "u8", "--target", "cpu")
     assert seen(str(marked)).text.startswith("6 caches u8")
