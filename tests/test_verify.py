@@ -259,6 +259,15 @@ def test_a_scale_wrong_by_one_in_ten_thousand_is_caught(tmp_path: Path) -> None:
         verify(*_pair(tmp_path), load(TINY["5.5"])[1].layers, "CPU", 0, Scope(4))
 
 
+@pytest.mark.parametrize("target", ["gpu", "cpu"])
+def test_the_first_packed_layers_alone(target: str, tmp_path: Path) -> None:
+    """Its states are shared: what the layers left out would have written must not be what an earlier token was."""
+    flags = ["--preset", "k6v4", "--residual-window", "16", "--target", target, "--verify-layers", "2"]
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), *flags]) == 0
+    found = json.loads((tmp_path / "out" / io.RECORD).read_text())["verified"]
+    assert (found["layers"], found["packed"]["layers"]) == (2, 1)
+
+
 @pytest.mark.parametrize("layers", [1, 2, 3])
 def test_the_first_layers_alone(layers: int, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What big models are verified by: a right conversion passes, one that is wrong in these layers does not."""

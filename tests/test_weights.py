@@ -153,10 +153,9 @@ def test_without_experts_every_attention_is_run(target: str, convert: Callable[.
 
 
 def test_a_long_embedding_is_shortened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import ovtq.convert
     import ovtq.extent
 
-    monkeypatch.setattr(ovtq.convert, "BIG", 1000)
+    monkeypatch.setattr(ovtq.extent, "BIG", 1000)
     monkeypatch.setattr(ovtq.extent, "ROWS", 100)
     model = io.load(MINI)
     assert ovtq.extent.shortened(model, 8192) == 100
