@@ -75,11 +75,23 @@ def short(label: str, width: int = 34) -> str:
         folder, properties = "stock", rest
     text = folder.rstrip("/").rsplit("/", 1)[-1]
     text = f"{kind}:{text}" if colon and kind in ("paged", "host") else text
-    words = (
-        properties.replace("KV_CACHE_PRECISION=", "").replace("_CACHE_PRECISION", "").replace("_CACHE_QUANT_ALG", "")
-    )
+    words = _words(properties)
     text = f"{text} {words}".strip()
     return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _words(properties: str) -> str:
+    """What a plugin's properties say of the cache: `TURBO u4` where keys and values are alike, else `V u4`."""
+    given = [setting.partition("=") for setting in properties.split(",") if setting]
+    keys, values = ([value for key, _, value in given if key.startswith(f"{kind}_CACHE_")] for kind in ("KEY", "VALUE"))
+    rest = [
+        value if key == "KV_CACHE_PRECISION" else f"{key}={value}"
+        for key, _, value in given
+        if not key.startswith(("KEY_CACHE_", "VALUE_CACHE_"))
+    ]
+    if keys == values:
+        return " ".join([*keys, *rest])
+    return " ".join([*(f"K {word}" for word in keys), *(f"V {word}" for word in values), *rest])
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -196,15 +208,18 @@ def over_context(rows: Rows, what: str) -> str:
     lines: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         value = row[what]["median"] if isinstance(row[what], Mapping) else row[what]
+        line = lines.setdefault(row["candidate"], [])
         if value is not None:
-            lines.setdefault(row["candidate"], []).append((row["context"], value))
+            line.append((row["context"], value))
+    styles = {name: _style(index) for index, name in enumerate(lines)}  # the same in every picture
+    lines = {name: line for name, line in lines.items() if line}
     if not lines or max(map(len, lines.values())) < 2:
         return ""
     figure, axes = plt.subplots(figsize=(9, 4.2))
-    for index, (name, points) in enumerate(lines.items()):
+    for name, points in lines.items():
         scale = 1 if what == "tpot_ratio" else 1e-6
         xs, ys = zip(*sorted(points), strict=True)
-        axes.plot(xs, [y * scale for y in ys], label=short(name), **_style(index))
+        axes.plot(xs, [y * scale for y in ys], label=short(name), **styles[name])
     titles = {
         "tpot_ratio": "TPOT, of the exported model's",
         "state_bytes": "bytes of all states, MB",
@@ -213,9 +228,13 @@ def over_context(rows: Rows, what: str) -> str:
     axes.set(xscale="log", xlabel="tokens", ylabel=titles[what])
     if what == "tpot_ratio":
         axes.axhline(1, color=INK, linewidth=1, alpha=0.5)
-        if max(y for points in lines.values() for _, y in points) > 4:
+        ratios = [y for points in lines.values() for _, y in points]
+        if max(ratios) > 4:
             axes.set_yscale("log")
-            axes.get_yaxis().set_major_formatter(lambda value, _: f"{value:g}")
+            steps = (0.25, 0.5, 1, 2, 5, 10, 20, 50, 100)
+            shown = [step for step in steps if min(ratios) / 1.5 <= step <= max(ratios) * 1.2]
+            axes.set_yticks(shown, [f"{step:g}" for step in shown])
+            axes.get_yaxis().set_minor_locator(plt.NullLocator())
     elif what == "state_bytes":
         axes.set_yscale("log", base=2)
         axes.get_yaxis().set_major_formatter(lambda value, _: f"{value:g}")

@@ -124,6 +124,9 @@ def test_the_command(runs: list[dict[str, Any]], tmp_path: Path, capsys: pytest.
 
 def test_short_names() -> None:
     assert report.plots.short("stock:KV_CACHE_PRECISION=u8") == "stock u8"
+    assert report.plots.short("stock:VALUE_CACHE_PRECISION=u4") == "stock V u4"
+    turbo = "KEY_CACHE_QUANT_ALG=TURBO,VALUE_CACHE_QUANT_ALG=TURBO,KEY_CACHE_PRECISION=u4,VALUE_CACHE_PRECISION=u4"
+    assert report.plots.short(f"stock:{turbo}") == "stock TURBO u4"
     assert report.plots.short("some/where/k6v4/") == "k6v4"
     assert report.plots.short("host:prune128") == "host:prune128"
     assert report.plots.short("paged:a/rotate,KV_CACHE_PRECISION=u4") == "paged:rotate u4"
