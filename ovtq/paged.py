@@ -80,7 +80,10 @@ class PagedRunner:
             raise InputError(f"inputs that can't be filled: {', '.join(sorted(unknown))}")
         for name, value in inputs.items():
             self.request.set_tensor(name, ov.Tensor(value.copy()))
-        self.request.infer()
+        try:
+            self.request.infer()
+        except RuntimeError as error:
+            raise InputError(f"a step of {tokens} tokens failed under paged attention ({last_line(error)})") from None
         self.past = total
         return self.request.get_output_tensor(0).data.reshape(1, tokens, -1).copy()
 
