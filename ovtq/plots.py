@@ -271,14 +271,15 @@ def over_context(rows: Rows, what: str, looks: Mapping[str, Look]) -> str:
     ticks = sorted({x for points in found.values() for x, _ in points})
     axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.get_xaxis().set_minor_locator(plt.NullLocator())
-    _lines(axes, [(label, sorted(points), False) for label, points in found.items()], looks)
-    if what == "rss_decode":
-        axes.set_ylim(bottom=0)
+    _lines(axes, [(label, sorted(points), False) for label, points in found.items()], looks, what == "rss_decode")
     return _svg(plt, figure)
 
 
 def _lines(
-    axes: Any, lines: Sequence[tuple[str, Sequence[tuple[float, float]], bool]], looks: Mapping[str, Look]
+    axes: Any,
+    lines: Sequence[tuple[str, Sequence[tuple[float, float]], bool]],
+    looks: Mapping[str, Look],
+    from_zero: bool = False,
 ) -> None:
     """Lines (label, points, dashed) with their names at their right ends, pulled apart where they would meet."""
     for label, points, dashed in lines:
@@ -292,6 +293,8 @@ def _lines(
         )
     axes.grid(True)
     axes.autoscale_view()
+    if from_zero:
+        axes.set_ylim(bottom=0)  # before the names are placed by it
     axes.figure.canvas.draw()
     height = axes.get_window_extent().height * 72 / axes.figure.dpi  # in points, as LINE
     right = axes.transAxes.inverted()

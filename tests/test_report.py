@@ -227,6 +227,24 @@ def test_a_candidate_has_one_colour_in_every_picture(runs: list[dict[str, Any]])
         assert not [other for other in others if other in picture]
 
 
+@pytest.mark.parametrize("what", ["tpot_ratio", "state_bytes", "rss_decode"])
+def test_a_name_stands_where_its_line_ends(runs: list[dict[str, Any]], what: str) -> None:
+    unit = 0.1 if what == "tpot_ratio" else 1e6
+    rows = [
+        row | {"candidate": name, what: unit * factor * (10 + number)}
+        for number, row in enumerate(runs[1]["contexts"])
+        for name, factor in (("low", 1), ("high", 2))  # far enough apart for both names
+    ]
+    root = ElementTree.fromstring(report.plots.over_context(rows, what, report.plots.looks(["low", "high"])))
+    name = next(item for item in root.iter() if item.get("id", "").startswith("axes"))
+    for look in report.plots.looks(["low", "high"]).values():
+        # markers in the order they are drawn: those of the line, then the one beside the name
+        fill = f"fill: {look.colour}"
+        marks = [float(item.get("y")) for item in name.iter() if "use" in item.tag and fill in item.get("style", "")]
+        assert len(marks) == 3
+        assert marks[-1] == pytest.approx(marks[-2], abs=0.01)
+
+
 def test_names_are_pulled_apart() -> None:
     draw = random.Random(0)
     for count in (1, 2, 7, 15):
