@@ -53,7 +53,8 @@ def infer(options: argparse.Namespace, console: Out, errors: Out) -> None:
     ids = tokenizer.encode(prompt) if options.raw else tokenizer.chat(prompt)
     properties = {"PERFORMANCE_HINT": "LATENCY", **dict(text.split("=", 1) for text in options.property)}
     subject = open_candidate(candidate, options.device, properties)
-    assert isinstance(subject, Runner)
+    if not isinstance(subject, Runner):
+        raise InputError(f"{options.model_dir}: ovtq-infer runs a plain model folder")
     cache = look(candidate, subject, options.device)
     draw, written, times = np.random.default_rng(options.seed), [], [time.perf_counter()]
     step, shown = ids[None], ""
