@@ -16,9 +16,9 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.codec import AdaptiveUniform
+from ovtq.beams import Beams
 from ovtq.coding import Coding
-from ovtq.graph import MASKED, dim, f32, i64, new_variable, scalar
+from ovtq.graph import MASKED, dim, f32, i64, new_variable, precise, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packing import Layout
 from ovtq.pruning import Pruning
@@ -46,73 +46,93 @@ class Plan(Coding):
         return np.concatenate([np.concatenate([-c, 0 * c]) for c in (self.centres[x.index] for x in self.layers)])
 
 
-@dataclass(frozen=True)
-class History:
-    """One tensor's (K or V) stored tokens: bytes (batch, kv_heads, tokens, ·) i8, scales (batch, kv_heads, tokens, 1).
-
-    `past` are the tokens stored before this call, `appended` those of this call too. Without `layout` they are not
-    packed but the tensor itself, (…, head_dim), and have no scales.
-    """
-
-    layout: Layout | None
-    past: Output
-    appended: Output
-    past_scales: Output | None = None
-    appended_scales: Output | None = None
-
-
-def store(
-    description: ModelDescription, plan: Plan, layer: AttentionLayer, tokens: Node
-) -> tuple[History, History, list[Held]]:
-    """Quantise keys and values, (batch, 2·kv_heads, tokens, d), and append them to what their states hold."""
-    H, d = layer.kv_heads, layer.head_dim
-    halves = op.split(tokens, i64(1), 2).outputs()
-    packed = [(half, codec, where) for half, codec, where in _triples(plan, halves) if codec and where]
-    codecs, layouts = [codec for _, codec, _ in packed], [where for *_, where in packed]
-    done: Iterator[tuple[Node | Output, Output]] = iter(())
-    if packed:
-        centred, scales = encode(tokens if len(packed) == 2 else packed[0][0], codecs, plan.rotation)
-        parts = op.split(scales, i64(1), 2).outputs() if len(packed) == 2 else [scales.output(0)]
-        done = iter(zip(pack(centred, codecs, layouts), parts, strict=True))
-    histories, held = [], []
-    for name, (half, codec, where) in zip(("key", "value"), _triples(plan, halves), strict=True):
-        name = f"ovtq.{layer.index}.{name}"
-        if codec and where:
-            data, scale = next(done)
-            codes = Held(description, name, data, H, where.bytes, ov.Type.i8)
-            scaled = Held(description, f"{name}.scale", scale, H, 1, ov.Type.f32)
-            histories.append(History(where, codes.past, codes.appended, scaled.past, scaled.appended))
-            held += [codes, scaled]
-        else:
-            plain = Held(description, name, half, H, d, ov.Type.f32)
-            histories.append(History(None, plain.past, plain.appended))
-            held.append(plain)
-    return histories[0], histories[1], held
-
-
-def _triples(plan: Plan, halves: Sequence[Output]) -> list[tuple[Output, AdaptiveUniform | None, Layout | None]]:
-    return list(zip(halves, (plan.key, plan.value), plan.layouts, strict=True))
-
-
 class Held:
-    """A growing state (batch, heads, tokens, width): what it held, beams in order, and that with `new` behind it.
+    """A growing state (batch, heads, tokens, width): `past` is what it held, beams in order.
 
-    Between the state and the Concat stands one Gather and nothing else: so the GPU plugin appends in place.
+    Once `append` was called, `appended` is that with this call's rows behind it.
     """
 
-    def __init__(
-        self, description: ModelDescription, name: str, new: Node | Output, heads: int, width: int, kind: ov.Type
-    ) -> None:
+    def __init__(self, beams: Beams, name: str, heads: int, width: int, kind: ov.Type) -> None:
+        self.beams, self.heads, self.width, self.kind = beams, heads, width, kind
         self.variable = new_variable(name, [-1, heads, -1, width], kind)
-        shape = op.concat([dim(description.input_ids, 0), i64([heads, 0, width])], 0)
-        empty = op.broadcast(op.constant(np.zeros((), kind.to_dtype())), shape)
-        past = op.gather(op.read_value(empty, self.variable), description.beam_idx, i64(0))
-        self.past, self.appended = past.output(0), op.concat([past, new], 2).output(0)
+        self.past = beams.in_order(op.read_value(self.nothing(beams.batch), self.variable))
+        self.appended: Output
+
+    def nothing(self, batch: Node | Output) -> Node:
+        """No rows."""
+        return op.broadcast(
+            op.constant(np.zeros((), self.kind.to_dtype())), op.concat([batch, i64([self.heads, 0, self.width])], 0)
+        )
+
+    def append(self, new: Node | Output) -> None:
+        """(batch, heads, new, width)."""
+        rows = op.concat([self.past, new], 2)
+        self.appended = (precise(rows) if self.beams.target == "cpu" else rows).output(0)
 
     def assign(self, rows: Node | Output | None = None) -> Node:
         """The Assign of all it now holds, or, with `rows` (batch, heads, ·), of these rows of each head."""
         kept = self.appended.get_node() if rows is None else op.gather(self.appended, rows, i64(2), 2)
         return op.assign(kept, self.variable)
+
+
+@dataclass(frozen=True)
+class History:
+    """One tensor's (K or V) stored tokens: bytes (batch, kv_heads, tokens, ·) i8, scales (batch, kv_heads, tokens, 1).
+
+    Without `layout` they are not packed but the tensor itself, (…, head_dim), and have no scales.
+    """
+
+    layout: Layout | None
+    codes: Held
+    scales: Held | None
+
+
+class Store:
+    """The history of one layer, and what becomes of tokens that join it."""
+
+    def __init__(self, beams: Beams, plan: Plan, layer: AttentionLayer) -> None:
+        self.plan, self.kv_heads, self.target = plan, layer.kv_heads, beams.target
+        self.keys, self.values = (
+            self._history(beams, f"ovtq.{layer.index}.{what}", where, layer)
+            for what, where in zip(("key", "value"), plan.layouts, strict=True)
+        )
+
+    def _history(self, beams: Beams, name: str, where: Layout | None, layer: AttentionLayer) -> History:
+        H = layer.kv_heads
+        if where is None:
+            return History(None, Held(beams, name, H, layer.head_dim, ov.Type.f32), None)
+        codes = Held(beams, name, H, where.bytes, ov.Type.i8)
+        return History(where, codes, Held(beams, f"{name}.scale", H, 1, ov.Type.f32))
+
+    @property
+    def held(self) -> list[Held]:
+        """All states: of the keys, then of the values."""
+        return [x for history in (self.keys, self.values) for x in (history.codes, history.scales) if x]
+
+    def packed(self, tokens: Node | Output) -> list[Node | Output]:
+        """Rows for all states, from keys and values (batch, 2·kv_heads, tokens, d) in one tensor."""
+        halves = self._halves(tokens)
+        triples = list(zip(halves, (self.plan.key, self.plan.value), self.plan.layouts, strict=True))
+        chosen = [(half, codec, where) for half, codec, where in triples if codec and where]
+        codecs, layouts = [codec for _, codec, _ in chosen], [where for *_, where in chosen]
+        done: Iterator[tuple[Node, Node]] = iter(())
+        if chosen:
+            centred, scales = encode(tokens if len(chosen) == 2 else chosen[0][0], codecs, self.plan.rotation)
+            parts = self._halves(scales) if len(chosen) == 2 else [scales.output(0)]
+            done = iter(zip(pack(centred, codecs, layouts), parts, strict=True))
+        return [x for half, codec, _ in triples for x in (next(done) if codec else (half,))]
+
+    def _halves(self, tensor: Node | Output) -> list[Output]:
+        """Of the heads. A Split is the least work; but of its outputs the CPU's If hands out the wrong half."""
+        if self.target == "gpu":
+            return op.split(tensor, i64(1), 2).outputs()
+        H = self.kv_heads
+        return [op.slice(tensor, i64([k]), i64([k + H]), i64([1]), i64([1])).output(0) for k in (0, H)]
+
+    def append(self, rows: Sequence[Node | Output]) -> None:
+        """What `packed` makes of this call's tokens."""
+        for held, new in zip(self.held, rows, strict=True):
+            held.append(new)
 
 
 class Columns:

@@ -18,8 +18,9 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.attend import ALL, Columns, History, Plan, sink_logits, store
-from ovtq.graph import body, dim, f32, i64, joined, scalar
+from ovtq.attend import ALL, Columns, Plan, Store, sink_logits
+from ovtq.beams import Beams
+from ovtq.graph import body, dim, either, f32, i64, joined, precise, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.prune import Survivors
 from ovtq.quantizer import unpack
@@ -27,7 +28,6 @@ from ovtq.ring import Ring
 
 BLOCK = 32  # queries at a time: rows enough in a product to be worth the unpacking before it
 FLUSH = 128  # tokens that join the history at a time
-PORTION = 2  # KV heads whose history is unpacked at a time: a product then reads what was just written, from a cache
 
 
 class Blocks:
@@ -38,7 +38,8 @@ class Blocks:
         self.flush = plan.pruning.flush if plan.pruning else FLUSH
         rows = plan.window + self.flush - 1
         self.columns = columns = Columns(description, rows)
-        self.ring = Ring(description, name, plan.layers, rows, plan.sink_rows)
+        self.beams = Beams(description, "cpu")
+        self.ring = Ring(description, name, plan.layers, rows, self.beams, plan.sink_rows)
         self.parts, self.news, self.held = iter(self.ring.parts), [], []
 
         # Of `past` tokens the oldest ones are stored, a multiple of FLUSH, and at least `window` are not.
@@ -50,18 +51,19 @@ class Blocks:
         self.survivors, self.stay = None, self.older
         if plan.pruning:
             span = tuple(op.subtract(row, i64([1])) for row in (self.leave, self.left))
-            self.survivors = Survivors(description, plan.layers, plan.pruning, columns, self.older, later, rows, span)
+            self.survivors = Survivors(
+                description, self.beams, plan.layers, plan.pruning, columns, self.older, later, rows, span
+            )
             self.stay = self.survivors.stay
 
         trips = op.divide(op.subtract(columns.new, i64([1])), i64([BLOCK]))
-        self.trips = scalar(trips)
         self.lead = op.multiply(trips, i64([BLOCK]))  # queries in the Loop
-        self.keep = op.multiply(op.minimum(trips, i64([1])), i64([ALL]))  # what it reads of an axis: nothing or all
+        self.seldom = op.greater(op.add(trips, op.subtract(later, self.older)), i64([0])).output(0)
         self.near = columns.near(self.older)
         far_mask = [] if plan.pruning else [columns.far_mask(self.older)]
         self.far_masks = iter(self.survivors.masks if self.survivors else [far_mask] * len(plan.layers))
-        rest = op.subtract(columns.new, self.lead)
-        self.near_mask = columns.near_mask(self.near, columns.recent, self.lead, rest)
+        self.rest = op.subtract(columns.new, self.lead)
+        self.near_mask = columns.near_mask(self.near, columns.recent, self.lead, self.rest)
         behind = op.concat([i64([0] * 5), op.subtract(columns.recent, i64([1]))], 0)
         sinks = f32(np.stack([sink_logits(layer) for layer in plan.layers]))
         sinks = op.pad(sinks, i64([0] * 6), behind, "constant", op.constant(np.float32(0)))
@@ -76,18 +78,18 @@ class Blocks:
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
         columns = self.columns
         recent = op.concat([next(self.parts), new], 2)  # first the sink's row
-        leaving = op.slice(recent, self.leave, self.left, i64([1]), i64([2]))
-        keys, values, held = store(self.description, self.plan, layer, leaving)
         self.news.append(new)
-        self.held.append(held)
         far = next(self.far_masks)
         rows = op.reshape(queries, i64([0, H, G, -1, d]), True)
         sinks = op.squeeze(next(self.sinks), i64([0]))
-        block = _Block(layer, keys, values, self.plan.rotation)
+        store = Store(self.beams, self.plan, layer)
+        block = _Block(layer, store, self.plan.rotation)
+        history = [held.past for held in store.held]
+        leading, *joining = self._seldom(store, block, [rows, recent, sinks, self.near, *far, *history])
+        store.append(joining)
+        self.held.append(store.held)
         rest = op.slice(rows, self.lead, i64([ALL]), i64([1]), i64([3]))
-        histories = [keys.past, values.past, *filter(None, (keys.past_scales, values.past_scales))]
-        direct = block(rest, recent, histories, far, self.near_mask, sinks, self.stay, columns.recent)
-        leading = self._loop(block, rows, recent, histories, far, sinks)
+        direct = block(rest, recent, history, far, self.near_mask, sinks, self.stay, columns.recent, self.rest)
         tokens = op.concat([columns.new, columns.batch, i64([H * G, d])], 0)
         context = op.reshape(op.concat([leading, _flat(direct)], 0), tokens, False)
         return op.transpose(context, i64([1, 2, 0, 3]))
@@ -108,40 +110,55 @@ class Blocks:
             assigns += [state.assign(row) for state in held]
         return [*assigns, *self.ring.store(self.news)]
 
-    def _loop(
-        self, block: _Block, queries: Node, recent: Node, histories: list[Output], far: Sequence[Node], sinks: Node
-    ) -> Node:
+    def _seldom(self, store: Store, block: _Block, sources: Sequence[Node | Output]) -> list[Output]:
+        """The context of the leading blocks, as a vector, tokens first, and the rows that join the states.
+
+        In most decode steps there are neither, and nothing runs. One If for both: beside a second one, or a Loop, the
+        CPU plugin hands out wrong numbers.
+        """
+        read = [x.output(0) if isinstance(x, Node) else x for x in (self.lead, self.leave, self.left, *sources)]
+
+        def some(inside: Sequence[Output]) -> list[Node | Output]:
+            lead, leave, left, *inside = inside
+            leaving = op.slice(inside[1], leave, left, i64([1]), i64([2]))
+            return [self._loop(block, lead, inside), *store.packed(leaving)]
+
+        def none(inside: Sequence[Output]) -> list[Node | Output]:
+            return [op.constant(np.zeros(0, np.float32)), *(held.nothing(inside[0]) for held in store.held)]
+
+        return either(self.seldom, (read, some), ([self.columns.batch.output(0)], none), ("seldom", "usually"))
+
+    def _loop(self, block: _Block, lead: Output, sources: Sequence[Output]) -> Node:
         """The context of the leading blocks, as a vector, tokens first."""
+        trips = op.divide(lead, i64([BLOCK]))
+        keep = op.multiply(op.minimum(trips, i64([1])), i64([ALL]))
 
-        def cut(x: Node | Output, axis: int, end: Node) -> Output:
-            return op.slice(x, i64([0]), end, i64([1]), i64([axis])).output(0)
+        def cut(x: Output, axis: int, end: Node | Output = keep) -> Output:
+            return precise(op.slice(x, i64([0]), end, i64([1]), i64([axis]))).output(0)
 
-        outer = [
-            cut(queries, 3, self.lead),
-            *(cut(x, 2, self.keep) for x in (recent, *histories)),
-            *(cut(x, 3, self.keep) for x in far),
-            cut(self.near, 2, self.keep),
-            cut(sinks, 4, self.keep),
-        ]
-        turn = op.parameter([], np.int64)
+        # Precise, for of what it must convert before a Loop the CPU plugin goes on to read an earlier call's
+        queries, recent, sinks, near, *more = sources
+        masks, history = more[: -block.states], more[-block.states :]
+        outer = [cut(queries, 3, lead), cut(recent, 2), cut(sinks, 4), cut(near, 2)]
+        outer += [*(cut(x, 3) for x in masks), *(cut(x, 2) for x in history)]
         inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in outer]
-        some, rows, *past, near, sink = (x.output(0) for x in inner)
-        past, masks = past[: len(histories)], past[len(histories) :]
+        queries, recent, sinks, near, *more = (x.output(0) for x in inner)
+        masks, history = more[: -block.states], more[-block.states :]
+        turn = op.parameter([], np.int64)
         first = op.multiply(op.unsqueeze(turn, i64([0])), i64([BLOCK]))
-        some = op.slice(some, first, op.add(first, i64([BLOCK])), i64([1]), i64([3]))
+        some = op.slice(queries, first, op.add(first, i64([BLOCK])), i64([1]), i64([3]))
         width = dim(near, 2)
         mask = self.columns.near_mask(near, width, first, i64([BLOCK]))
-        context = block(some, rows, past, masks, mask, sink, dim(masks[0], 3), width)
+        context = block(some, recent, history, masks, mask, sinks, dim(masks[0], 3), width, i64([BLOCK]))
         results = [op.result(op.constant(np.array(True))), op.result(op.unsqueeze(_flat(context), i64([0])))]
-        loop = op.loop(self.trips, op.constant(np.array(True)))
+        loop = op.loop(scalar(trips), op.constant(np.array(True)))
         loop.set_function(body(results, [turn, *inner], "blocks"))
         loop.set_special_body_ports([0, 0])
         for parameter, source in zip(inner, outer, strict=True):
             loop.set_invariant_input(parameter, source)
         leading = loop.get_concatenated_slices(results[1].output(0), 0, 1, 1, -1, 0)  # (trips, BLOCK·batch·H·G·d)
-        # With nothing to run, the CPU's Loop leaves its result in the shape it last had, or in none at all: so it is
-        # cut to length, and joined to the rest as a vector.
-        leading = op.slice(leading, i64([0]), op.unsqueeze(self.trips, i64([0])), i64([1]), i64([0]))
+        # With nothing to run, the CPU's Loop leaves its result in the shape it last had, or in none at all
+        leading = op.slice(leading, i64([0]), trips, i64([1]), i64([0]))
         return op.reshape(leading, i64([-1]), False)
 
 
@@ -153,35 +170,39 @@ def _flat(context: Node) -> Node:
 class _Block:
     """The attention of some queries of one layer, in the Loop or outside of it."""
 
-    def __init__(self, layer: AttentionLayer, keys: History, values: History, rotation: np.ndarray) -> None:
-        self.layer, self.keys, self.values, self.rotation = layer, keys, values, rotation
+    def __init__(self, layer: AttentionLayer, store: Store, rotation: np.ndarray) -> None:
+        self.layer, self.keys, self.values, self.rotation = layer, store.keys, store.values, rotation
+        self.states = len(store.held)
 
     def __call__(
         self,
         queries: Node | Output,
         recent: Node | Output,
-        histories: Sequence[Output],
+        history: Sequence[Output],
         far_masks: Sequence[Node | Output],
         near_mask: Node | Output,
         sinks: Node | Output,
         past: Node,
         columns: Node,
+        count: Node,
     ) -> Node:
         """Queries (batch, H, G, count, d) to their context of that shape.
 
         `far_masks`: what is added to scores of the history, and, maybe, what they and the weights are multiplied by.
         """
         H, G, d = self.layer.kv_heads, self.layer.group, self.layer.head_dim
-        key_bytes, value_bytes, *scales = histories
+        held = iter(history)
+        key_bytes, key_scales = next(held), next(held) if self.keys.layout else None
+        value_bytes, value_scales = next(held), next(held) if self.values.layout else None
         key_rows, value_rows = op.split(recent, i64(1), 2).outputs()
         rows = op.reshape(queries, i64([0, 0, -1, d]), True)  # (batch, H, G·count, d)
-        by_query = op.concat([i64([0, 0, G]), dim(queries, 3), i64([-1])], 0)
+        by_query = op.concat([i64([0, 0, G]), count, i64([-1])], 0)
         near = op.reshape(op.matmul(rows, key_rows, False, True), by_query, True)
         near = op.add(op.add(near, near_mask), sinks)
         near = op.reshape(near, op.concat([i64([0, 0, -1]), columns], 0), True)
         far = self._products(rows, key_bytes)
-        if self.keys.layout:
-            far = op.multiply(far, op.reshape(scales[0], i64([0, H, 1, -1]), True))
+        if key_scales is not None:
+            far = op.multiply(far, op.reshape(key_scales, i64([0, H, 1, -1]), True))
         mask, *zeroed = far_masks
         for factor in zeroed:
             far = op.multiply(far, factor)
@@ -190,8 +211,8 @@ class _Block:
         near, far = op.variadic_split(weights, i64(3), op.concat([columns, past], 0)).outputs()
         for factor in zeroed:
             far = op.multiply(far, factor)
-        if self.values.layout:
-            far = op.multiply(far, op.reshape(scales[-1], i64([0, H, 1, -1]), True))
+        if value_scales is not None:
+            far = op.multiply(far, op.reshape(value_scales, i64([0, H, 1, -1]), True))
         context = op.add(self._sums(far, value_bytes), op.matmul(near, value_rows, False, False))
         return op.reshape(context, i64([0, 0, G, -1, d]), True)
 
@@ -201,27 +222,14 @@ class _Block:
         if layout is None:
             return op.matmul(rows, keys, False, True)
         rows = op.matmul(rows, f32(layout.decode @ self.rotation.T), False, True)
-        counts, heads = i64([group.count for group in layout.groups]), self.layer.kv_heads
-        products = []
-        for some_rows, some_keys in zip(_portions(rows, heads), _portions(keys, heads), strict=True):
-            parts = op.variadic_split(some_rows, i64(3), counts).outputs()
-            pairs = zip(parts, unpack(some_keys, layout), strict=True)
-            products.append(reduce(op.add, (op.matmul(part, feature, False, True) for part, feature in pairs)))
-        return joined(products, 1)
+        parts = op.variadic_split(rows, i64(3), i64([group.count for group in layout.groups])).outputs()
+        pairs = zip(parts, unpack(keys, layout), strict=True)
+        return reduce(op.add, (op.matmul(part, feature, False, True) for part, feature in pairs))
 
     def _sums(self, weights: Output | Node, values: Output) -> Node:
         """weights · (V̂ without its scales), decoded and rotated back behind the sum, in one product."""
         layout = self.values.layout
         if layout is None:
             return op.matmul(weights, values, False, False)
-        heads = self.layer.kv_heads
-        sums = [
-            joined([op.matmul(some_weights, feature, False, False) for feature in unpack(some_values, layout)], 3)
-            for some_weights, some_values in zip(_portions(weights, heads), _portions(values, heads), strict=True)
-        ]
-        return op.matmul(joined(sums, 1), f32(self.rotation @ layout.decode.T), False, True)
-
-
-def _portions(tensor: Node | Output, heads: int) -> list[Node | Output]:
-    count = heads // PORTION if heads % PORTION == 0 else 1
-    return op.split(tensor, i64(1), count).outputs() if count > 1 else [tensor]
+        sums = [op.matmul(weights, feature, False, False) for feature in unpack(values, layout)]
+        return op.matmul(joined(sums, 3), f32(self.rotation @ layout.decode.T), False, True)

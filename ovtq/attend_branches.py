@@ -16,8 +16,9 @@ from openvino import Node, Output
 from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
-from ovtq.attend import ALL, Columns, History, Plan, sink_logits, store
-from ovtq.graph import MASKED, body, dim, f32, i64
+from ovtq.attend import ALL, Columns, History, Plan, Store, sink_logits
+from ovtq.beams import Beams
+from ovtq.graph import MASKED, dim, either, f32, i64
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packing import Layout
 from ovtq.quantizer import interleaved, look_up
@@ -46,38 +47,33 @@ class Branches:
         older = op.maximum(op.subtract(columns.past, i64([plan.window])), i64([0]))
         self.far_mask = columns.far_mask(older, columns.total)
         self.near_mask = columns.near_mask(columns.near(older), columns.recent, i64([0]), columns.new)
-        # an Output: given a Node, If takes its own first input for the condition
         self.is_prefill = op.not_equal(columns.new, i64([1])).output(0)
         # A window of none still has the sink's row, and a state that tells GenAI not to cut the others.
-        self.ring = Ring(description, name, plan.layers, plan.window, plan.sink_rows)
+        self.beams = Beams(description, "gpu")
+        self.ring = Ring(description, name, plan.layers, plan.window, self.beams, plan.sink_rows)
         self.parts, self.news, self.assigns = iter(self.ring.parts), [], []
 
     def attend(self, layer: AttentionLayer, queries: Output, new: Node) -> Node:
         """The context, (batch, query_heads, new, d), of the layers in turn; `new` is (batch, 2·kv_heads, new, d)."""
-        keys, values, held = store(self.description, self.plan, layer, new)
+        store = Store(self.beams, self.plan, layer)
+        store.append(store.packed(new))
         recent = op.concat([next(self.parts), new], 2)  # first the sink's row
         self.news.append(new)
-        self.assigns += [state.assign() for state in held]
+        self.assigns += [state.assign() for state in store.held]
         outer = _Read(
             queries,
-            _looked_up(keys),
-            _looked_up(values),
+            _looked_up(store.keys),
+            _looked_up(store.values),
             recent.output(0),  # whole: of a Split's outputs the plugin's If reads the wrong half
             self.far_mask.output(0),
             self.near_mask.output(0),
         )
-        either = op.if_op(self.is_prefill)
-        bodies = []
-        for make in (self._prefill, self._decode):
-            inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in outer]
-            result = op.result(make(layer, _Read(*(x.output(0) for x in inner))))
-            bodies.append((inner, result, body([result], inner, make.__name__.strip("_"))))
-        (then_inner, then_result, then_body), (else_inner, else_result, else_body) = bodies
-        either.set_then_body(then_body)
-        either.set_else_body(else_body)
-        for source, in_then, in_else in zip(outer, then_inner, else_inner, strict=True):
-            either.set_input(source, in_then, in_else)
-        context = either.set_output(then_result, else_result)
+        (context,) = either(
+            self.is_prefill,
+            (outer, lambda read: [self._prefill(layer, _Read(*read))]),
+            (outer, lambda read: [self._decode(layer, _Read(*read))]),
+            ("prefill", "decode"),
+        )
         return op.reshape(context, i64([0, layer.query_heads, -1, layer.head_dim]), True)
 
     @property
@@ -131,8 +127,8 @@ class Branches:
 
 def _looked_up(history: History) -> Output:
     if history.layout is None:
-        return history.appended
-    return look_up(history.appended, history.layout, history.appended_scales).output(0)
+        return history.codes.appended
+    return look_up(history.codes.appended, history.layout, history.scales.appended).output(0)
 
 
 def _into(rows: Node, layout: Layout | None, rotation: np.ndarray) -> Node:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import openvino as ov
@@ -27,6 +28,37 @@ def i32(value: int) -> Node:
 def f32(values: float | np.ndarray) -> Node:
     """An f32 constant."""
     return op.constant(np.ascontiguousarray(values, dtype=np.float32))
+
+
+_MARKED = (
+    '<net name="mark" version="11"><layers>'
+    '<layer id="0" name="a" type="Parameter" version="opset1"><data shape="1" element_type="f32"/>'
+    '<output><port id="0" precision="FP32"><dim>1</dim></port></output></layer>'
+    '<layer id="1" name="b" type="Abs" version="opset1"><rt_info><attribute name="precise" version="0"/></rt_info>'
+    '<input><port id="0" precision="FP32"><dim>1</dim></port></input>'
+    '<output><port id="1" precision="FP32"><dim>1</dim></port></output></layer>'
+    '<layer id="2" name="c" type="Result" version="opset1">'
+    '<input><port id="0" precision="FP32"><dim>1</dim></port></input></layer></layers>'
+    '<edges><edge from-layer="0" from-port="0" to-layer="1" to-port="0"/>'
+    '<edge from-layer="1" from-port="1" to-layer="2" to-port="0"/></edges></net>'
+)
+
+
+@cache
+def _mark() -> tuple[object, str]:
+    nodes = ov.Core().read_model(model=_MARKED.encode()).get_ops()
+    info = next(node for node in nodes if node.get_type_name() == "Abs").get_rt_info()
+    (key,) = info
+    return info[key], key
+
+
+def precise(node: Node) -> Node:
+    """`node`, marked so that a plugin computes it in f32 whatever its inference precision is.
+
+    Python can't make the mark, but hand on that of a node read from an IR.
+    """
+    node.set_rt_info(*_mark())
+    return node
 
 
 def dim(tensor: Node | Output, axis: int) -> Node:
@@ -143,6 +175,34 @@ def body(results: Sequence[Node], parameters: Sequence[Node], name: str) -> ov.M
     for node in (*model.get_parameters(), *model.get_results()):  # Python gave their tensors the old names
         node.output(0).set_names({node.get_friendly_name()})
     return model
+
+
+Branch = tuple[Sequence[Output], Callable[[list[Output]], list[Node]]]
+
+
+def either(condition: Output, then: Branch, otherwise: Branch, names: tuple[str, str]) -> list[Output]:
+    """Outputs of an If; each branch is what it reads, and what makes its results of that.
+
+    What only one branch reads costs the other nothing: plugins copy what they hand in. `condition` is an Output: given
+    a Node, If takes its own first input for it.
+    """
+    node = op.if_op(condition)
+    bodies = []
+    for (inputs, make), name in zip((then, otherwise), names, strict=True):
+        inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in inputs]
+        results = [op.result(x) for x in make([x.output(0) for x in inner])]
+        reads = dict(zip(map(_key, inputs), inner, strict=True))
+        bodies.append((reads, results, body(results, inner, name)))
+    (then_reads, then_results, then_body), (else_reads, else_results, else_body) = bodies
+    node.set_then_body(then_body)
+    node.set_else_body(else_body)
+    for source in {_key(x): x for x in (*then[0], *otherwise[0])}.values():
+        node.set_input(source, then_reads.get(_key(source)), else_reads.get(_key(source)))
+    return [node.set_output(*pair) for pair in zip(then_results, else_results, strict=True)]
+
+
+def _key(output: Output) -> tuple[str, int]:
+    return id_of(output.get_node()), output.get_index()
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.attend import ALL, Columns, Held
+from ovtq.beams import Beams
 from ovtq.graph import MASKED, body, dim, f32, i32, i64, new_variable, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.pruning import (
@@ -49,6 +50,7 @@ class Survivors:
     def __init__(
         self,
         description: ModelDescription,
+        beams: Beams,
         layers: Sequence[AttentionLayer],
         pruning: Pruning,
         columns: Columns,
@@ -57,17 +59,19 @@ class Survivors:
         rows: int,
         span: tuple[Node, Node],
     ) -> None:
-        self.description, self.layers, self.pruning, self.columns = description, layers, pruning, columns
+        self.description, self.beams, self.layers = description, beams, layers
+        self.pruning, self.columns = pruning, columns
         self.older, self.later, self.span = older, later, span
         self.count, self.kv_heads = len(layers), layers[0].kv_heads
         self.heads = self.count * self.kv_heads
         kept = op.add(i64(range(rows)), columns.new)
         start = np.full(1, EMPTY, np.int32)
-        self.recent = State(description, f"{SCORE}.recent", [self.heads, rows, 1], start, kept)
+        self.recent = State(beams, f"{SCORE}.recent", [self.heads, rows, 1], start, kept)
         self.states: list[Node] = []  # Assigns of what the score itself remembers
         self.arrived = self._arriving()
         leaving = op.slice(op.concat([self.recent.past, self.arrived], 2), *span, i64([1]), i64([2]))
-        self.scores = Held(description, SCORE, leaving, self.heads, 1, ov.Type.i32)
+        self.scores = Held(beams, SCORE, self.heads, 1, ov.Type.i32)
+        self.scores.append(leaving)
         if not self.evicts:
             # After reset_state the CPU plugin goes on to read this one with its old rows: those that should be are cut
             past = op.slice(self.scores.past, i64([0]), older, i64([1]), i64([2]))
@@ -142,7 +146,7 @@ class Survivors:
         d = self.layers[0].head_dim
         unit = op.divide(keys, op.maximum(op.reduce_l2(keys, i64([3]), True), f32(1e-12)))
         last = op.subtract(self.columns.new, i64([1]))
-        state = State(self.description, KEY_SUM, [self.heads, 1, d], np.zeros(1, np.float32), last)
+        state = State(self.beams, KEY_SUM, [self.heads, 1, d], np.zeros(1, np.float32), last)
         counted = op.multiply(unit, op.convert(self.shown, "f32"))
         total = op.add(op.cum_sum(counted, i64(2)), state.past)
         self.states.append(op.assign(op.gather(total, last, i64(2)), state.variable))
@@ -185,7 +189,8 @@ class Survivors:
         numbers = op.convert(op.range(scalar(self.older), scalar(self.later), i64(1), "i64"), "i32")
         shape = op.concat([self.columns.batch, i64([heads]), leaving, i64([1])], 0)
         numbers = op.broadcast(op.unsqueeze(op.unsqueeze(numbers, i64([0])), i64([2])), shape)
-        positions = Held(description, POSITION, numbers, heads, 1, ov.Type.i32)
+        positions = Held(self.beams, POSITION, heads, 1, ov.Type.i32)
+        positions.append(numbers)
         # the n-th row that stays is written to place n, all others to one behind the last
         stay = op.minimum(rows, i64([room]))
         best = op.squeeze(op.convert(best, "i32"), i64([3]))

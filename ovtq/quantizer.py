@@ -9,7 +9,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.codec import FLOOR, STEPS, AdaptiveUniform
-from ovtq.graph import f32, i64, joined
+from ovtq.graph import f32, i64, joined, precise
 from ovtq.packing import OFFSET, Field, Layout
 
 LAST = (3,)  # the axis of head_dim
@@ -132,7 +132,7 @@ def unpack(packed: Output, layout: Layout) -> list[Node]:
         x: Node | Output = packed
         if group.count < layout.bytes:
             x = op.slice(packed, i64([group.first]), i64([group.first + group.count]), i64([1]), i64([3]))
-        x = op.convert(op.reshape(x, i64([0, 0, -1]), True) if number else x, "f32")
+        x = precise(op.convert(op.reshape(x, i64([0, 0, -1]), True) if number else x, "f32"))
         middle = (2**group.width - 1) / 2
         topmost = group.shift + group.width == 8
         if group.shift:

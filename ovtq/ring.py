@@ -13,8 +13,9 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
+from ovtq.beams import Beams
 from ovtq.coding import UNIT, Coding
-from ovtq.graph import dim, f32, i64, joined, new_variable
+from ovtq.graph import dim, f32, i64, joined, new_variable, precise
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packed_attention import Place
 from ovtq.quantizer import encode, pack, restore
@@ -25,17 +26,18 @@ ALL = 2**31 - 1
 class State:
     """(batch, heads, length, width), `start` before the text begins; `kept` are the rows of it and of what is new."""
 
-    def __init__(
-        self, description: ModelDescription, name: str, shape: Sequence[int], start: np.ndarray, kept: Node
-    ) -> None:
+    def __init__(self, beams: Beams, name: str, shape: Sequence[int], start: np.ndarray, kept: Node) -> None:
         self.kept = kept
+        # Written in another type than the state's, it would be converted in every step
+        self.mark = precise if beams.target == "cpu" else lambda node: node
         self.variable = new_variable(name, [-1, *shape], ov.Type(start.dtype))
-        first = op.broadcast(op.constant(start), op.concat([dim(description.input_ids, 0), i64(shape)], 0))
-        self.past = op.gather(op.read_value(first, self.variable), description.beam_idx, i64(0))
+        first = op.broadcast(op.constant(start), op.concat([beams.batch, i64(shape)], 0))
+        self.past = beams.in_order(op.read_value(first, self.variable))
 
     def store(self, new: Node | Output) -> Node:
         """The Assign that keeps the last rows; `new` is (batch, heads, tokens, width)."""
-        return op.assign(op.gather(op.concat([self.past, new], 2), self.kept, i64(2)), self.variable)
+        rows = self.mark(op.concat([self.past, new], 2))
+        return op.assign(self.mark(op.gather(rows, self.kept, i64(2))), self.variable)
 
 
 class Ring:
@@ -50,6 +52,7 @@ class Ring:
         name: str,
         layers: Sequence[AttentionLayer],
         rows: int,
+        beams: Beams,
         head: np.ndarray | None = None,
     ) -> None:
         heads, d = 2 * layers[0].kv_heads * len(layers), layers[0].head_dim
@@ -59,7 +62,7 @@ class Ring:
             kept, length = op.concat([i64([0]), op.add(kept, i64([1]))], 0), rows + 1
             start = np.zeros((1, heads, length, d), np.float32)
             start[0, :, 0] = head
-        self.state = State(description, name, [heads, length, d], start, kept)
+        self.state = State(beams, name, [heads, length, d], start, kept)
         self.parts = op.split(self.state.past, i64(1), len(layers)).outputs()
 
     def store(self, news: Sequence[Node | Output]) -> list[Node]:
@@ -88,7 +91,7 @@ class PackedRing:
         layers: Sequence[AttentionLayer],
         rows: int,
         coding: Coding,
-        target: str,
+        beams: Beams,
     ) -> None:
         self.rows, self.coding, self.name = rows, coding, name
         H = self.kv_heads = layers[0].kv_heads
@@ -101,15 +104,15 @@ class PackedRing:
 
         kept = op.add(i64(range(rows)), op.minimum(dim(description.input_ids, 1), i64([rows])))
         shape = [heads.size // len(self.codecs), rows, sum(self.widths)]
-        self.codes = State(description, name, shape, np.zeros(1, np.int8), kept)
-        self.scales = State(description, f"{name}.scale", [heads.size, rows, 1], np.zeros(1, np.int32), kept)
+        self.codes = State(beams, name, shape, np.zeros(1, np.int8), kept)
+        self.scales = State(beams, f"{name}.scale", [heads.size, rows, 1], np.zeros(1, np.int32), kept)
         root = op.multiply(op.convert(self.scales.past, "f32"), f32(1 / UNIT))
-        bytes_, scales = [self.codes.past.output(0)], [op.multiply(root, root).output(0)]
+        bytes_, scales = [self.codes.past], [op.multiply(root, root).output(0)]
         if not same:
             bytes_ = op.variadic_split(self.codes.past, i64(3), i64(self.widths)).outputs()
             scales = op.split(scales[0], i64(1), 2).outputs()
         packed = zip(bytes_, self.layouts, scales, strict=True)
-        past = joined([restore(*some, coding.rotation, target) for some in packed], 1)
+        past = joined([restore(*some, coding.rotation, beams.target) for some in packed], 1)
         if self.order is not None:
             past = op.gather(past, i64(np.argsort(self.order)), i64(1))
         self.parts = op.split(past, i64(1), count).outputs()

@@ -10,6 +10,7 @@ import openvino as ov
 from openvino import Node
 from openvino import opset15 as op
 
+from ovtq.beams import Beams
 from ovtq.coding import BITS, Coding, coding, unfit
 from ovtq.errors import VerificationFailed
 from ovtq.graph import MASKED, Port, dim, f32, i64, rebuild, redirect, scalar
@@ -96,12 +97,13 @@ class TruncateWindow(Pass):
         layers = description.sliding
         rows = layers[0].window - 1 + self.slack
         facts = {"window": layers[0].window, "rows": rows, "layers": [layer.index for layer in layers]}
+        beams = Beams(description, self.target)
         ring: Ring | PackedRing
         if self.exact:
-            ring = Ring(description, STATE, layers, rows)
+            ring = Ring(description, STATE, layers, rows, beams)
         else:
             how = coding((self.k_bits, self.v_bits), layers[0].head_dim, self.seed)
-            ring = PackedRing(description, STATE, layers, rows, how, self.target)
+            ring = PackedRing(description, STATE, layers, rows, how, beams)
             facts |= how.digests
         blocks = _Blocks(description, self.slack, ring)
         changed = {layer.index: blocks.attend(layer) for layer in layers}

@@ -28,6 +28,7 @@ LAYERS = [
     {"ovtq.attend_blocks", "ovtq.attend_branches"},
     {"ovtq.prune"},
     {"ovtq.attend", "ovtq.ring"},
+    {"ovtq.beams"},
     {"ovtq.models", "ovtq.runner", "ovtq.dump", "ovtq.quantizer", "ovtq.cache", "ovtq.command"},
     {"ovtq.graph", "ovtq.io", "ovtq.pruning"},
     {"ovtq.packed_attention"},
