@@ -341,6 +341,12 @@ def _report(console: Console, options: argparse.Namespace, record: dict[str, Any
         )
         if found["packed"]:
             console.print(_packed_line(found))
+        if found["own"]:
+            own = found["own"]
+            console.print(
+                f"at {own['precision']}, the device's own precision, results are {own['converted']:.2g} away from "
+                f"those at f32; the original's are {own['original']:.2g}",
+            )
         if found["cache_precision"]:
             console.print(
                 f"the plugin's own cache: {found['cache_precision']} in the model as compiled for {found['device']} "

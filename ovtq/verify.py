@@ -23,6 +23,9 @@ from ovtq.runner import EXACT_PROPERTIES, Runner
 ATTEMPTS = 5  # seeds
 ROUTER_TIE = 32 * float(np.finfo(np.float32).eps)  # of the largest router logit of a position
 TIES_UNSEEN = 0.02  # of the largest element, where the device does not show its codes: a code may be off by one
+# How much of a result may change at a device's own inference precision: OWN_FACTOR times as much as in the original
+# and OWN_FLOOR besides, for a code may turn out otherwise. What a plugin gets wrong is off by much more.
+OWN_FACTOR, OWN_FLOOR = 4, 0.05
 TOLERANCE = 128 * float(np.finfo(np.float32).eps)  # of the largest logit: 24 layers of f32 sums in another order
 
 
@@ -49,6 +52,16 @@ class Difference:
     skipped: int  # positions behind a tie in a router, where rounding decides which expert answers
     seed: int
     packed: PackedDifference | None = None  # of layers whose cache is quantised
+    own: OwnPrecision | None = None  # where a CPU does not compute in f32 by itself
+
+
+@dataclass(frozen=True)
+class OwnPrecision:
+    """How far results at the device's own inference precision are from those at f32: the mean of ‖Δ‖/‖result‖."""
+
+    precision: str
+    original: float
+    converted: float
 
 
 @dataclass(frozen=True)
@@ -201,10 +214,20 @@ def kept_precision(converted: Path, layers: Sequence[AttentionLayer], device: st
 
 def calls_for(layers: Sequence[AttentionLayer]) -> list[Call]:
     """The schedule that reaches every case of these layers."""
-    packed = [layer.packed.window + layer.packed.flush for layer in layers if layer.packed]
-    calls = schedule(max([*(layer.window or 0 for layer in layers), *packed]) or 128)
+    calls = schedule(_longest(layers))
     limits = [x.packed.room + x.packed.window + x.packed.flush for x in layers if isinstance(x.packed, PrunedAttention)]
     return [*calls, *overflow(max(limits))] if limits else calls
+
+
+def even(layers: Sequence[AttentionLayer]) -> list[Call]:
+    """A text in chunks of one length, beyond all windows: what a plugin keeps from a call, it then uses in the next."""
+    return [Call(max(_longest(layers) // 3, 33))] * 8
+
+
+def _longest(layers: Sequence[AttentionLayer]) -> int:
+    """Tokens of the longest window, of sliding layers or of what is kept at full precision."""
+    packed = [layer.packed.window + layer.packed.flush for layer in layers if layer.packed]
+    return max([*(layer.window or 0 for layer in layers), *packed]) or 128
 
 
 def overflow(limit: int) -> list[Call]:
@@ -226,27 +249,37 @@ def _verify(
     extent: Scope,
     tick: Callable[[], None],
 ) -> Difference:
-    calls, results = calls_for(layers), []
+    calls, results, rounded = calls_for(layers), [], []
+    own = ov.Core().get_property(device, "INFERENCE_PRECISION_HINT").to_string() if device == "CPU" else "f32"
     check = PackedCheck([layer for layer in layers if layer.index < extent.layers])
     for xml in (original, converted):
-        model = ov.Core().read_model(xml)
-        vocabulary = model.output(0).get_partial_shape()[2].get_length()
-        if extent.end is not None:
-            model = cut(model, extent)
-            vocabulary = shortened(model, vocabulary)
+        model, vocabulary = _part(xml, extent)
         chosen: list[int] = []
         if xml == original:
             model, chosen = with_routers(model)
         elif check.layers:
             model = check.tapped(model)
-        runner = Runner(model, device, EXACT_PROPERTIES)
         held = check if xml == converted and check.layers else None
+        runner = Runner(model, device, EXACT_PROPERTIES)
         results.append(play(runner, calls, vocabulary, seed, tick, chosen, held))
+        if own != "f32":
+            chunks = even(layers)
+            runner.reset()
+            played = play(runner, chunks, vocabulary, seed)
+            runner = Runner(_part(xml, extent)[0], device, EXACT_PROPERTIES | {"INFERENCE_PRECISION_HINT": own})
+            rounded.append(_apart(played, play(runner, chunks, vocabulary, seed)))
         del runner, model
         gc.collect()
     lossy = _reads_codes(calls, check)
     exact = [[played for played, old in zip(side, lossy, strict=True) if not old] for side in results]
     difference = compare(*exact, extent.layers, seed)
+    if rounded:
+        difference = replace(difference, own=OwnPrecision(own, *rounded))
+        if not rounded[1] <= OWN_FACTOR * rounded[0] + OWN_FLOOR:
+            raise VerificationFailed(
+                f"the converted model is wrong on {device} at {own}, its own precision: results are {rounded[1]:.2g} "
+                f"away from those at f32, and the original's {rounded[0]:.2g}; nothing was written"
+            )
     if not check.layers:
         return difference
     allowed = TOLERANCE if check.exact_codes else TIES_UNSEEN
@@ -263,6 +296,26 @@ def _verify(
     return replace(
         difference, packed=PackedDifference(len(check.layers), check.largest, positions, kld, same_top, check.pruned)
     )
+
+
+def _part(xml: Path, extent: Scope) -> tuple[ov.Model, int]:
+    """What is run of a model, and how many tokens it knows."""
+    model = ov.Core().read_model(xml)
+    vocabulary = model.output(0).get_partial_shape()[2].get_length()
+    if extent.end is None:
+        return model, vocabulary
+    model = cut(model, extent)
+    return model, shortened(model, vocabulary)
+
+
+def _apart(reference: Sequence[Played], other: Sequence[Played]) -> float:
+    """The mean of ‖b − a‖/‖a‖ over all positions."""
+    apart = []
+    for a, b in zip(reference, other, strict=True):
+        length = np.linalg.norm(a.results, axis=-1)
+        apart.append(np.linalg.norm(b.results - a.results, axis=-1) / np.maximum(length, np.finfo(np.float32).tiny))
+    found = float(np.concatenate(apart, axis=None).mean())
+    return found if np.isfinite(found) else float("inf")
 
 
 def _reads_codes(calls: Sequence[Call], check: PackedCheck) -> list[bool]:

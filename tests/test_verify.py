@@ -81,6 +81,27 @@ def test_a_broken_conversion_is_refused(
     assert not any(tmp_path.iterdir())
 
 
+def test_a_conversion_wrong_at_bf16_alone_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """At f32 a number comes back when another is added and taken away; at bf16 it drowns."""
+    if ov.Core().get_property("CPU", "INFERENCE_PRECISION_HINT") == ov.Type.f32:
+        pytest.skip("this CPU computes in f32 by itself")
+    insert, op = ovtq.passes.rotate_heads.insert_after, ov.opset15
+
+    def drowned(old: ov.Output, make: Callable[[ov.Output], ov.Node]) -> ov.Output:
+        def there_and_back(value: ov.Output) -> ov.Node:
+            same = np.eye(value.get_partial_shape()[3].get_length(), dtype=np.float32)
+            return op.subtract(op.matmul(op.add(make(value), np.float32(64)), same, False, False), np.float32(64))
+
+        return insert(old, there_and_back)
+
+    monkeypatch.setattr(ovtq.passes.rotate_heads, "insert_after", drowned)
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--preset", "rotate"]) == 2
+    assert "the converted model is wrong on CPU at bf16, its own precision" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def _scales_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     encode = ovtq.attend.encode
 
