@@ -16,26 +16,23 @@ class Beams:
     def __init__(self, description: ModelDescription, target: str) -> None:
         self.index, self.target = description.beam_idx, target
         self.batch = dim(description.input_ids, 0)
-        self._before: Node | None = None  # the batch that the states were written with
-        self._rows: dict[int, Node] = {}
+        self._pairs: dict[int, Node] = {}
 
     def in_order(self, state: Node) -> Output:
         """(batch, heads, tokens, width): what the state holds for beam_idx[i] in place i.
 
-        The GPU plugin appends in place behind one Gather of the batch and nothing else. The CPU's copies what belongs
-        to an index in one thread, which in a batch of one is everything: there each head is a row of its own.
+        The GPU plugin appends in place behind one Gather of the batch and nothing else. The CPU's Gather copies what
+        belongs to an index in one thread, which in a batch of one is everything: there each head is an index.
         """
         if self.target == "gpu":
             return op.gather(state, self.index, i64(0)).output(0)
-        _, heads, tokens, width = (-1 if x.is_dynamic else x.get_length() for x in state.get_output_partial_shape(0))
-        if self._before is None:
-            self._before = dim(state, 0)
-        rows = op.reshape(state, op.concat([op.multiply(self._before, i64([heads])), i64([-1])], 0), False)
-        picked = precise(op.gather(rows, self._row_of(heads), i64(0)))
-        return op.reshape(picked, op.concat([self.batch, i64([heads, tokens, width])], 0), False).output(0)
+        heads = state.get_output_partial_shape(0)[1].get_length()
+        return precise(op.gather_nd(state, self._beam_and_head(heads), 0)).output(0)
 
-    def _row_of(self, heads: int) -> Node:
-        if heads not in self._rows:
-            first = op.unsqueeze(op.multiply(op.convert(self.index, "i64"), i64(heads)), i64([1]))
-            self._rows[heads] = op.reshape(op.add(first, i64(np.arange(heads)[None])), i64([-1]), False)
-        return self._rows[heads]
+    def _beam_and_head(self, heads: int) -> Node:
+        """(batch, heads, 2)."""
+        if heads not in self._pairs:
+            beam = op.unsqueeze(op.convert(self.index, "i64"), i64([1, 2]))
+            head = i64(np.stack([np.zeros(heads), np.arange(heads)], 1)[None])
+            self._pairs[heads] = op.add(op.multiply(beam, i64([[[1, 0]]])), head)
+        return self._pairs[heads]
