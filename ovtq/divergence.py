@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,7 @@ class Reference:
             raise InputError(f"{folder}: no space for the reference's logits ({needed >> 20} MiB); set TMPDIR")
         self.text = text
         self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  as long as this object
+        weakref.finalize(self, self.file.close)
         self.logits = np.memmap(self.file, np.float32, "w+", shape=(*text.ids.shape, subject.vocabulary))
         for row, start, logits in chunks(subject, text, chunk):
             self.logits[row, start : start + len(logits)] = logits

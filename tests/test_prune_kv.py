@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
+import queries
 from conftest import MINI, TINY
 from test_passes import Tapped, applied
 
@@ -21,7 +22,7 @@ from ovtq.convert import main
 from ovtq.errors import InputError
 from ovtq.packed_check import PackedCheck
 from ovtq.passes import DecoupleLength, PruneKv, SimplifyMask, TruncateWindow
-from ovtq.pruning import FIRST, POSITION, SCORE, SHOWN, Pruning, best, kept, pruned
+from ovtq.pruning import FIRST, POSITION, SCORE, SHOWN, Pruning, best, counted, kept, pruned, told
 from ovtq.runner import EXACT_PROPERTIES, Runner
 from ovtq.verify import TOLERANCE, Call, overflow
 
@@ -43,10 +44,15 @@ FORMS = {
     "mask": PruneKv(**SMALL, mode="mask", score="random"),
     "mask, K6V4": PruneKv(**SMALL, mode="mask", k_bits="6", v_bits="4", centre="bias"),
     "zero": PruneKv(**SMALL, mode="zero", prefix=0),
+    "evict, triattention": PruneKv(**SMALL, score="triattention"),
+    "evict, shared, triattention": PruneKv(**SMALL, heads="shared", score="triattention"),
+    "evict, K6V4, triattention": PruneKv(**SMALL, k_bits="6", v_bits="4", centre="bias", score="triattention"),
+    "mask, triattention": PruneKv(**SMALL, mode="mask", score="triattention"),
+    "zero, triattention": PruneKv(**SMALL, mode="zero", score="triattention"),
 }
 
 
-QUICK = {(form, "chunks") for form in ("evict, K6V4", "mask", "zero")}
+QUICK = {(form, "chunks") for form in ("evict, K6V4", "mask", "zero")} | {("evict, K6V4, triattention", "padding")}
 
 
 class Checked:
@@ -78,7 +84,7 @@ class Checked:
 
 @functools.cache
 def checked(form: str) -> Checked:
-    return Checked(FORMS[form])
+    return Checked(FORMS[form].at(queries.folder()))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +160,25 @@ def test_counts_and_bounds() -> None:
         assert max(stay[1].max(), stay[3].max()) <= 48 + 7
         rows.append(model.states()["ovtq.1.key"].shape[2])
     assert max(rows) == 32
-    assert pruned(Runner(TINY["5.5"] / "openvino_model.xml", "CPU").request) == {}
+    assert counted(model.runner.request) == {"1": [88, 52], "3": [88, 52]}
+    plain = Runner(TINY["5.5"] / "openvino_model.xml", "CPU").request
+    assert pruned(plain) == {}
+    assert counted(plain) is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "line"),
+    [
+        ({"1": [92, 48], "3": [92, 48]}, "92 of 140 tokens pruned, 48 kept in layers 1, 3"),
+        ({"1": [0, 40], "3": [0, 40]}, "pruning never fired: all 40 tokens are still there"),
+        (
+            {"1": [1000, 48], "3": [0, 1048]},
+            "1,000 of 1,048 tokens pruned, 48 kept in layer 1; 0 of 1,048 tokens pruned, 1,048 kept in layer 3",
+        ),
+    ],
+)
+def test_counts_are_told_in_one_line(counts: dict[str, list[int]], line: str) -> None:
+    assert told(counts) == line
 
 
 def test_the_prefix_and_the_recent_tokens_stay() -> None:
@@ -362,7 +386,10 @@ def test_genai_resets_when_a_history_changes(mode: str, convert: Callable[..., P
         ({"slack": "-1"}, "slack must be from 0 to 4096, got -1"),
         ({"prefix": "5000"}, "prefix must be from 0 to 4096, got 5000"),
         ({"mode": "drop"}, "prune-kv: mode is one of evict, mask, zero, got 'drop'"),
-        ({"score": "norm"}, "prune-kv: score is one of norm-high, norm-low, keydiff, value-norm, random, got 'norm'"),
+        (
+            {"score": "norm"},
+            "prune-kv: score is one of norm-high, norm-low, keydiff, value-norm, triattention, random, got 'norm'",
+        ),
         ({"centre": "bias"}, "residual-window and centre are options of packed caches; give k-bits or v-bits"),
         ({"k-bits": "6", "mode": "zero", "centre": "bias"}, "mode zero needs centre none"),
     ],

@@ -3,7 +3,7 @@
 
 usage: calibrate_triattention.py MODEL_DIR TEXT OUT.npz [--windows 32] [--window 2048] [--seed 0]
 
-MODEL_DIR is the model as exported, TEXT the like of what it will read (UTF-8, `<|endoftext|>` between documents), but not
+MODEL_DIR is the model as exported, TEXT the like of what it will read (`<|endoftext|>` between documents), but not
 a text that pruning is then measured on. Whole documents are drawn in an order that --seed decides, joined, and cut into
 windows, each run from an empty cache. Named triattention.npz in MODEL_DIR, ovtq-convert finds the file by itself.
 """
