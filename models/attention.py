@@ -50,17 +50,37 @@ def projection_bias(new: Output, kv_heads: int, head_dim: int) -> np.ndarray | N
 
 def biased_projection(new: Output, kv_heads: int, head_dim: int) -> tuple[Node, np.ndarray] | None:
     """The node that adds the bias of the projection that makes `new`, and that bias, (kv_heads, head_dim)."""
-    width = kv_heads * head_dim
+    found = _projection(new, kv_heads, head_dim)
+    return (found[0], found[1]) if found and found[1] is not None else None
+
+
+def projected(new: Output, heads: int, head_dim: int) -> Output:
+    """What the projection that makes `new` gives, bias included: (batch, tokens, heads·head_dim), before RoPE.
+
+    Raises UnsupportedModel if there is none.
+    """
+    found = _projection(new, heads, head_dim)
+    if found is None:
+        raise UnsupportedModel(
+            f"looked for the projection that makes {new.get_node().get_friendly_name()}, {heads * head_dim} wide, and "
+            "found none"
+        )
+    return found[0].output(0)
+
+
+def _projection(new: Output, heads: int, head_dim: int) -> tuple[Node, np.ndarray | None] | None:
+    """The nearest node of that width that is a MatMul, or adds a bias, (heads, head_dim), to one."""
+    width = heads * head_dim
     for node in _breadth_first(new):
         if static_dim(node.output(0), -1) != width:
             continue
         if node.get_type_name() == "MatMul":
-            return None
+            return node, None
         if node.get_type_name() == "Add":
             for value in node.input_values():
                 bias = constant_of(value)
                 if bias is not None and bias.size == width:
-                    return node, np.asarray(bias, dtype=np.float32).reshape(kv_heads, head_dim)
+                    return node, np.asarray(bias, dtype=np.float32).reshape(heads, head_dim)
     return None
 
 

@@ -33,6 +33,7 @@ from ovtq import __version__, io, report
 from ovtq.candidates import Candidate, parse
 from ovtq.command import Out, Parser, listed, phase, positive, progress, run
 from ovtq.errors import InputError
+from ovtq.pruning import told
 from ovtq.runner import check_device
 from ovtq.text import Tokenizer
 from ovtq.worker import THROUGH, Worker
@@ -167,7 +168,7 @@ def _prompts(options: argparse.Namespace, workers: list[Worker], bars: Any) -> l
                         "runs": options.runs,
                         "ttft": [run["ttft"] for run in some],
                         "tpot": [float(np.mean(run["steps"])) for run in some],
-                        **{key: some[-1][key] for key in ("state_bytes", "rss_prefill", "rss_decode")},
+                        **{key: some[-1][key] for key in ("state_bytes", "pruned", "rss_prefill", "rss_decode")},
                     }
                 )
     return rows
@@ -204,6 +205,7 @@ def _contexts(options: argparse.Namespace, workers: list[Worker], bars: Any) -> 
                         "tpot": tpot[:, index].tolist(),
                         "prefill_s": prefill[index]["seconds"],
                         "state_bytes": worker("state_bytes"),
+                        "pruned": None if options.fill else worker("counted"),
                         "rss_prefill": prefill[index]["rss"],
                         "rss_decode": worker("peak"),
                     }
@@ -278,6 +280,7 @@ def _show_prompts(console: Out, rows: list[dict[str, Any]]) -> None:
                 row["candidate"],
             )
         console.print(table)
+        _show_pruned(console, some)
 
 
 def _show_contexts(console: Out, rows: list[dict[str, Any]]) -> None:
@@ -295,6 +298,15 @@ def _show_contexts(console: Out, rows: list[dict[str, Any]]) -> None:
             f"{row['candidate']}  [{row['cache']}]",
         )
     console.print(table)
+    _show_pruned(console, rows)
+
+
+def _show_pruned(console: Out, rows: list[dict[str, Any]]) -> None:
+    """A line for each row of a model that prunes."""
+    for row in rows:
+        if row["pruned"]:
+            at = f" at {row['context']:,} tokens" if "context" in row else ""
+            console.print(f"{row['candidate']}{at}: {told(row['pruned'])}")
 
 
 def _ratio(spread: dict[str, float]) -> tuple[str, str]:

@@ -32,7 +32,7 @@ from ovtq.runner import check_device
 FLOAT_BYTES = {"gpu": 2, "cpu": 4}  # of a floating-point state: f16 on the GPU, as declared (f32) on the CPU
 CONTEXTS = (4096, 131072)
 PACKED_OPTIONS = ("k-bits", "v-bits", "residual-window", "protect", "centre")  # of quantize-kv, with flags of their own
-PRUNING_OPTIONS = ("recent-window", "prefix", "score", "mode", "slack", "heads")  # of prune-kv, likewise
+PRUNING_OPTIONS = ("recent-window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv, likewise
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,6 +144,7 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
     if options.budget:
         passes = pipeline.with_pruning(passes, target)
     passes = pipeline.with_settings(passes, [*pruning, *settings])
+    passes = tuple(item.at(options.model_dir) for item in passes)
     if not 0 <= options.verify_seed < 2**32:
         raise InputError(f"--verify-seed must be from 0 to {2**32 - 1}, got {options.verify_seed}")
     if options.verify_layers is not None and options.verify_layers < 1:
@@ -192,7 +193,7 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
         if options.dry_run:
             _write_json(options, record)
         else:
-            _write(options, model, description, extent, record, source, bars)
+            _write(options, model, description, passes, extent, record, source, bars)
     _report(console, options, record, time.perf_counter() - started)
 
 
@@ -211,6 +212,7 @@ def _write(
     options: argparse.Namespace,
     model: ov.Model,
     description: ModelDescription,
+    passes: Sequence[Pass],
     extent: Scope,
     record: dict[str, Any],
     source: Path,
@@ -222,6 +224,8 @@ def _write(
             record["weights"] = io.save(model, folder, source)
             tick()
             io.copy_rest(options.model_dir, folder)
+            for item in passes:
+                item.leave(folder)
             tick()
         if options.verify:
             layers = description.layers

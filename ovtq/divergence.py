@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +59,10 @@ def chunks(subject: Subject, text: Text, chunk: int) -> Iterator[tuple[int, int,
 
 
 class Reference:
-    """The reference's logits of a text, in a file that vanishes: those of a large vocabulary are gigabytes."""
+    """The reference's logits of a text, in a file that vanishes: those of a large vocabulary are gigabytes.
+
+    Another process to which it is sent reads the same file, as long as this one lives (Linux).
+    """
 
     def __init__(self, subject: Subject, text: Text, chunk: int, tick: Callable[[], None]) -> None:
         """Run the reference. Raises InputError if the disk has no room for the logits."""
@@ -65,11 +70,19 @@ class Reference:
         if shutil.disk_usage(folder).free < needed + (64 << 20):
             raise InputError(f"{folder}: no space for the reference's logits ({needed >> 20} MiB); set TMPDIR")
         self.text = text
-        with tempfile.TemporaryFile(dir=folder) as file:
-            self.logits = np.memmap(file, np.float32, "w+", shape=(*text.ids.shape, subject.vocabulary))
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  as long as this object
+        weakref.finalize(self, self.file.close)
+        self.logits = np.memmap(self.file, np.float32, "w+", shape=(*text.ids.shape, subject.vocabulary))
         for row, start, logits in chunks(subject, text, chunk):
             self.logits[row, start : start + len(logits)] = logits
             tick()
+
+    def __getstate__(self) -> dict[str, Any]:
+        name = f"/proc/{os.getpid()}/fd/{self.file.fileno()}"
+        return {"text": self.text, "name": name, "shape": self.logits.shape}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.text, self.logits = state["text"], np.memmap(state["name"], np.float32, "r", shape=state["shape"])
 
     def compare(self, subject: Subject, chunk: int, tick: Callable[[], None], name: str) -> dict[str, Any]:
         """KLD = Σ p·(log p − log q) in nats, p the reference's distribution and q the subject's, and what goes with it.

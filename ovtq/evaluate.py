@@ -18,12 +18,18 @@ exit code: 0, 1 if a candidate is wrong (or above --max-kld), 2 if something can
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import json
 import math
+import multiprocessing
+import os
 import platform
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +43,13 @@ from ovtq.candidates import Candidate, Subject, look, open_candidate, parse
 from ovtq.command import Out, Parser, listed, phase, positive, progress, run
 from ovtq.divergence import Reference, cut
 from ovtq.errors import InputError, VerificationFailed
+from ovtq.pruning import counted, told
 from ovtq.recheck import passes_of, recheck
-from ovtq.runner import EXACT_PROPERTIES, check_device
+from ovtq.runner import EXACT_PROPERTIES, Runner, check_device
 from ovtq.text import Tokenizer
 
+Task = tuple[str, Candidate, int]  # role, candidate, tokens a call
+Measured = tuple[dict[str, Any], list[list[int]], list[str]]  # see Evaluation.measure
 SAME = 10  # a mean KLD of so many noise floors is still none
 LEAST_FLOOR = 1e-15
 GREEDY_PROMPT = 256  # tokens of text that a greedy continuation begins with
@@ -85,6 +94,9 @@ def parser() -> Parser:
     stacks.add_argument("--seed", type=int, default=0, metavar="N", help="of the haystacks (default: 0)")
     p.add_argument("--greedy", type=int, default=8, metavar="N", help="texts continued greedily (default: 8; 0: none)")
     p.add_argument("--greedy-tokens", type=positive, default=64, metavar="N", help="(default: %(default)s)")
+    p.add_argument(
+        "--jobs", type=positive, default=1, metavar="N", help="rows at a time, each with its share of the cores (CPU)"
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="write the figures, after each candidate")
     p.add_argument("--resume", action="store_true", help="take what --json FILE holds already, if made alike")
     p.add_argument("--report", type=Path, metavar="FILE", help="write a page to look at (HTML)")
@@ -103,12 +115,15 @@ def evaluate(options: argparse.Namespace, console: Out, errors: Console) -> int:
     other = max(min(options.chunk, options.window) // 2, 2)
     rows = work.results["rows"]
     todo = [("reference", reference, options.chunk), ("floor", reference, other)]
-    for role, candidate, chunk in todo + [("candidate", candidate, options.chunk) for candidate in candidates]:
-        old = kept.get((candidate.label, _fingerprint(candidate))) if role == "candidate" else None
-        rows.append(old or work.row(candidate, role, chunk))
-        _show(console, rows[-1], resumed=old is not None)
-        if options.json:
-            _write(options.json, work.results)
+    todo += [("candidate", candidate, options.chunk) for candidate in candidates]
+    olds = [kept.get((item.label, _fingerprint(item))) if role == "candidate" else None for role, item, _ in todo]
+    new = [task for task, old in zip(todo, olds, strict=True) if not old]
+    with contextlib.closing(work.measured(new)) as found:
+        for (_, candidate, _), old in zip(todo, olds, strict=True):
+            rows.append(old or work.judged(candidate, *next(found)))
+            _show(console, rows[-1], resumed=old is not None)
+            if options.json:
+                _write(options.json, work.results)
     if options.report:
         report.write(options.report, [work.results])
         console.print(f"report: {options.report}")
@@ -154,38 +169,75 @@ class Evaluation:
             subject = open_candidate(reference, self.options.device, EXACT_PROPERTIES)
             self.expected = Reference(subject, self.text, self.options.chunk, tick)
 
-    def row(self, candidate: Candidate, role: str, chunk: int) -> dict[str, Any]:
-        """All figures of one candidate."""
+    def measured(self, tasks: Sequence[Task]) -> Iterator[Measured]:
+        """What `measure` says of each, in turn; with --jobs in processes of their own, which read the text anew."""
+        if self.options.jobs == 1:
+            yield from (self.measure(*task) for task in tasks)
+            return
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(self.options.jobs, context, _start, (self.options, self.expected))
+        with progress(self.errors) as bars, phase(bars, "rows", len(tasks)) as tick:
+            try:
+                for found in pool.map(_measure, tasks):
+                    tick()
+                    yield found
+            except BrokenProcessPool:
+                raise InputError("--jobs: a process died; out of memory? try a smaller number") from None
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.kill()
+
+    def measure(self, role: str, candidate: Candidate, chunk: int) -> Measured:
+        """All figures of one candidate that need no other's, what it wrote greedily, and what is wrong with it."""
         name = f"{candidate.label}, in chunks of {chunk}" if role == "floor" else candidate.label
         row: dict[str, Any] = {"candidate": name, "role": role, "fingerprint": _fingerprint(candidate)}
         with progress(self.errors) as bars:
             wrong = self._verified(candidate) if role == "candidate" else ""
-            subject = open_candidate(candidate, self.options.device, EXACT_PROPERTIES, self.options.window)
+            subject = open_candidate(candidate, self.options.device, self.properties, self.options.window)
             cache = look(candidate, subject, self.options.device)
             row |= {"cache": cache.text, "bytes_per_token": cache.per_token, "flat_bytes": cache.flat}
             with phase(bars, f"{name}: text", self._calls(chunk)) as tick:
                 row |= self.expected.compare(subject, chunk, tick, name)
-            row |= {"needles": None, "greedy": None}
+            row |= {"pruned": counted(subject.request) if isinstance(subject, Runner) else None, "needles": None}
+            written: list[list[int]] = []
             if role != "floor" and not candidate.paged:  # which has no room for other lengths
-                row |= self._asked(subject, name, bars)
-        return row | self._verdict(candidate, row, [wrong, cache.wrong])
+                row["needles"], written = self._asked(subject, name, bars)
+        return row, written, [wrong, cache.wrong]
+
+    def judged(
+        self, candidate: Candidate, row: dict[str, Any], written: list[list[int]], reasons: list[str]
+    ) -> dict[str, Any]:
+        """What `measure` said of it, with how long its text stays the reference's, and the verdict."""
+        self.written = self.written or written
+        row |= {"greedy": needles.agreement(written, self.written) if written else None}
+        return row | self._verdict(candidate, row, reasons)
 
     def _calls(self, chunk: int) -> int:
         return len(self.text.ids) * math.ceil(self.options.window / chunk)
 
-    def _asked(self, subject: Subject, name: str, bars: Progress) -> dict[str, Any]:
-        options, row = self.options, {}
+    @property
+    def properties(self) -> dict[str, str]:
+        """Of the plugin: f32 everywhere; of several processes each has its share of the cores, and none of its own."""
+        if self.options.jobs == 1:
+            return EXACT_PROPERTIES
+        share = max(len(os.sched_getaffinity(0)) // self.options.jobs, 1)
+        return {**EXACT_PROPERTIES, "INFERENCE_NUM_THREADS": str(share), "ENABLE_CPU_PINNING": "NO"}
+
+    def _asked(
+        self, subject: Subject, name: str, bars: Progress
+    ) -> tuple[list[dict[str, float | int]] | None, list[list[int]]]:
+        """Right answers, and the texts written."""
+        options, answers, written = self.options, None, []
         if self.stacks:
             with phase(bars, f"{name}: needles", len(self.stacks)) as tick:
                 how = self.stacks, options.answer_tokens, options.read_chunk, tick
-                row["needles"] = needles.score(subject, self.tokenizer, *how)
+                answers = needles.score(subject, self.tokenizer, *how)
         if self.prompts:
             with phase(bars, f"{name}: greedy", len(self.prompts)) as tick:
                 how = options.greedy_tokens, options.chunk, self.tokenizer.end, tick
                 written = [needles.write(subject, ids, *how) for ids in self.prompts]
-            self.written = self.written or written
-            row["greedy"] = needles.agreement(written, self.written)
-        return row
+        return answers, written
 
     def _verified(self, candidate: Candidate) -> str:
         """What is wrong with a converted folder by its own verification; empty if nothing is."""
@@ -209,6 +261,20 @@ class Evaluation:
         return {"verdict": "wrong" if reason else "equal" if equal else "ok", "reason": reason}
 
 
+_WORK: list[Evaluation] = []  # of a process of --jobs
+
+
+def _start(options: argparse.Namespace, expected: Reference) -> None:
+    """Begin a process of --jobs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
+    _WORK.append(Evaluation(options, Console(quiet=True, force_terminal=False)))
+    _WORK[0].expected = expected
+
+
+def _measure(task: Task) -> Measured:
+    return _WORK[0].measure(*task)
+
+
 def _check(options: argparse.Namespace, candidates: Sequence[Candidate]) -> None:
     """Raise InputError for what would only fail after minutes."""
     check_device(options.device)
@@ -219,6 +285,8 @@ def _check(options: argparse.Namespace, candidates: Sequence[Candidate]) -> None
         raise InputError(f"{next(label for label in labels if labels.count(label) > 1)}: named twice")
     if options.resume and not options.json:
         raise InputError("--resume takes up what --json FILE holds; name the file")
+    if options.jobs > 1 and not options.device.startswith("CPU"):
+        raise InputError("--jobs: several rows at a time share the cores of a CPU; leave it out for other devices")
     if options.trials < 0 or options.greedy < 0:
         raise InputError("--trials and --greedy must be at least 0")
     if options.json:
@@ -310,6 +378,8 @@ def _show(console: Out, row: dict[str, Any], resumed: bool) -> None:
         note = "  equals the reference to the noise floor"
     line = "  ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, (*COLUMNS, *MORE), strict=True))
     console.print(f"{line}  {row['candidate']}  [{row['cache']}]{note}{'  (kept)' if resumed else ''}")
+    if row.get("pruned"):
+        console.print(f"  after a window: {told(row['pruned'])}")
     if row["verdict"] == "wrong":
         console.print(f"  WRONG: {row['reason']}", style="bold red")
     cells_by = {(cell["needles"], cell["length"]) for cell in row.get("needles") or []}

@@ -14,6 +14,7 @@ from rich.console import Console
 from ovtq.candidates import look, open_candidate, parse
 from ovtq.command import Out, Parser, positive, run
 from ovtq.errors import InputError
+from ovtq.pruning import counted, told
 from ovtq.runner import Runner, check_device
 from ovtq.text import Tokenizer
 
@@ -78,6 +79,8 @@ def infer(options: argparse.Namespace, console: Out, errors: Out) -> None:
     exact = f"{past:,} as the device gives them out" if past is not None else "not given out by the device"
     per = f"{cache.flat + cache.per_token * total:,} ({cache.per_token:,} a token, {cache.flat:,} flat)"
     errors.print(f"states after {total:,} tokens: {per} bytes in memory; {exact}\ncache: {cache.text}")
+    if counts := counted(subject.request):
+        errors.print(told(counts))
 
 
 def _chosen(logits: np.ndarray, temperature: float, draw: np.random.Generator) -> int:

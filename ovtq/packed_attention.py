@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,6 +53,7 @@ class PackedAttention:
         self.sinks, self.scale, self.window, self.flush = sinks, scale, window, flush
         self.reach, self.query_scale, self.whole = reach, query_scale, whole
         self.tokens: tuple[np.ndarray, np.ndarray] | None = None  # keys and values, all as they came
+        self.beside: tuple[Any, ...] = ()  # graph's outputs; what else it has to be shown of each call
 
     def reset(self) -> None:
         """Forget everything."""

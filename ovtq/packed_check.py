@@ -22,7 +22,7 @@ class PackedCheck:
     def __init__(self, layers: Sequence[AttentionLayer]) -> None:
         self.layers = [layer for layer in layers if layer.packed]
         ports = [(port.source for port in (x.query, x.key, x.value)) for x in self.layers]
-        taps = [[*inner, layer.context] for inner, layer in zip(ports, self.layers, strict=True)]
+        taps = [[*inner, x.context, *x.packed.beside] for inner, x in zip(ports, self.layers, strict=True)]
         self.names = [[(tap.get_node().get_friendly_name(), tap.get_index()) for tap in some] for some in taps]
         self.largest, self.exact_codes = 0.0, False
         self.pruned, self.miscounted = 0, ""  # tokens, at most, of a head; what is wrong with the graph's own count
@@ -48,10 +48,14 @@ class PackedCheck:
         """Compare one call's results; `shown` (batch, new), `mask` (batch, past + new)."""
         visible, past = shown.astype(bool), mask.shape[1] - shown.shape[1]
         states = {name: state[beams] for name, state in self.states.items()}
-        for number, layer in enumerate(self.layers):
-            query, keys, values, got = (
-                np.array(request.get_output_tensor(1 + 4 * number + k).data, np.float64) for k in range(4)
+        first = 1
+        for layer, some in zip(self.layers, self.names, strict=True):
+            query, keys, values, got, *beside = (
+                np.array(request.get_output_tensor(first + k).data, np.float64) for k in range(len(some))
             )
+            first += len(some)
+            for tensor in beside:
+                layer.packed.shown_beside(tensor, beams)
             stored = functools.partial(_as_stored, states, past, layer)
             layer.packed.found(states)
             expected = layer.packed.step(query, keys, values, mask, beams, stored)

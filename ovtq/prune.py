@@ -18,6 +18,7 @@ from openvino import opset15 as op
 from ovtq.attend import ALL, Columns, Held
 from ovtq.beams import Beams
 from ovtq.graph import MASKED, body, dim, f32, i32, i64, new_variable, scalar
+from ovtq.models.attention import projected
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.pruning import (
     DIGIT,
@@ -30,6 +31,7 @@ from ovtq.pruning import (
     PRUNED,
     SCORE,
     SHOWN,
+    SPREAD,
     TABLE,
     Pruning,
 )
@@ -127,12 +129,29 @@ class Survivors:
         score = self.pruning.score
         if score == "random":
             return self._random()
+        if score == "triattention":
+            return self._triattention()
         what = "value" if score == "value-norm" else "key"
         tokens = op.concat([getattr(layer, what).source for layer in self.layers], 1)  # (batch, heads, new, d)
         if score == "keydiff":
             return self._keydiff(tokens)
         norm = op.reduce_l2(tokens, i64([3]), True)
         return op.negative(norm) if score == "norm-low" else norm
+
+    def _triattention(self) -> Node:
+        """A product of each key before RoPE, and of its pairs' lengths, with constants: one for each query head."""
+        H, d = self.kv_heads, self.layers[0].head_dim
+        straight = [
+            op.transpose(op.reshape(projected(x.key.source, H, d), i64([0, 0, H, d]), True), i64([0, 2, 1, 3]))
+            for x in self.layers
+        ]
+        keys = op.concat(straight, 1)  # (batch, heads, new, d)
+        first, second = op.split(keys, i64(3), 2).outputs()
+        lengths = op.sqrt(op.add(op.multiply(first, first), op.multiply(second, second)))
+        products = [self.pruning.statistics.product(layer.index, H) for layer in self.layers]
+        factors, offsets = (np.concatenate(parts)[None] for parts in zip(*products, strict=True))
+        found = op.matmul(op.concat([keys, lengths], 3), f32(SPREAD * factors), False, False)
+        return op.reduce_max(op.add(found, f32(SPREAD * offsets[:, :, None])), i64([3]), True)
 
     def _random(self) -> Node:
         tables = [self.pruning.table(layer.index, self.kv_heads) for layer in self.layers]

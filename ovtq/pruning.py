@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,16 @@ import numpy as np
 import openvino as ov
 
 from ovtq.packed_attention import PackedAttention
+from ovtq.triattention import Statistics
 
-SCORES = ("norm-high", "norm-low", "keydiff", "value-norm", "random")
+SCORES = ("norm-high", "norm-low", "keydiff", "value-norm", "triattention", "random")
 MODES = ("evict", "mask", "zero")
 # A score is kept as ⌊fraction·score⌋, fraction being DIGIT to the power of DIGITS, so that no inference precision
 # changes which of two is larger; what is beyond 2²¹ then is cut to it. All are exact as f32.
 # What stands in place of a score:
 DIGIT = 2**10
-DIGITS = {"norm-high": 1, "norm-low": 1, "keydiff": 2, "value-norm": 1, "random": 2}
+DIGITS = {"norm-high": 1, "norm-low": 1, "keydiff": 2, "value-norm": 1, "triattention": 1, "random": 2}
+SPREAD = 8  # what a z-score of triattention is multiplied with first
 EMPTY, DROPPED, PADDED, FIRST = -(2**23), -(3 * 2**21), -(2**22), 2**22
 SHOWN = -(3 * 2**20)  # a token that may be attended to has a higher score
 TIE = 64 * float(np.finfo(np.float32).eps)
@@ -34,6 +36,7 @@ class Pruning:
     and no more than budget + flush − 1 are kept, budget being room + window. The first `prefix` tokens are always
     among those that stay, padding never is. A score depends on the tokens up to its own and is never changed: what is
     out stays out, however the text is cut into calls. With `shared` the scores of a layer's KV heads are averaged.
+    `statistics` belong to the score triattention.
     """
 
     budget: int
@@ -44,6 +47,7 @@ class Pruning:
     shared: bool
     flush: int
     seed: int = 0
+    statistics: Statistics | None = None
 
     @property
     def fraction(self) -> int:
@@ -68,10 +72,13 @@ class Pruning:
         """The random scores of a layer, (kv_heads, TABLE) f32: token t has that at t modulo TABLE."""
         return np.random.RandomState([self.seed, layer]).rand(kv_heads, TABLE).astype(np.float32)
 
-    def scores(self, layer: int, keys: np.ndarray, values: np.ndarray, shown: np.ndarray) -> np.ndarray:
+    def scores(
+        self, layer: int, keys: np.ndarray, values: np.ndarray, shown: np.ndarray, straight: np.ndarray | None = None
+    ) -> np.ndarray:
         """fraction·score, (batch, kv_heads, tokens), of all tokens, not rounded yet.
 
-        keys, after RoPE, and values (batch, kv_heads, tokens, d).
+        keys, after RoPE, and values (batch, kv_heads, tokens, d); `straight` are the keys before RoPE, which
+        triattention needs.
         """
         real = shown != 0
         if self.score == "norm-high":
@@ -82,6 +89,8 @@ class Pruning:
             found = np.linalg.norm(values, axis=-1)
         elif self.score == "keydiff":
             found = keydiff(keys, real)
+        elif self.score == "triattention":
+            found = SPREAD * self.statistics.scores(layer, straight)
         elif self.score == "random":
             found = np.broadcast_to(
                 self.table(layer, keys.shape[1])[None, :, np.arange(keys.shape[2]) % TABLE], keys.shape[:3]
@@ -114,13 +123,26 @@ def best(scores: np.ndarray, room: int) -> np.ndarray:
 class PrunedAttention(PackedAttention):
     """A PackedAttention (with codecs None: to tokens as they came) that sees only what `pruning` kept.
 
-    `layer` is its index, `first` the number of its first KV head in the states that all layers share.
+    `layer` is its index, `first` the number of its first KV head in the states that all layers share. `beside` are what
+    it has to be shown of each call besides queries, keys and values: the keys before RoPE if the score is of these.
     """
 
-    def __init__(self, *args: Any, pruning: Pruning, layer: int, first: int) -> None:
+    def __init__(self, *args: Any, pruning: Pruning, layer: int, first: int, beside: Sequence[ov.Output] = ()) -> None:
         super().__init__(*args)
-        self.pruning, self.layer, self.first = pruning, layer, first
+        self.pruning, self.layer, self.first, self.beside = pruning, layer, first, tuple(beside)
+        self.straight: np.ndarray | None = None  # all keys before RoPE, (batch, kv_heads, tokens, d)
         self.seen: Mapping[str, np.ndarray] = {}  # states that the graph's next call finds; {}: not known
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.straight = None
+
+    def shown_beside(self, projected: np.ndarray, beams: np.ndarray) -> None:
+        """Be told the next call's keys before RoPE, (batch, new, kv_heads·d), and its beams (batch,)."""
+        batch, count, _ = projected.shape
+        new = projected.reshape(batch, count, len(self.centre[0]), -1).swapaxes(1, 2)
+        self.straight = new if self.straight is None else np.concatenate([self.straight[beams], new], 2)
 
     def lossy(self, past: int) -> bool:
         """Whether a call after `past` tokens differs from the original: it reads codes, or misses tokens."""
@@ -156,7 +178,7 @@ class PrunedAttention(PackedAttention):
         """Which tokens the call after `past` attends to, (batch, kv_heads, past + new): its own ones all."""
         keys = (self.tokens[0] + self.centre) / self.scale
         count = self.older(past)
-        scores = self.pruning.scores(self.layer, keys, self.tokens[1], shown)[:, :, :count]
+        scores = self.pruning.scores(self.layer, keys, self.tokens[1], shown, self.straight)[:, :, :count]
         chosen = best(np.floor(scores), self.room)
         graph = self._chosen_by_graph(scores.shape)
         if graph is not None and count > self.room:
@@ -198,6 +220,26 @@ def pruned(request: ov.InferRequest) -> dict[int, np.ndarray]:
 def kept(request: ov.InferRequest) -> dict[int, np.ndarray]:
     """How many tokens each of these layers still attends to, likewise."""
     return _by_layer(request, 1)
+
+
+def counted(request: ov.InferRequest) -> dict[str, list[int]] | None:
+    """[pruned, kept] of each of these layers so far, of the head and sequence that lost most; None without prune-kv."""
+    went, stay = pruned(request), kept(request)
+    return {str(layer): [int(count.max()), int(stay[layer].min())] for layer, count in went.items()} or None
+
+
+def told(counts: Mapping[str, Sequence[int]]) -> str:
+    """What `counted` found, as one line."""
+    if not any(went for went, _ in counts.values()):
+        return f"pruning never fired: all {max(stay for _, stay in counts.values()):,} tokens are still there"
+    alike: dict[tuple[int, ...], list[str]] = {}
+    for layer, pair in counts.items():
+        alike.setdefault(tuple(pair), []).append(layer)
+    return "; ".join(
+        f"{went:,} of {went + stay:,} tokens pruned, {stay:,} kept in {'layers' if layers[1:] else 'layer'} "
+        + ", ".join(layers)
+        for (went, stay), layers in alike.items()
+    )
 
 
 def _by_layer(request: ov.InferRequest, column: int) -> dict[int, np.ndarray]:

@@ -21,7 +21,8 @@ def passes_of(folder: Path) -> tuple[Pass, ...]:
         if step["name"] not in PASSES:
             raise InputError(f"{folder}: made with a pass {step['name']!r} that this ovtq does not know")
     return tuple(
-        PASSES[step["name"]].parse({name: str(value) for name, value in step["options"].items()}) for step in steps
+        PASSES[step["name"]].parse({name: str(value) for name, value in step["options"].items()}).at(folder)
+        for step in steps
     )
 
 

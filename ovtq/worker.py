@@ -19,6 +19,7 @@ import numpy as np
 from ovtq.candidates import Candidate, look, open_candidate
 from ovtq.errors import InputError, OvtqError
 from ovtq.io import last_line
+from ovtq.pruning import counted
 from ovtq.runner import Runner
 
 THROUGH = ("openvino", "genai", "optimum")
@@ -118,7 +119,8 @@ class Bare:
         reset_peak()
         steps = [self.step() for _ in range(tokens - 1)]
         rss = {"rss_prefill": first["rss"], "rss_decode": peak()}
-        return {"ttft": first["seconds"], "steps": steps, "state_bytes": self.state_bytes(), **rss}
+        states = {"state_bytes": self.state_bytes(), "pruned": self.counted()}
+        return {"ttft": first["seconds"], "steps": steps, **states, **rss}
 
     def state_bytes(self) -> int | None:
         """Bytes of all states as the device gives them out; None if it does not."""
@@ -126,6 +128,10 @@ class Bare:
             return self.subject.state_bytes() if isinstance(self.subject, Runner) else None
         except RuntimeError:  # the CPU plugin's TURBO cache, the GPU plugin's i8 states
             return None
+
+    def counted(self) -> dict[str, list[int]] | None:
+        """[pruned, kept] by layer, of a model that prunes."""
+        return counted(self.subject.request) if isinstance(self.subject, Runner) else None
 
     def start_peak(self) -> None:
         """Begin to measure the peak of memory."""
@@ -160,7 +166,7 @@ class GenAI:
         steps = [seconds / 1e6 for seconds in metrics.raw_metrics.token_infer_durations[1:]]
         steps = steps or [metrics.get_tpot().mean / 1e3] * (tokens - 1)
         rss = {"rss_prefill": None, "rss_decode": peak()}
-        return {"ttft": metrics.get_ttft().mean / 1e3, "steps": steps, "state_bytes": None, **rss}
+        return {"ttft": metrics.get_ttft().mean / 1e3, "steps": steps, "state_bytes": None, "pruned": None, **rss}
 
 
 class Optimum:
@@ -192,8 +198,9 @@ class Optimum:
         )
         times = np.array(clock.times) - started
         states = sum(state.state.byte_size for state in self.model.request.query_state())
+        pruned = {"pruned": counted(self.model.request)}
         rss = {"rss_prefill": None, "rss_decode": peak()}
-        return {"ttft": float(times[0]), "steps": np.diff(times).tolist(), "state_bytes": states, **rss}
+        return {"ttft": float(times[0]), "steps": np.diff(times).tolist(), "state_bytes": states, **pruned, **rss}
 
 
 class _Clock:

@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
 import openvino as ov
@@ -80,6 +81,13 @@ class Pass(ABC):
     def refuse(self, reason: str) -> PreconditionFailed:
         """The error to raise in `requires`."""
         return PreconditionFailed(f"{self.name}: {reason}")
+
+    def at(self, folder: Path) -> Pass:
+        """This pass with what it needs beside the graph taken from the model's folder. Raises InputError if missing."""
+        return self
+
+    def leave(self, folder: Path) -> None:  # noqa: B027  most leave nothing
+        """Put into the folder that is written what `at` will look for there."""
 
     @property
     def options(self) -> dict[str, Any]:

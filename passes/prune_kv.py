@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
 import openvino as ov
 
+from ovtq import triattention
 from ovtq.attend import Plan
 from ovtq.attend_blocks import Blocks
 from ovtq.attend_branches import Branches
 from ovtq.coding import BITS
+from ovtq.errors import InputError
+from ovtq.models.attention import projected
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packed_attention import PackedAttention
 from ovtq.passes.base import Rewrite, option
@@ -36,7 +41,8 @@ class PruneKv(QuantizeKv):
 
     Its form is that of quantize-kv for a CPU. The GPU plugin compiles that, but does not run it: with an empty history
     it fails or crashes. So the target gpu is refused, and what quantize-kv refuses.
-    Source: Devoto et al. (arXiv 2406.11430) for norm-low; KeyDiff (arXiv 2504.15364).
+    Source: Devoto et al. (arXiv 2406.11430) for norm-low; KeyDiff (arXiv 2504.15364); TriAttention (arXiv 2604.04921),
+    which needs statistics of the model's queries, the file triattention.npz in its folder or `stats`.
     """
 
     name: ClassVar[str] = "prune-kv"
@@ -56,6 +62,7 @@ class PruneKv(QuantizeKv):
     )
     target: str = option("cpu", "whose plugin the graph is made for; gpu is refused", choices=("gpu", "cpu"))
     score_seed: int = option(0, "of random scores")
+    stats: str = option("", "file of tools/calibrate_triattention.py; without: triattention.npz in the model's folder")
 
     def __post_init__(self) -> None:
         if self.k_bits != "none" or self.v_bits != "none":
@@ -70,6 +77,8 @@ class PruneKv(QuantizeKv):
                 f"budget must be from {self.window + self.prefix + 1} (the recent window, {self.window}, the prefix, "
                 f"{self.prefix}, and one more) to {2**20}, got {self.budget}"
             )
+        if self.stats and self.score != "triattention":
+            raise ValueError(f"stats belong to the score triattention, not to {self.score}")
         if self.mode == "zero" and self.centre != "none":
             raise ValueError("mode zero needs centre none: a centred key that reads as 0 is not a key of 0")
 
@@ -83,8 +92,30 @@ class PruneKv(QuantizeKv):
         """The rule in the terms of its numpy definition."""
         return Pruning(
             self.budget, self.window, self.prefix, self.score, self.mode, self.heads == "shared", self.slack + 1,
-            self.score_seed,
+            self.score_seed, triattention.load(Path(self.stats)) if self.stats else None,
         )  # fmt: skip
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields by name, but not where the statistics lay: a copy is beside the model."""
+        return {**super().options, "stats": ""}
+
+    def at(self, folder: Path) -> PruneKv:
+        """With the statistics that lie in a model's folder, unless others are named."""
+        if self.score != "triattention" or self.stats:
+            return self
+        path = folder / triattention.NAME
+        if not path.is_file():
+            raise InputError(
+                f"{path}: no such file; the score triattention needs it, or another with --stats FILE; "
+                "tools/calibrate_triattention.py makes it"
+            )
+        return replace(self, stats=str(path))
+
+    def leave(self, folder: Path) -> None:
+        """The statistics, under the name that `at` knows."""
+        if self.stats:
+            shutil.copyfile(self.stats, folder / triattention.NAME)
 
     def requires(self, description: ModelDescription) -> None:
         """Refuses what quantize-kv refuses, and the GPU."""
@@ -93,6 +124,22 @@ class PruneKv(QuantizeKv):
                 "it makes a graph for the CPU plugin only, which the GPU plugin can't run; use --target cpu"
             )
         super().requires(description)
+        if self.score == "triattention" and not self.stats:
+            raise self.refuse("the score triattention needs stats, a file of tools/calibrate_triattention.py")
+        for layer in self.chosen(description) if self.stats else ():
+            reason = self.pruning.statistics.unfit(layer.index, layer.query_heads, layer.head_dim)
+            if reason:
+                raise self.refuse(f"{self.stats} {reason}; make one of this model")
+
+    def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
+        """As quantize-kv does; tells which statistics the scores come from."""
+        rewrite = super().run(model, description)
+        if not self.stats:
+            return rewrite
+        found = self.pruning.statistics
+        facts = {"sha256": triattention.digest(Path(self.stats)), "tokens": int(found.tokens)}
+        facts |= {"text_sha256": str(found.text_sha256), "model_sha256": str(found.model_sha256)}
+        return replace(rewrite, facts={**rewrite.facts, "statistics": facts})
 
     def _plan(self, model: ov.Model, layers: tuple[AttentionLayer, ...]) -> Plan:
         how = super()._plan(model, layers)
@@ -104,9 +151,10 @@ class PruneKv(QuantizeKv):
     def _definition(self, plan: Plan, form: Blocks | Branches, layer: AttentionLayer) -> PackedAttention:
         held = super()._definition(plan, form, layer)
         first = next(i for i, other in enumerate(plan.layers) if other.index == layer.index) * layer.kv_heads
+        beside = [projected(layer.key.source, layer.kv_heads, layer.head_dim)] if self.stats else []
         return PrunedAttention(
             held.codecs, held.rotation, plan.centres[layer.index], held.sinks, held.scale, held.window, held.flush,
-            pruning=plan.pruning, layer=layer.index, first=first,
+            pruning=plan.pruning, layer=layer.index, first=first, beside=beside,
         )  # fmt: skip
 
     def ensures(self, rewrite: Rewrite) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,28 @@ def test_contexts(exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     runner.fill(200 + 16)
     assert rows[4]["state_bytes"] == runner.state_bytes()
     assert "host:prune128" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def pruned(convert: Callable[..., Path]) -> Path:
+    return convert(MINI, "--preset", "exact", "--target", "cpu", "--budget", "64", "--slack", "15", "--no-verify")
+
+
+def test_what_was_pruned_is_told(pruned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By ovtq-bench and ovtq-infer; that nothing was, too."""
+    found = tmp_path / "bench.json"
+    assert main([str(MINI), str(pruned), "--contexts", "32,200", "--steps", "8", "--output", str(found)]) == 0
+    rows = json.loads(found.read_text())["contexts"]
+    assert [row["pruned"] for row in rows] == [
+        *(None, {str(layer): [0, 48] for layer in (1, 3, 5)}),
+        *(None, {str(layer): [144, 72] for layer in (1, 3, 5)}),
+    ]
+    out = capsys.readouterr().out
+    assert f"{pruned} at 32 tokens: pruning never fired: all 48 tokens are still there" in out
+    assert f"{pruned} at 200 tokens: 144 of 216 tokens pruned, 72 kept in layers 1, 3, 5" in out
+    for prompt, told in (("The", "pruning never fired: all 4 tokens"), ("The ship " * 80, "kept in layers 1, 3, 5")):
+        assert infer.main([str(pruned), "--raw", "--prompt", prompt, "--max-new-tokens", "4"]) == 0
+        assert told in capsys.readouterr().err
 
 
 @pytest.mark.slow

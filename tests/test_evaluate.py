@@ -58,6 +58,32 @@ def test_the_table(exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "made with other settings" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_rows_at_a_time_are_the_same(convert: Callable[..., Path], tmp_path: Path) -> None:
+    """--jobs changes no figure but by rounding, nor their order; what was pruned of a window is told."""
+    pruned = convert(MINI, "--preset", "exact", "--target", "cpu", "--budget", "64", "--slack", "15", "--no-verify")
+    asked = ["--lengths", "300", "--depths", "0.5", "--trials", "1", "--greedy", "1", "--greedy-tokens", "4"]
+    found = []
+    for jobs in ("1", "2"):
+        path = tmp_path / f"{jobs}.json"
+        assert (
+            run(
+                pruned, "stock:KV_CACHE_PRECISION=u8", *SHORT[:4], *asked, "--no-verify", "--jobs", jobs, "--json", path
+            )
+            == 0
+        )
+        found.append(json.loads(path.read_text())["rows"])
+    for one, two in zip(*found, strict=True):
+        assert one["candidate"] == two["candidate"]
+        assert one["mean_kld"] == pytest.approx(two["mean_kld"], rel=1e-3, abs=1e-11)
+        assert one["bits_per_byte"] == pytest.approx(two["bits_per_byte"], rel=1e-6)
+        assert [one[key] for key in ("needles", "greedy", "pruned", "verdict")] == [
+            two[key] for key in ("needles", "greedy", "pruned", "verdict")
+        ]
+    assert found[0][2]["pruned"] == {str(layer): [224, 76] for layer in (1, 3, 5)}
+    assert found[0][3]["pruned"] is None
+
+
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Conversions that load, run and are wrong: a rotation not undone, a mask off by one, a codebook times 1.1."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 import functools
 import json
 import re
@@ -12,16 +12,19 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
+import queries
 from conftest import MINI, TINY
+from scipy.special import log_softmax
 from test_passes import Tapped, applied
 
 import ovtq.prune
 from ovtq import io
+from ovtq.beams import Beams
 from ovtq.convert import main
 from ovtq.errors import InputError
 from ovtq.packed_check import PackedCheck
 from ovtq.passes import DecoupleLength, PruneKv, SimplifyMask, TruncateWindow
-from ovtq.pruning import FIRST, POSITION, SCORE, SHOWN, Pruning, best, kept, pruned
+from ovtq.pruning import FIRST, POSITION, SCORE, SHOWN, Pruning, best, counted, kept, pruned, told
 from ovtq.runner import EXACT_PROPERTIES, Runner
 from ovtq.verify import TOLERANCE, Call, overflow
 
@@ -43,10 +46,15 @@ FORMS = {
     "mask": PruneKv(**SMALL, mode="mask", score="random"),
     "mask, K6V4": PruneKv(**SMALL, mode="mask", k_bits="6", v_bits="4", centre="bias"),
     "zero": PruneKv(**SMALL, mode="zero", prefix=0),
+    "evict, triattention": PruneKv(**SMALL, score="triattention"),
+    "evict, shared, triattention": PruneKv(**SMALL, heads="shared", score="triattention"),
+    "evict, K6V4, triattention": PruneKv(**SMALL, k_bits="6", v_bits="4", centre="bias", score="triattention"),
+    "mask, triattention": PruneKv(**SMALL, mode="mask", score="triattention"),
+    "zero, triattention": PruneKv(**SMALL, mode="zero", score="triattention"),
 }
 
 
-QUICK = {(form, "chunks") for form in ("evict, K6V4", "mask", "zero")}
+QUICK = {(form, "chunks") for form in ("evict, K6V4", "mask", "zero")} | {("evict, K6V4, triattention", "padding")}
 
 
 class Checked:
@@ -78,7 +86,7 @@ class Checked:
 
 @functools.cache
 def checked(form: str) -> Checked:
-    return Checked(FORMS[form])
+    return Checked(FORMS[form].at(queries.folder()))
 
 
 @pytest.mark.parametrize(
@@ -154,7 +162,25 @@ def test_counts_and_bounds() -> None:
         assert max(stay[1].max(), stay[3].max()) <= 48 + 7
         rows.append(model.states()["ovtq.1.key"].shape[2])
     assert max(rows) == 32
-    assert pruned(Runner(TINY["5.5"] / "openvino_model.xml", "CPU").request) == {}
+    assert counted(model.runner.request) == {"1": [88, 52], "3": [88, 52]}
+    plain = Runner(TINY["5.5"] / "openvino_model.xml", "CPU").request
+    assert pruned(plain) == {}
+    assert counted(plain) is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "line"),
+    [
+        ({"1": [92, 48], "3": [92, 48]}, "92 of 140 tokens pruned, 48 kept in layers 1, 3"),
+        ({"1": [0, 40], "3": [0, 40]}, "pruning never fired: all 40 tokens are still there"),
+        (
+            {"1": [1000, 48], "3": [0, 1048]},
+            "1,000 of 1,048 tokens pruned, 48 kept in layer 1; 0 of 1,048 tokens pruned, 1,048 kept in layer 3",
+        ),
+    ],
+)
+def test_counts_are_told_in_one_line(counts: dict[str, list[int]], line: str) -> None:
+    assert told(counts) == line
 
 
 def test_the_prefix_and_the_recent_tokens_stay() -> None:
@@ -248,16 +274,13 @@ def _beams_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores stay with their row of the batch when the tokens move."""
     init = ovtq.prune.Held.__init__
 
-    def deaf(self: ovtq.prune.Held, description: object, name: str, *rest: object) -> None:
+    def deaf(self: ovtq.prune.Held, beams: Beams, name: str, *rest: object) -> None:
         if name == SCORE:
-            beams = description.beam_idx
-            still = ov.opset15.range(
-                ov.opset15.constant(np.int32(0)),
-                ov.opset15.squeeze(ov.opset15.shape_of(beams, "i32"), ov.opset15.constant(np.int64([0]))),
-                ov.opset15.constant(np.int32(1)), "i32",
-            )  # fmt: skip
-            description = dataclasses.replace(description, beam_idx=still)
-        init(self, description, name, *rest)
+            op, beams = ov.opset15, copy.copy(beams)
+            count = op.squeeze(op.shape_of(beams.index, "i32"), op.constant(np.int64([0])))
+            beams.index = op.range(op.constant(np.int32(0)), count, op.constant(np.int32(1)), "i32")
+            beams._rows = {}
+        init(self, beams, name, *rest)
 
     monkeypatch.setattr(ovtq.prune, "Held", deaf_class := type("Held", (ovtq.prune.Held,), {"__init__": deaf}))
     assert deaf_class
@@ -326,6 +349,18 @@ def test_bytes_in_the_record_are_the_bytes_on_the_device(convert: Callable[..., 
     assert runner.state_bytes() == record["state_bytes"]["after"]["4096"]
 
 
+def test_at_bf16_it_is_the_same_model(convert: Callable[..., Path]) -> None:
+    """In repeated calls that the Loop over blocks runs in. On some CPUs bf16 is what the plugin takes by default."""
+    out = convert(MINI, "--preset", "exact", "--target", "cpu", "--budget", "128", "--no-verify")
+    ids, found = np.random.RandomState(0).randint(0, 8000, (1, 384)).astype(np.int64), []
+    for precision in ("f32", "bf16"):
+        runner = Runner(out / "openvino_model.xml", "CPU", {"INFERENCE_PRECISION_HINT": precision})
+        found.append(np.concatenate([runner.step(ids[:, start : start + 64]) for start in range(0, 384, 64)], 1)[0])
+    p, q = (log_softmax(logits.astype(np.float64), -1) for logits in found)
+    kld = (np.exp(p) * (p - q)).sum(-1).reshape(6, 64).mean(1)
+    assert kld.max() < 0.05, kld
+
+
 @pytest.mark.slow
 def test_eight_thousand_tokens_take_no_more_bytes_than_promised(convert: Callable[..., Path]) -> None:
     out = convert(MINI, "--preset", "exact", "--target", "cpu", "--budget", "256", "--no-verify")
@@ -362,7 +397,10 @@ def test_genai_resets_when_a_history_changes(mode: str, convert: Callable[..., P
         ({"slack": "-1"}, "slack must be from 0 to 4096, got -1"),
         ({"prefix": "5000"}, "prefix must be from 0 to 4096, got 5000"),
         ({"mode": "drop"}, "prune-kv: mode is one of evict, mask, zero, got 'drop'"),
-        ({"score": "norm"}, "prune-kv: score is one of norm-high, norm-low, keydiff, value-norm, random, got 'norm'"),
+        (
+            {"score": "norm"},
+            "prune-kv: score is one of norm-high, norm-low, keydiff, value-norm, triattention, random, got 'norm'",
+        ),
         ({"centre": "bias"}, "residual-window and centre are options of packed caches; give k-bits or v-bits"),
         ({"k-bits": "6", "mode": "zero", "centre": "bias"}, "mode zero needs centre none"),
     ],
