@@ -1,9 +1,11 @@
 """ovtq-bench: time and memory of a model with other caches against the same model as exported, in turn in one run.
 
 Answers prompts (--prompt, or three by default): TTFT, TPOT, tokens a second, bytes of all states, peak memory of the
-process at prefill and decode. With --contexts it measures decode steps at these lengths instead, in blocks of 8. Every
-candidate runs in a process of its own; whoever's turn it is runs alone. Ratios are to MODEL_DIR's block or run beside
-it, figures are medians with the quartiles. The plugin's defaults apply (on a CPU a u8 cache) but for what is given.
+process at prefill and decode. With --contexts it measures decode steps at these lengths instead, in blocks of 8, with
+--prefill a prefill of so many random tokens in one call, from empty states; or both. Every candidate runs in a process
+of its own, unless --one-process; whoever's turn it is runs alone. Ratios are to MODEL_DIR's block or run beside it,
+figures are medians with the quartiles. The plugin's defaults apply (on a CPU a u8 cache) but for what is given. `read`
+is the bandwidth of summing a large array with all cores: what memory gives at best.
 
 candidates:
   DIR[,KEY=VALUE]…            a model folder, with properties of the plugin
@@ -34,9 +36,10 @@ from ovtq.candidates import Candidate, parse
 from ovtq.command import Out, Parser, listed, phase, positive, progress, run
 from ovtq.errors import InputError
 from ovtq.pruning import told
+from ovtq.roofline_cpu import read_bandwidth
 from ovtq.runner import check_device
 from ovtq.text import Tokenizer
-from ovtq.worker import THROUGH, Worker
+from ovtq.worker import THROUGH, Here, Worker
 
 PROMPTS = (
     "Explain the key differences between mixture-of-experts and dense transformer models.",
@@ -61,13 +64,19 @@ def parser() -> Parser:
     p.add_argument("--candidate", action="append", default=[], metavar="CANDIDATE", help="the same; may be repeated")
     p.add_argument("--prompt", "--prompts", nargs="+", default=list(PROMPTS), metavar="TEXT", dest="prompts")
     p.add_argument("--max-new-tokens", type=positive, default=200, metavar="N", help="(default: %(default)s)")
-    p.add_argument("--runs", type=positive, default=3, metavar="N", help="of each prompt (default: %(default)s)")
+    p.add_argument(
+        "--runs", type=positive, default=3, metavar="N", help="of each prompt, or prefill (default: %(default)s)"
+    )
     p.add_argument("--contexts", type=listed(positive, "numbers"), metavar="TOKENS,…", help="such as 256,2k,8k,32k")
     p.add_argument("--steps", type=positive, default=64, metavar="N", help="a context, in blocks of 8 (default: 64)")
     p.add_argument("--fill", action="store_true", help="fill the states with noise instead of prefilling them")
+    p.add_argument("--prefill", type=listed(positive, "numbers"), metavar="TOKENS,…", help="in one call, such as 2k,8k")
     p.add_argument("--through", default="openvino", metavar="RUNTIME,…", help=f"of {', '.join(THROUGH)}")
     p.add_argument("--device", default="CPU", help="(default: %(default)s)")
     p.add_argument("--property", action="append", default=[], metavar="KEY=VALUE", help="of the plugin, for all")
+    p.add_argument(
+        "--one-process", action="store_true", help="all candidates in this one, which then holds the memory of all"
+    )
     p.add_argument("--one-at-a-time", action="store_true", help="load one candidate at a time; ratios are of medians")
     p.add_argument("--output", "--json", type=Path, metavar="FILE", help="write the figures", dest="output")
     p.add_argument("--report", type=Path, metavar="FILE", help="write a page to look at (HTML)")
@@ -92,26 +101,35 @@ def bench(options: argparse.Namespace, console: Out, errors: Console) -> None:
         "machine": _machine(options.device),
         "prompts": [],
         "contexts": [],
+        "prefills": [],
     }
     groups = [[pair] for pair in pairs] if options.one_at_a_time else [pairs]
-    measure: Callable[..., list[dict[str, Any]]] = _contexts if options.contexts else _prompts
-    found: list[dict[str, Any]] = []
+    kinds: dict[str, Callable[..., list[dict[str, Any]]]] = {"contexts": _contexts, "prefills": _prefills}
+    asked = {"contexts": options.contexts, "prefills": options.prefill}
+    kinds = {kind: measure for kind, measure in kinds.items() if asked[kind]} or {"prompts": _prompts}
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     with progress(errors) as bars:
         for group in groups:
-            workers: list[Worker] = []
+            workers: list[Worker | Here] = []
             try:
                 with phase(bars, "load", len(group)) as tick:
                     for candidate, runtime in group:
-                        workers.append(Worker(candidate, runtime, options.device, properties))
+                        make = Here if options.one_process else Worker
+                        workers.append(make(candidate, runtime, options.device, properties))
                         tick()
-                found += measure(options, workers, bars)
+                for kind, measure in kinds.items():
+                    found[kind] += measure(options, workers, bars)
             finally:
                 for worker in workers:
                     worker.close()
-    rows = [_row(row, found) for row in found]
-    results["contexts" if options.contexts else "prompts"] = rows
-    console.print(f"{results['machine']['cpu']}, {results['machine']['cores']} cores; on {options.device}")
-    (_show_contexts if options.contexts else _show_prompts)(console, rows)
+    machine = results["machine"]
+    read = f"read {machine['read'] / 1e9:.1f} GB/s"
+    console.print(f"{machine['cpu']}, {machine['cores']} cores, {read}; on {options.device}")
+    shows = {"contexts": _show_contexts, "prefills": _show_prefills, "prompts": _show_prompts}
+    for kind, some in found.items():
+        results[kind] = [_row(row, some) for row in some]
+        shows[kind](console, results[kind])
+    rows = [row for kind in found for row in results[kind]]
     for label, reason in dict.fromkeys((row["candidate"], row["wrong"]) for row in rows if row["wrong"]):
         console.print(f"not as asked: {label}: {reason}", style="bold red")
     if options.output:
@@ -126,8 +144,12 @@ def _check(options: argparse.Namespace, candidates: Sequence[Candidate], through
     check_device(options.device)
     if unknown := [name for name in through if name not in THROUGH]:
         raise InputError(f"--through: no runtime {unknown[0]!r}; there are {', '.join(THROUGH)}")
-    if options.contexts and through != ["openvino"]:
-        raise InputError("--contexts: decode steps are measured through openvino alone; give --prompts instead")
+    if (options.contexts or options.prefill) and through != ["openvino"]:
+        raise InputError("--contexts, --prefill: measured through openvino alone; give --prompts instead")
+    if options.report and options.prefill and not options.contexts:
+        raise InputError("--report: the page shows no prefills; give --contexts or --prompts, or --output")
+    if options.one_process and options.one_at_a_time:
+        raise InputError("--one-process: keeps all candidates loaded; leave --one-at-a-time out")
     if any("=" not in text for text in options.property):
         raise InputError("--property: write KEY=VALUE")
     if options.fill and not options.contexts:
@@ -141,12 +163,12 @@ def _check(options: argparse.Namespace, candidates: Sequence[Candidate], through
         report.check(options.report)
 
 
-def _in_turn(workers: Sequence[Worker], turn: int) -> Sequence[int]:
+def _in_turn(workers: Sequence[Worker | Here], turn: int) -> Sequence[int]:
     """The order of this turn: whoever follows another finds its caches cold, so all do in turn."""
     return [(turn + place) % len(workers) for place in range(len(workers))]
 
 
-def _prompts(options: argparse.Namespace, workers: list[Worker], bars: Any) -> list[dict[str, Any]]:
+def _prompts(options: argparse.Namespace, workers: list[Worker | Here], bars: Any) -> list[dict[str, Any]]:
     """Raw figures of every prompt and worker, as lists over the runs; a run before them is not counted."""
     tokenizer = Tokenizer(options.model_dir)
     rows = []
@@ -174,7 +196,7 @@ def _prompts(options: argparse.Namespace, workers: list[Worker], bars: Any) -> l
     return rows
 
 
-def _contexts(options: argparse.Namespace, workers: list[Worker], bars: Any) -> list[dict[str, Any]]:
+def _contexts(options: argparse.Namespace, workers: list[Worker | Here], bars: Any) -> list[dict[str, Any]]:
     """Raw figures of every context and worker, as lists over blocks of steps."""
     draw, rows, blocks = np.random.default_rng(0), [], math.ceil(options.steps / BLOCK)
     ids = draw.integers(0, min(worker.facts["vocabulary"] for worker in workers), max(options.contexts))
@@ -213,7 +235,25 @@ def _contexts(options: argparse.Namespace, workers: list[Worker], bars: Any) -> 
     return rows
 
 
-def _facts(worker: Worker) -> dict[str, Any]:
+def _prefills(options: argparse.Namespace, workers: list[Worker | Here], bars: Any) -> list[dict[str, Any]]:
+    """Raw figures of every length and worker, as lists over the runs; the first makes kernels for what is new."""
+    draw, rows = np.random.default_rng(0), []
+    ids = draw.integers(0, min(worker.facts["vocabulary"] for worker in workers), max(options.prefill))
+    for tokens in options.prefill:
+        with phase(bars, f"{tokens:,} tokens", (options.runs + 1) * len(workers)) as tick:
+            runs: list[list[dict[str, Any]]] = [[] for _ in workers]
+            for turn in range(options.runs + 1):
+                for index in _in_turn(workers, turn):
+                    runs[index].append(workers[index]("read", ids[:tokens], tokens))
+                    tick()
+        for worker, (_, *some) in zip(workers, runs, strict=True):
+            peaks = [run["rss"] for run in some if run["rss"] is not None]
+            measured = {"prefill": tokens, "prefills_s": [run["seconds"] for run in some]}
+            rows.append(_facts(worker) | measured | {"rss_prefill": max(peaks, default=None)})
+    return rows
+
+
+def _facts(worker: Worker | Here) -> dict[str, Any]:
     names = ("cache", "wrong", "bytes_per_token", "flat_bytes")
     facts = {name: worker.facts[name] for name in names}
     return {"candidate": worker.candidate.label, "through": worker.through, **facts}
@@ -221,11 +261,14 @@ def _facts(worker: Worker) -> dict[str, Any]:
 
 def _row(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians and quartiles of raw figures, and ratios to the stock model's in the same run or step."""
-    same = ("through", "prompt", "context")
+    same = ("through", "prompt", "context", "prefill")
     base = next(
         other for other in rows if other["candidate"] == "stock" and all(other.get(key) == row.get(key) for key in same)
     )
-    found = {key: value for key, value in row.items() if key not in ("ttft", "tpot")}
+    found = {key: value for key, value in row.items() if key not in ("ttft", "tpot", "prefills_s")}
+    if "prefills_s" in row:
+        seconds = np.array(row["prefills_s"])
+        return found | {"prefill_s": _spread(seconds), "prefill_ratio": _spread(seconds / np.array(base["prefills_s"]))}
     tpot = np.array(row["tpot"])
     found["tpot_ms"] = _spread(tpot * 1e3)
     found["tpot_ratio"] = _spread(tpot / np.array(base["tpot"]))
@@ -248,7 +291,7 @@ def _machine(device: str) -> dict[str, Any]:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     core = ov.Core()
     found = {"cpu": core.get_property("CPU", "FULL_DEVICE_NAME"), "cores": os.cpu_count(), "ram": memory}
-    return found | {"device": core.get_property(device, "FULL_DEVICE_NAME")}
+    return found | {"device": core.get_property(device, "FULL_DEVICE_NAME"), "read": read_bandwidth()}
 
 
 def _table(*columns: str) -> Table:
@@ -307,6 +350,19 @@ def _show_pruned(console: Out, rows: list[dict[str, Any]]) -> None:
         if row["pruned"]:
             at = f" at {row['context']:,} tokens" if "context" in row else ""
             console.print(f"{row['candidate']}{at}: {told(row['pruned'])}")
+
+
+def _show_prefills(console: Out, rows: list[dict[str, Any]]) -> None:
+    table = _table("tokens", "prefill s", "ratio", "25–75%", "peak MB", "candidate")
+    for row in rows:
+        table.add_row(
+            f"{row['prefill']:,}",
+            f"{row['prefill_s']['median']:.3f}",
+            *_ratio(row["prefill_ratio"]),
+            _megabytes(row["rss_prefill"]),
+            f"{row['candidate']}  [{row['cache']}]",
+        )
+    console.print(table)
 
 
 def _ratio(spread: dict[str, float]) -> tuple[str, str]:

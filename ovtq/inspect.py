@@ -15,7 +15,7 @@ import openvino as ov
 from openvino import opset15 as op
 from rich.console import Console
 
-from ovtq import __version__, cache, io, pipeline, roofline
+from ovtq import __version__, cache, io, pipeline, roofline, roofline_cpu
 from ovtq.command import Out, Parser, listed, phase, positive, progress, run
 from ovtq.errors import InputError, OvtqError, UnsupportedModel
 from ovtq.graph import constant_of
@@ -75,7 +75,10 @@ def parser() -> argparse.ArgumentParser:
         "needs the extra genai)",
     )
     p.add_argument(
-        "--roofline", choices=roofline.MACHINES, help="the least time of a decode step there, from bytes and launches"
+        "--roofline",
+        choices=[*roofline.MACHINES, "cpu"],
+        help="the least time of a decode step there, from bytes and launches; cpu: what a step of the exported model "
+        "should take on this machine, by what its parts cost here (compiles two layers and runs them; half a minute)",
     )
     p.add_argument(
         "--json", type=Path, nargs="?", const=Path("-"), metavar="FILE", help="write it as JSON, too; alone on stdout"
@@ -107,7 +110,10 @@ def inspect(options: argparse.Namespace, errors: Console) -> dict[str, Any]:
     }
     if options.roofline:
         try:
-            facts["roofline"] = roofline.table(config, options.roofline, facts["contexts"])
+            if options.roofline == "cpu":
+                facts["roofline"] = roofline_cpu.table(options.model_dir, facts["contexts"])
+            else:
+                facts["roofline"] = roofline.table(config, options.roofline, facts["contexts"])
         except (ValueError, KeyError) as error:
             raise InputError(f"--roofline: {error}") from None
     if converted:

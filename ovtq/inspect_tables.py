@@ -142,10 +142,14 @@ def _roofline(console: Console, facts: dict[str, Any]) -> None:
     if not found:
         return
     contexts = facts["contexts"]
-    table = _table(f"least ms a token, {found['machine']}", *map(_short, contexts), left=("cache",))
+    bound, key = ("least ms", "least_ms") if "least_ms" in found["rows"][0] else ("ms forecast", "ms")
+    first = f"{bound} a token, {found['machine']}"
+    table = _table(first, *map(_short, contexts), left=(first,))
     for name in dict.fromkeys(row["cache"] for row in found["rows"]):
-        least = {row["context"]: row["least_ms"] for row in found["rows"] if row["cache"] == name}
-        table.add_row(name, *(f"{least[context]:.1f}" for context in contexts))
+        rows = {row["context"]: row for row in found["rows"] if row["cache"] == name}
+        table.add_row(name, *(f"{rows[context][key]:.1f}" for context in contexts))
+        for part in rows[contexts[0]].get("parts", ()):
+            table.add_row(f"  {part}", *(f"{rows[context]['parts'][part]:.1f}" for context in contexts))
     console.print(table)
     for line in found["assumptions"]:
         console.print(f"  {line}")

@@ -1,4 +1,4 @@
-"""One candidate in a process of its own: its memory is its own, and it waits while others take their turn.
+"""One candidate, as a rule in a process of its own: its memory is its own, and it waits while others take their turn.
 
 Three runtimes: `openvino`, the compiled model fed call by call; `genai`, LLMPipeline on its stateful path; `optimum`,
 OVModelForCausalLM. Times are taken inside the process, around the work alone.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from ovtq.pruning import counted
 from ovtq.runner import Runner
 
 THROUGH = ("openvino", "genai", "optimum")
+FAILURES = (OvtqError, RuntimeError, OSError, ImportError, ValueError)  # of a candidate: said in one line
 
 
 class Worker:
@@ -73,9 +74,36 @@ def _serve(pipe: Connection, candidate: Candidate, through: str, device: str, pr
             pipe.send((True, getattr(runtime, name)(*arguments)))
     except (EOFError, KeyboardInterrupt):
         return
-    except (OvtqError, RuntimeError, OSError, ImportError, ValueError) as error:
+    except FAILURES as error:
         with contextlib.suppress(OSError):
-            pipe.send((False, str(error) if isinstance(error, OvtqError) else last_line(error)))
+            pipe.send((False, _reason(error)))
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, OvtqError) else last_line(error)
+
+
+class Here:
+    """The same in this process: what it costs to load several at once is then shared, and so is the peak of memory."""
+
+    def __init__(self, candidate: Candidate, through: str, device: str, properties: Mapping[str, str]) -> None:
+        self.candidate, self.through = candidate, through
+        self.runtime = self._told(RUNTIMES[through], candidate, device, dict(properties))
+        self.facts: dict[str, Any] = self.runtime.facts
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        """The result of that method of the runtime."""
+        return self._told(getattr(self.runtime, name), *arguments)
+
+    def _told(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return work(*arguments)
+        except FAILURES as error:
+            raise InputError(f"{self.candidate.label} through {self.through}: {_reason(error)}") from None
+
+    def close(self) -> None:
+        """Forget the model."""
+        del self.runtime
 
 
 class Bare:

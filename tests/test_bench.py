@@ -61,6 +61,24 @@ def test_what_was_pruned_is_told(pruned: Path, tmp_path: Path, capsys: pytest.Ca
         assert told in capsys.readouterr().err
 
 
+def test_prefills_and_contexts_in_one_process(exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = tmp_path / "bench.json"
+    options = ["--prefill", "48,96", "--runs", "2", "--contexts", "64", "--fill", "--steps", "8", "--one-process"]
+    assert main([str(MINI), str(exact), *options, "--output", str(found)]) == 0
+    results = json.loads(found.read_text())
+    rows = results["prefills"]
+    assert [(row["candidate"], row["prefill"]) for row in rows] == [
+        (name, tokens) for tokens in (48, 96) for name in ("stock", str(exact))
+    ]
+    for row in rows:
+        assert 0 < row["prefill_s"]["low"] <= row["prefill_s"]["median"] <= row["prefill_s"]["high"]
+    assert [row["prefill_ratio"]["median"] for row in rows[::2]] == [1, 1]
+    assert [row["filled"] for row in results["contexts"]] == [True, True]
+    assert results["prompts"] == []
+    assert results["machine"]["read"] > 1e8
+    assert "GB/s" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_prompts_through_every_runtime(exact: Path, tmp_path: Path) -> None:
     pytest.importorskip("optimum.intel", reason="needs the extra [optimum]")
@@ -87,6 +105,10 @@ def test_prompts_through_every_runtime(exact: Path, tmp_path: Path) -> None:
         (["nowhere"], "nowhere: no such folder"),
         (["--through", "vllm"], "no runtime 'vllm'"),
         (["--through", "genai", "--contexts", "64"], "through openvino alone"),
+        (["--through", "genai", "--prefill", "64"], "through openvino alone"),
+        (["--prefill", "64", "--report", "x.html"], "shows no prefills"),
+        (["--one-process", "--one-at-a-time"], "leave --one-at-a-time out"),
+        (["host:k6v4", "--through", "genai", "--one-process"], "can change a cache as host:k6v4 does"),
         (["--fill"], "belongs to --contexts"),
         (["--property", "X"], "write KEY=VALUE"),
         (["--output", "nowhere/x.json"], "no such folder"),

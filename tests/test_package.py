@@ -23,7 +23,7 @@ LAYERS = [
     {"ovtq.worker", "ovtq.divergence", "ovtq.needles", "ovtq.recheck", "ovtq.report"},
     {"ovtq.candidates"},
     {"ovtq.host", "ovtq.paged", "ovtq.gpu_cache", "ovtq.text", "ovtq.plots"},
-    {"ovtq.pipeline", "ovtq.verify", "ovtq.inspect_tables"},
+    {"ovtq.pipeline", "ovtq.verify", "ovtq.inspect_tables", "ovtq.roofline_cpu"},
     {"ovtq.passes", "ovtq.extent", "ovtq.packed_check", "ovtq.calibrate"},
     {"ovtq.attend_blocks", "ovtq.attend_branches"},
     {"ovtq.prune"},

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write a GPT-OSS IR of any size with seeded random weights, in the layout of the published int4 model.
 
-usage: make_synthetic_gpt_oss.py OUT_DIR [--size 20b|mini|tiny] [--layers N] [--seed N] [--no-tokenizer]
+usage: make_synthetic_gpt_oss.py OUT_DIR [--size 20b|mini|heavy|tiny] [--layers N] [--seed N] [--no-tokenizer]
 
 What it says means nothing; its size, its graph and its speed are those of the real one. The graph is what optimum-intel
 exports: gpt-oss-template.xml.gz (export_template.py), with its lengths replaced, its third and fourth layers repeated,
@@ -39,6 +39,10 @@ SIZES: dict[str, dict[str, int]] = {
     "mini": dict(
         num_hidden_layers=6, hidden_size=384, intermediate_size=384, num_attention_heads=16, num_key_value_heads=2,
         num_local_experts=8, num_experts_per_tok=2, sliding_window=128, vocab_size=8192,
+    ),
+    "heavy": dict(  # as export_heavy.py: the heads of 20b in narrow layers
+        num_hidden_layers=4, hidden_size=512, intermediate_size=256, num_attention_heads=64, num_key_value_heads=8,
+        num_local_experts=4, num_experts_per_tok=2, sliding_window=128, vocab_size=1024,
     ),
     "tiny": dict(
         num_hidden_layers=6, hidden_size=96, intermediate_size=160, num_attention_heads=9, num_key_value_heads=3,

@@ -334,7 +334,7 @@ static cl_int CL_API_CALL build_program(cl_program program, cl_uint count,
     return err;
 }
 
-/* ---- FAKE_GPU_RUNLOG: one line a launch (K), copy (C) and wait (S) ----------------------- */
+/* ---- FAKE_GPU_RUNLOG: a line for a launch (K), copy (C), wait (S), and for memory (M, F) -- */
 
 __attribute__((format(printf, 1, 2))) static void log_run(const char *format, ...) {
     if (!run_log)
@@ -468,6 +468,87 @@ static cl_int CL_API_CALL usm_fill(cl_command_queue queue, void *to, const void 
     return next_usm_fill(queue, to, pattern, pattern_size, size, n, wait, event);
 }
 
+/* ---- memory: a line for what is allocated (M) and what is freed (F) ----------------------- */
+
+static clDeviceMemAllocINTEL_fn next_device_alloc;
+static clSharedMemAllocINTEL_fn next_shared_alloc;
+static clHostMemAllocINTEL_fn next_host_alloc;
+static clMemFreeINTEL_fn next_free, next_blocking_free;
+
+static void *CL_API_CALL device_alloc(cl_context context, cl_device_id device,
+                                      const cl_mem_properties_intel *properties, size_t size,
+                                      cl_uint alignment, cl_int *err) {
+    void *memory = next_device_alloc(context, device, properties, size, alignment, err);
+    if (memory)
+        log_run("M device %p %zu\n", memory, size);
+    return memory;
+}
+
+static void *CL_API_CALL shared_alloc(cl_context context, cl_device_id device,
+                                      const cl_mem_properties_intel *properties, size_t size,
+                                      cl_uint alignment, cl_int *err) {
+    void *memory = next_shared_alloc(context, device, properties, size, alignment, err);
+    if (memory)
+        log_run("M shared %p %zu\n", memory, size);
+    return memory;
+}
+
+static void *CL_API_CALL host_alloc(cl_context context, const cl_mem_properties_intel *properties,
+                                    size_t size, cl_uint alignment, cl_int *err) {
+    void *memory = next_host_alloc(context, properties, size, alignment, err);
+    if (memory)
+        log_run("M host %p %zu\n", memory, size);
+    return memory;
+}
+
+/* The line comes first: once freed, another thread may get the same address. */
+
+static cl_int CL_API_CALL usm_free(cl_context context, void *memory) {
+    log_run("F %p\n", memory);
+    return next_free(context, memory);
+}
+
+static cl_int CL_API_CALL usm_blocking_free(cl_context context, void *memory) {
+    log_run("F %p\n", memory);
+    return next_blocking_free(context, memory);
+}
+
+static void CL_CALLBACK buffer_gone(cl_mem buffer, void *unused) {
+    (void)unused;
+    log_run("F %p\n", (void *)buffer);
+}
+
+static cl_mem CL_API_CALL create_buffer(cl_context context, cl_mem_flags flags, size_t size,
+                                        void *host, cl_int *err) {
+    cl_mem buffer = next->clCreateBuffer(context, flags, size, host, err);
+    if (buffer) {
+        log_run("M buffer %p %zu\n", (void *)buffer, size);
+        next->clSetMemObjectDestructorCallback(buffer, buffer_gone, NULL);
+    }
+    return buffer;
+}
+
+/* If `name` is one of the functions above: keeps the real one, returns what stands for it. */
+static void *memory_extension(const char *name, void *function) {
+    const struct {
+        const char *name;
+        void **next;
+        void *mine;
+    } table[] = {
+        {"clDeviceMemAllocINTEL", (void **)&next_device_alloc, device_alloc},
+        {"clSharedMemAllocINTEL", (void **)&next_shared_alloc, shared_alloc},
+        {"clHostMemAllocINTEL", (void **)&next_host_alloc, host_alloc},
+        {"clMemFreeINTEL", (void **)&next_free, usm_free},
+        {"clMemBlockingFreeINTEL", (void **)&next_blocking_free, usm_blocking_free},
+    };
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++)
+        if (!strcmp(name, table[i].name)) {
+            *table[i].next = function;
+            return table[i].mine;
+        }
+    return NULL;
+}
+
 static void *CL_API_CALL get_extension(cl_platform_id platform, const char *name) {
     void *function = next->clGetExtensionFunctionAddressForPlatform(platform, name);
     if (function && !strcmp(name, "clEnqueueMemcpyINTEL")) {
@@ -478,6 +559,9 @@ static void *CL_API_CALL get_extension(cl_platform_id platform, const char *name
         next_usm_fill = function;
         return usm_fill;
     }
+    void *logged = function ? memory_extension(name, function) : NULL;
+    if (logged)
+        return logged;
     if (function && getenv("FAKE_GPU_ARGS") && !strcmp(name, "clSetKernelArgMemPointerINTEL")) {
         next_set_pointer = function;
         next_alloc_info =
@@ -648,6 +732,7 @@ CL_API_ENTRY cl_int CL_API_CALL clInitLayer(cl_uint entries, const cl_icd_dispat
         run_log = fopen(log_path, "a");
     if (run_log) {
         mine.clGetExtensionFunctionAddressForPlatform = get_extension;
+        mine.clCreateBuffer = create_buffer;
         mine.clEnqueueCopyBuffer = copy_buffer;
         mine.clEnqueueWriteBuffer = write_buffer;
         mine.clEnqueueReadBuffer = read_buffer;

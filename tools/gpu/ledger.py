@@ -301,7 +301,9 @@ def growing_layers(model_dir: Path) -> int:
     return len({(re.findall(r"\d+", name) or [""])[0] for name in names})
 
 
-def run_probe(model_dir: Path, chip: str, config: dict[str, str], steps: str, scratch: Path) -> dict[str, Any]:
+def run_probe(
+    model_dir: Path, chip: str, config: dict[str, str], steps: str, scratch: Path, *options: str
+) -> dict[str, Any]:
     """The report of probe.py on the virtual chip; the log and the sources of the kernels are left in `scratch`."""
     environment = os.environ | {
         "VIRTUAL_GPU": chip,
@@ -309,7 +311,7 @@ def run_probe(model_dir: Path, chip: str, config: dict[str, str], steps: str, sc
         "FAKE_GPU_RUNLOG": str(scratch / "launches.log"),
         "FAKE_GPU_DUMP": str(scratch),
     }
-    command = [HERE / "virtual", sys.executable, HERE / "probe.py", model_dir, "--launches", "--steps", steps]
+    command = [HERE / "virtual", sys.executable, HERE / "probe.py", model_dir, "--launches", "--steps", steps, *options]
     settings = [f"{key}={value}" for key, value in config.items()]
     command = [str(part) for part in command] + (["--config", *settings] if settings else [])
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -423,16 +425,22 @@ def parse_args() -> argparse.Namespace:
 
 def checked(args: argparse.Namespace) -> tuple[dict[str, str], tuple[int, int]]:
     """The plugin's configuration and the two lengths."""
-    if bad := [path for path in args.models if not (path / "openvino_model.xml").is_file()]:
-        raise LedgerError(f"{bad[0]} has no openvino_model.xml")
-    if bad := [item for item in args.config if "=" not in item]:
-        raise LedgerError(f"--config {bad[0]}: expected KEY=VALUE")
+    config = configuration(args)
     match = re.fullmatch(r"(\d+),(\d+)", args.lengths)
     first, second = (int(part) for part in match.groups()) if match else (0, 0)
     if first < 2 * SETTLE or second < first + SETTLE:
         least = f"N at least {2 * SETTLE} and M at least {SETTLE} more"
         raise LedgerError(f"--lengths {args.lengths}: expected N,M with {least}")
-    return {"INFERENCE_PRECISION_HINT": "f16", **dict(item.split("=", 1) for item in args.config)}, (first, second)
+    return config, (first, second)
+
+
+def configuration(args: argparse.Namespace) -> dict[str, str]:
+    """That of the plugin; refuses a folder without a model, too."""
+    if bad := [path for path in args.models if not (path / "openvino_model.xml").is_file()]:
+        raise LedgerError(f"{bad[0]} has no openvino_model.xml")
+    if bad := [item for item in args.config if "=" not in item]:
+        raise LedgerError(f"--config {bad[0]}: expected KEY=VALUE")
+    return {"INFERENCE_PRECISION_HINT": "f16", **dict(item.split("=", 1) for item in args.config)}
 
 
 def main() -> int:

@@ -5,7 +5,9 @@
 
 Prints a JSON report: configuration, seconds, and the runtime graph (nodes by type and by primitive,
 the fused `kv_cache` nodes with their dtype, the fused attention, the outputs' precision); with
---launches also the kernels, copies and waits of every step. Exit codes: 2 usage, 3 compile failed, 4 a step failed.
+--launches also the kernels, copies and waits of every step, and its memory: `peak` and `held` are the bytes that the
+plugin has allocated at most meanwhile and afterwards, weights, states and all. Exit codes: 2 usage, 3 compile failed,
+4 a step failed.
 """
 
 import argparse
@@ -23,7 +25,10 @@ from typing import Any, NoReturn
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
+from openvino import opset15 as op
 from openvino.op.util import VariableInfo
+
+SEVERAL = "several"  # the input that --branch-by-length adds
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,6 +45,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help=".npz or .json: the report and each step's logits")
     parser.add_argument("--compile-only", action="store_true")
     parser.add_argument("--launches", action="store_true", help="count them from FAKE_GPU_RUNLOG")
+    parser.add_argument(
+        "--branch-by-length",
+        action="store_true",
+        help="tell every If by an input of its own whether a step has several tokens: a packed model then takes the "
+        "branch it should, too, on `virtual`, where the condition that the graph computes is garbage",
+    )
+    parser.add_argument(
+        "--last-logits", action="store_true", help="compute those of each step's last token only, as GenAI does"
+    )
     args = parser.parse_args()
     if not (args.model / "openvino_model.xml").is_file():
         parser.error(f"{args.model} has no openvino_model.xml")
@@ -61,6 +75,29 @@ def stop(code: int, what: str, error: RuntimeError) -> NoReturn:
     passes = re.findall(r"^\[(\w+)\] (?:START|END): node: ", str(error), re.MULTILINE)
     print(f"{what} failed: {': '.join(passes[:1] + lines[-1:])}", file=sys.stderr)
     sys.exit(code)
+
+
+def branch_by_length(model: ov.Model) -> None:
+    """Give the model an input `several`, the condition of every If."""
+    several = op.parameter([1], ov.Type.boolean, name=SEVERAL)
+    several.output(0).set_names({SEVERAL})
+    for node in model.get_ops():
+        if node.get_type_name() == "If":
+            node.input(0).replace_source_output(several.output(0))
+    model.add_parameters([several])
+    model.validate_nodes_and_infer_types()
+
+
+def only_last_logits(model: ov.Model) -> None:
+    """Cut the input of the output layer to its last token."""
+    product = next(result for result in model.get_results() if "logits" in result.output(0).get_names())
+    while product.get_type_name() != "MatMul":
+        product = product.input_value(0).get_node()
+    last, end, axis = (op.constant([number], np.int64) for number in (-1, np.iinfo(np.int64).max, 1))
+    product.input(0).replace_source_output(
+        op.slice(product.input_value(0), last, end, op.constant([1], np.int64), axis).output(0)
+    )
+    model.validate_nodes_and_infer_types()
 
 
 def compile_model(core: ov.Core, model: ov.Model, args: argparse.Namespace) -> ov.CompiledModel:
@@ -125,6 +162,30 @@ def count_launches(log: Path, start: int) -> dict[str, Any]:
     return counts | {"log": [start, start + len(text)]}
 
 
+class Memory:
+    """What the plugin has allocated, by the launch log: M kind address bytes, F address."""
+
+    def __init__(self, log: Path) -> None:
+        self.log, self.read, self.held = log, 0, {}
+
+    def follow(self) -> dict[str, int]:
+        """Read on to the end of the log: the most bytes held since the last call, and those held now."""
+        with self.log.open("rb") as file:
+            file.seek(self.read)
+            text = file.read()
+        self.read += len(text)
+        peak = now = sum(self.held.values())
+        for line in text.splitlines():
+            kind, *rest = line.split()
+            if kind == b"M":
+                self.held[rest[1]] = int(rest[2])
+                now += self.held[rest[1]]
+                peak = max(peak, now)
+            elif kind == b"F":
+                now -= self.held.pop(rest[0], 0)
+        return {"peak": peak, "held": now}
+
+
 def fill_states(request: ov.InferRequest, infos: dict[str, VariableInfo], tokens: int) -> bool:
     """Set every state that grows, (batch, heads, tokens, d), to `tokens` zeros; those of fixed length stay as they are.
 
@@ -153,6 +214,7 @@ def run_steps(
     rng = np.random.default_rng(args.seed)
     request = compiled.create_infer_request()
     logits, reports, past = [], [], 0
+    memory = Memory(log) if log else None
     for item in args.steps:
         tokens = int(item.strip("="))
         if item.startswith("="):
@@ -169,13 +231,17 @@ def run_steps(
             "position_ids": np.arange(past, total, dtype=np.int64)[None],
             "beam_idx": np.zeros(1, np.int32),
         }
-        if unknown := set(names) - set(inputs):
+        if unknown := set(names) - {*inputs, SEVERAL}:
             raise RuntimeError(f"the model has inputs that probe.py cannot fill: {sorted(unknown)}")
+        if memory:
+            memory.follow()  # what the step before, or setting states, has left
         mark, start = log.stat().st_size if log else 0, time.perf_counter()
-        request.infer({name: inputs[name] for name in names})
+        if SEVERAL in names:  # written in place: what is copied to a virtual device does not arrive
+            request.get_tensor(SEVERAL).data[:] = tokens > 1
+        request.infer({name: inputs[name] for name in names if name in inputs})
         logits.append(request.get_tensor("logits").data[0, -1].astype(np.float32))
         step = {"tokens": tokens, "past": past, "seconds": round(time.perf_counter() - start, 3)}
-        reports.append(step | (count_launches(log, mark) if log else {}))
+        reports.append(step | (count_launches(log, mark) | memory.follow() if log else {}))
         past = total
     return np.stack(logits), reports
 
@@ -187,6 +253,10 @@ def probe(args: argparse.Namespace, log: Path | None) -> tuple[dict[str, Any], N
         core = ov.Core()
         model = core.read_model(args.model / "openvino_model.xml")
         infos = {variable.info.variable_id: variable.info for variable in model.get_variables()}
+        if args.branch_by_length and any(node.get_type_name() == "If" for node in model.get_ops()):
+            branch_by_length(model)
+        if args.last_logits:
+            only_last_logits(model)
         compiled = compile_model(core, model, args)
     except RuntimeError as error:
         stop(3, "compile", error)
@@ -198,6 +268,8 @@ def probe(args: argparse.Namespace, log: Path | None) -> tuple[dict[str, Any], N
     if log and not log.exists():
         print("no launch log: run under `emulated`, or `FAKE_GPU_RUNLOG=FILE virtual`", file=sys.stderr)
         sys.exit(2)
+    if log:
+        report["held"] = Memory(log).follow()["held"]
     logits = np.empty((0, 0), np.float32)
     if not args.compile_only:
         try:

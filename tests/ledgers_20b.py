@@ -1,0 +1,137 @@
+"""Writes tests/data/ledger_20b.json: what GPT-OSS-20B's layers cost on a virtual Lunar Lake, at full width.
+
+usage: python tests/ledgers_20b.py [--show] [--layers 2,4,6] [PRESET…]
+
+Models of 2, 4 and 6 layers (tools/make_synthetic_gpt_oss.py), of which half are full layers, are converted with every
+preset; tools/gpu/ledger.py reads off each what a decode step does, tools/gpu/memory.py off the first two what is
+allocated. What 24 layers take follows from the last two of each: a pair of layers more is their difference. (The first
+pair is no measure of kernels: what joins states of several sliding layers is not in it.) Prints that as tables, too;
+with --show it does nothing else. Half an hour and 12 GB of disk for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from conftest import GPU_TOOLS, ROOT
+from ledgers import PRESETS, counts
+
+RECORD = ROOT / "tests" / "data" / "ledger_20b.json"
+LAYERS = (2, 4, 6)
+MEMORY = LAYERS[:2]  # of which memory is recorded
+EXPORTED = "stock"  # not converted; does not compile
+SCRATCH = ("chunk", "decode", "decode_alone", "whole")  # what tools/gpu/memory.py tells
+
+
+def at_24(fewer: float, more: float, layers: int) -> float:
+    """A figure of the 24-layer model, from that of `layers` layers and of two fewer."""
+    return more + (24 - layers) // 2 * (more - fewer)
+
+
+def kernels(found: Mapping[str, Any]) -> float:
+    """Those of a decode step of 24 layers with a preset."""
+    return at_24(*(found[str(count)]["kernels"] for count in LAYERS[1:]), LAYERS[-1])
+
+
+def needs(found: Mapping[str, Any], context: int) -> dict[str, float | None]:
+    """Bytes that 24 layers take with a preset at a context: weights, states, and each kind of scratch."""
+    memory = [found[str(count)]["memory"] for count in MEMORY]
+    two, four = (next(row for row in one["rows"] if row["context"] == context) for one in memory)
+    columns = {name: None if two[name] is None else at_24(two[name], four[name], 4) for name in ("states", *SCRATCH)}
+    return {"weights": at_24(*(one["weights"] for one in memory), 4), **columns}
+
+
+def tool(name: str, model_dir: Path) -> dict[str, Any]:
+    """What a tool says of the one model; raises RuntimeError with its reason."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.json"
+        command = [str(part) for part in (sys.executable, GPU_TOOLS / name, model_dir, "--json", out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr.strip().removeprefix(f"{Path(name).stem}: {model_dir} on lnl: "))
+        return json.loads(out.read_text(encoding="utf-8"))[0]
+
+
+def synthetic(layers: int, out: Path) -> Path:
+    """Write the model of so many layers at full width."""
+    command = [sys.executable, ROOT / "tools" / "make_synthetic_gpt_oss.py", out, "--layers", layers, "--no-tokenizer"]
+    subprocess.run([str(part) for part in command], check=True)
+    return out
+
+
+def measured(model_dir: Path, layers: int) -> dict[str, Any]:
+    """What is recorded of one model."""
+    ledger = tool("ledger.py", model_dir)
+    rows = [{key: row[key] for key in ("kernel", "launches", "read", "written")} for row in ledger["rows"]]
+    found = {
+        "kv_cache": ledger["kv_cache"],
+        **counts(ledger),
+        "rows": sorted(rows, key=lambda row: (row["kernel"], row["read"])),  # the plugin's order varies
+    }
+    if layers in MEMORY:
+        memory = tool("memory.py", model_dir)
+        found["memory"] = {key: memory[key] for key in ("weights", "chunk", "rows")}
+    return found
+
+
+def measure(presets: list[str], sizes: list[int]) -> int:
+    """Measure and write."""
+    from ovtq.convert import main as convert
+
+    record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for layers in sizes:
+            exported = synthetic(layers, Path(scratch) / str(layers))
+            for preset in presets:
+                entry = record.setdefault(preset, {})
+                if preset == EXPORTED:
+                    try:
+                        entry[str(layers)] = measured(exported, layers)
+                    except RuntimeError as error:
+                        entry[str(layers)] = {"refused": str(error)}
+                    continue
+                with tempfile.TemporaryDirectory(dir=scratch) as folder:
+                    out = Path(folder) / preset
+                    if convert([str(exported), str(out), "--preset", preset, "--no-verify"]):
+                        return 2
+                    entry[str(layers)] = measured(out, layers)
+    RECORD.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def show() -> None:
+    """The record as tables."""
+    record = json.loads(RECORD.read_text(encoding="utf-8"))
+    print("24 layers: kernels a step; bytes a token and pair of layers read, written; GB of memory")
+    for preset, found in record.items():
+        if preset == EXPORTED:
+            continue
+        two, four = (found[str(count)] for count in MEMORY)
+        more = [four[key] - two[key] for key in ("read_per_token", "written_per_token")]
+        print(f"{preset:7} {kernels(found):5,.0f} kernels", *(f"{growth:,.0f}" for growth in more))
+        for context in (row["context"] for row in two["memory"]["rows"]):
+            sizes = needs(found, context).items()
+            print(f"{context:9,}", *(f"{key} {'–' if size is None else f'{size / 1e9:.2f}'}" for key, size in sizes))
+
+
+def main() -> int:
+    """What the command line asks."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("presets", nargs="*", metavar="PRESET", default=[EXPORTED, *PRESETS])
+    p.add_argument("--layers", type=lambda text: [int(part) for part in text.split(",")], default=list(LAYERS))
+    p.add_argument("--show", action="store_true")
+    options = p.parse_args()
+    failed = 0 if options.show else measure(options.presets, options.layers)
+    show()
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
