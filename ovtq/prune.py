@@ -38,13 +38,8 @@ TURNS = 26  # halvings of −2²³ … 2²³ to 1, and some; both plugins divide
 KEY_SUM = "ovtq.key_sum"
 
 
-class Survivors:
-    """The nodes of all layers; (batch, heads, …) with the KV heads of all layers one after the other.
-
-    `older` tokens have left the recent rows before this call, `later` after it; `span` are the rows, the first and the
-    one after the last, of the recent and new tokens that leave them. `stay` is how many rows the history has, `masks`
-    what each layer's scores of it are added to (and multiplied by).
-    """
+class Scores:
+    """Scores of a call's own tokens; (batch, heads, …) with the KV heads of all layers one after the other."""
 
     def __init__(
         self,
@@ -52,49 +47,18 @@ class Survivors:
         layers: Sequence[AttentionLayer],
         pruning: Pruning,
         columns: Columns,
-        older: Node,
-        later: Node,
-        rows: int,
-        span: tuple[Node, Node],
     ) -> None:
         self.description, self.layers, self.pruning, self.columns = description, layers, pruning, columns
-        self.older, self.later, self.span = older, later, span
         self.count, self.kv_heads = len(layers), layers[0].kv_heads
         self.heads = self.count * self.kv_heads
-        kept = op.add(i64(range(rows)), columns.new)
-        start = np.full(1, EMPTY, np.int32)
-        self.recent = State(description, f"{SCORE}.recent", [self.heads, rows, 1], start, kept)
         self.states: list[Node] = []  # Assigns of what the score itself remembers
         self.arrived = self._arriving()
-        leaving = op.slice(op.concat([self.recent.past, self.arrived], 2), *span, i64([1]), i64([2]))
-        self.scores = Held(description, SCORE, leaving, self.heads, 1, ov.Type.i32)
-        if not self.evicts:
-            # After reset_state the CPU plugin goes on to read this one with its old rows: those that should be are cut
-            past = op.slice(self.scores.past, i64([0]), older, i64([1]), i64([2]))
-            self.scores.past, self.scores.appended = past.output(0), op.concat([past, leaving], 2).output(0)
-        self.stay = op.minimum(older, i64([pruning.room])) if self.evicts else older
-        self.masks = self._masks()
-
-    @property
-    def evicts(self) -> bool:
-        """Whether tokens leave the states."""
-        return self.pruning.mode == "evict"
-
-    @property
-    def stored(self) -> dict[str, int]:
-        """How many rows the growing states have at most, if there is such a number."""
-        return {"most": self.pruning.room} if self.evicts else {}
-
-    # -------------------------------------------------------------------------------------------------- scores
 
     def _arriving(self) -> Node:
         """Scores of the new tokens, (batch, heads, new, 1), padding and the prefix marked."""
         columns, pruning = self.columns, self.pruning
-        before, new = (
-            op.convert(op.slice(columns.shown, *ends, i64([1]), i64([1])), "i32")
-            for ends in ((i64([0]), columns.past), (columns.past, i64([ALL])))
-        )
-        shown = op.minimum(new, i32(1))
+        every = op.minimum(op.convert(columns.shown, "i32"), i32(1))
+        shown = op.slice(every, columns.past, i64([ALL]), i64([1]), i64([1]))
         self.shown = op.unsqueeze(op.unsqueeze(shown, i64([1])), i64([3]))  # (batch, 1, new, 1) i32
         score = self._raw()  # f32
         if pruning.shared and self.kv_heads > 1:
@@ -111,10 +75,10 @@ class Survivors:
             part = op.floor(score)
             whole = op.add(op.multiply(whole, i32(DIGIT)), op.convert(part, "i32"))
         score = whole
-        ahead = op.reduce_sum(op.minimum(before, i32(1)), i64([1]), True)
-        self.ahead = op.add(ahead, op.reduce_sum(shown, i64([1]), True))  # (batch, 1): all that are no padding
+        self.ahead = op.reduce_sum(every, i64([1]), True)  # (batch, 1): all that are no padding
         if pruning.prefix:
-            rank = op.add(op.cum_sum(shown, i64(1)), ahead)
+            before = op.subtract(self.ahead, op.reduce_sum(shown, i64([1]), True))
+            rank = op.add(op.cum_sum(shown, i64(1)), before)
             rank = op.unsqueeze(op.unsqueeze(rank, i64([1])), i64([3]))
             score = op.select(op.less_equal(rank, i32(pruning.prefix)), i32(FIRST), score)
         return op.select(op.equal(self.shown, i32(0)), i32(PADDED), score)
@@ -149,7 +113,49 @@ class Survivors:
         length = op.maximum(op.reduce_l2(total, i64([3]), True), f32(1e-12))
         return op.negative(op.divide(op.reduce_sum(op.multiply(unit, total), i64([3]), True), length))
 
-    # -------------------------------------------------------------------------------------------------- history
+
+class Survivors(Scores):
+    """The nodes of all layers; (batch, heads, …) with the KV heads of all layers one after the other.
+
+    `older` tokens have left the recent rows before this call, `later` after it; `span` are the rows, the first and the
+    one after the last, of the recent and new tokens that leave them. `stay` is how many rows the history has, `masks`
+    what each layer's scores of it are added to (and multiplied by).
+    """
+
+    def __init__(
+        self,
+        description: ModelDescription,
+        layers: Sequence[AttentionLayer],
+        pruning: Pruning,
+        columns: Columns,
+        older: Node,
+        later: Node,
+        rows: int,
+        span: tuple[Node, Node],
+    ) -> None:
+        super().__init__(description, layers, pruning, columns)
+        self.older, self.later = older, later
+        kept = op.add(i64(range(rows)), columns.new)
+        start = np.full(1, EMPTY, np.int32)
+        self.recent = State(description, f"{SCORE}.recent", [self.heads, rows, 1], start, kept)
+        leaving = op.slice(op.concat([self.recent.past, self.arrived], 2), *span, i64([1]), i64([2]))
+        self.scores = Held(description, SCORE, leaving, self.heads, 1, ov.Type.i32)
+        if not self.evicts:
+            # After reset_state the CPU plugin goes on to read this one with its old rows: those that should be are cut
+            past = op.slice(self.scores.past, i64([0]), older, i64([1]), i64([2]))
+            self.scores.past, self.scores.appended = past.output(0), op.concat([past, leaving], 2).output(0)
+        self.stay = op.minimum(older, i64([pruning.room])) if self.evicts else older
+        self.masks = self._masks()
+
+    @property
+    def evicts(self) -> bool:
+        """Whether tokens leave the states."""
+        return self.pruning.mode == "evict"
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """How many rows the growing states have at most, if there is such a number."""
+        return {"most": self.pruning.room} if self.evicts else {}
 
     def _masks(self) -> list[list[Output]]:
         scores = op.reshape(self.scores.past, i64([0, 0, 1, -1]), True)  # (batch, heads, 1, rows)

@@ -26,16 +26,26 @@ class State:
     """(batch, heads, length, width), `start` before the text begins; `kept` are the rows of it and of what is new."""
 
     def __init__(
-        self, description: ModelDescription, name: str, shape: Sequence[int], start: np.ndarray, kept: Node
+        self,
+        description: ModelDescription,
+        name: str,
+        shape: Sequence[int],
+        start: np.ndarray,
+        kept: Node | None = None,
     ) -> None:
         self.kept = kept
         self.variable = new_variable(name, [-1, *shape], ov.Type(start.dtype))
         first = op.broadcast(op.constant(start), op.concat([dim(description.input_ids, 0), i64(shape)], 0))
         self.past = op.gather(op.read_value(first, self.variable), description.beam_idx, i64(0))
 
-    def store(self, new: Node | Output) -> Node:
-        """The Assign that keeps the last rows; `new` is (batch, heads, tokens, width)."""
-        return op.assign(op.gather(op.concat([self.past, new], 2), self.kept, i64(2)), self.variable)
+    def store(self, new: Node | Output, rows: Node | None = None) -> Node:
+        """The Assign that keeps the last rows; `new` is (batch, heads, tokens, width).
+
+        With `rows`, (batch, heads, length), it keeps these of each head instead.
+        """
+        every = op.concat([self.past, new], 2)
+        kept = op.gather(every, self.kept, i64(2)) if rows is None else op.gather(every, rows, i64(2), 2)
+        return op.assign(kept, self.variable)
 
 
 class Ring:

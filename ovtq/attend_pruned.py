@@ -1,0 +1,116 @@
+"""The form for the GPU plugin of layers that are pruned: `Branches` that read another history, or mask some of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from openvino import Node, Output
+from openvino import opset15 as op
+
+from ovtq.attend import History, Plan
+from ovtq.attend_branches import Branches, looked_up
+from ovtq.codec import AdaptiveUniform
+from ovtq.graph import i64, joined
+from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.packed_attention import Place
+from ovtq.packing import Layout
+from ovtq.prune_branches import Marked, Residents, by_layer
+from ovtq.quantizer import encode, pack
+from ovtq.ring import State
+
+KEPT = "ovtq.kept"
+
+
+class Masking(Branches):
+    """Tokens that are pruned stay in the history, and are masked, or read as 0."""
+
+    def _far_masks(self) -> Iterator[Output]:
+        plan = self.plan
+        self.marked = Marked(self.description, plan.layers, plan.pruning, self.columns, self.is_prefill)
+        self.factors = iter(self.marked.factors)
+        return iter(self.marked.masks)
+
+    def _history(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
+        tensors, factor = super()._history(layer, new, recent), next(self.factors)
+        if factor is None:
+            return tensors
+        keys, values = (op.multiply(tensor, factor).output(0) for tensor in tensors)
+        return keys, values
+
+    def stores(self) -> list[Node]:
+        """The Assigns of all states, once every layer is rewritten."""
+        return [*super().stores(), *self.marked.store()]
+
+
+class Evicting(Branches):
+    """The history is what stays of it, for all layers in states of one fixed length.
+
+    Each state is copied whole in every step, whether a token is evicted or not: a bounded number of bytes.
+    """
+
+    def _far_masks(self) -> Iterator[Output]:
+        plan, description = self.plan, self.description
+        self.residents = Residents(description, plan.layers, plan.pruning, self.columns, self.is_prefill)
+        self.stacks = [
+            _Stack(description, plan, f"{KEPT}.{what}", codec, layout)
+            for what, codec, layout in zip(("key", "value"), (plan.key, plan.value), plan.layouts, strict=True)
+        ]
+        self.pasts = zip(*(stack.pasts() for stack in self.stacks), strict=True)
+        self.leaving: list[list[Output]] = []
+        layers = len(plan.layers)
+        return iter([self.residents.mask] * layers)
+
+    def _history(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
+        after = op.add(self.columns.new, i64([1]))  # behind the sink's row
+        self.leaving.append(op.split(op.slice(recent, i64([1]), after, i64([1]), i64([2])), i64(1), 2).outputs())
+        keys, values = next(self.pasts)
+        return looked_up(keys), looked_up(values)
+
+    def places(self, layer: AttentionLayer) -> tuple[Place, Place]:
+        """Where keys and values of a layer are."""
+        number = [other.index for other in self.plan.layers].index(layer.index)
+        heads = slice(number * layer.kv_heads, (number + 1) * layer.kv_heads)
+        key, value = (Place(f"{KEPT}.{what}", heads, slice(None), heads) for what in ("key", "value"))
+        return key, value
+
+    def stores(self) -> list[Node]:
+        """The Assigns of all states, once every layer is rewritten."""
+        assigns = [*super().stores(), *self.residents.store()]
+        for stack, tokens in zip(self.stacks, zip(*self.leaving, strict=True), strict=True):
+            assigns += stack.store(joined(list(tokens), 1), self.residents.rows)
+        return assigns
+
+
+class _Stack:
+    """Keys or values of all layers that stay: (batch, layers·kv_heads, room, ·), and their scales if packed."""
+
+    def __init__(
+        self,
+        description: ModelDescription,
+        plan: Plan,
+        name: str,
+        codec: AdaptiveUniform | None,
+        layout: Layout | None,
+    ) -> None:
+        self.plan, self.codec, self.layout = plan, codec, layout
+        layer = plan.layers[0]
+        heads, room = len(plan.layers) * layer.kv_heads, plan.pruning.room
+        width, kind = (layout.bytes, np.int8) if layout else (layer.head_dim, np.float32)
+        self.states = [State(description, name, [heads, room, width], np.zeros(1, kind))]
+        if layout:
+            self.states.append(State(description, f"{name}.scale", [heads, room, 1], np.zeros(1, np.float32)))
+
+    def pasts(self) -> list[History]:
+        """What each layer reads."""
+        layers = self.plan.layers
+        parts = [by_layer(state.past, len(layers), layers[0].kv_heads) for state in self.states]
+        return [History(self.layout, part, part, *scales, *scales) for part, *scales in zip(*parts, strict=True)]
+
+    def store(self, leaving: Node | Output, rows: Node) -> list[Node]:
+        """The Assigns that keep `rows` of these and of `leaving`, (batch, layers·kv_heads, tokens, d)."""
+        tensors = [leaving]
+        if self.codec and self.layout:
+            centred, scales = encode(leaving, [self.codec], self.plan.rotation)
+            tensors = [*pack(centred, [self.codec], [self.layout]), scales]
+        return [state.store(new, rows) for state, new in zip(self.states, tensors, strict=True)]
