@@ -66,7 +66,8 @@ def store(
 ) -> tuple[History, History, list[Held]]:
     """Quantise keys and values, (batch, 2·kv_heads, tokens, d), and append them to what their states hold."""
     H, d = layer.kv_heads, layer.head_dim
-    halves = op.split(tokens, i64(1), 2).outputs()
+    # cut, not split: a Split's halves, one packed and one as it is, the GPU plugin takes from wrong places
+    halves = [op.slice(tokens, i64([k]), i64([k + H]), i64([1]), i64([1])).output(0) for k in (0, H)]
     packed = [(half, codec, where) for half, codec, where in _triples(plan, halves) if codec and where]
     codecs, layouts = [codec for _, codec, _ in packed], [where for *_, where in packed]
     done: Iterator[tuple[Node | Output, Output]] = iter(())
