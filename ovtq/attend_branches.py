@@ -19,7 +19,7 @@ from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
 from ovtq.attend import ALL, Columns, History, Plan, sink_logits, store
-from ovtq.graph import MASKED, body, dim, f32, i64
+from ovtq.graph import MASKED, dim, either, f32, i64
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packing import Layout
 from ovtq.quantizer import interleaved, look_up
@@ -50,7 +50,6 @@ class Branches:
         self.columns = columns = Columns(description, plan.window)
         self.older = older = op.maximum(op.subtract(columns.past, i64([plan.window])), i64([0]))
         self.near_mask = columns.near_mask(columns.near(older), columns.recent, i64([0]), columns.new)
-        # an Output: given a Node, If takes its own first input for the condition
         self.is_prefill = op.not_equal(columns.new, i64([1])).output(0)
         # A window of none still has the sink's row, and a state that tells GenAI not to cut the others.
         self.ring = Ring(description, name, plan.layers, plan.window, plan.sink_rows)
@@ -85,18 +84,12 @@ class Branches:
             next(self.far_masks),
             self.near_mask.output(0),
         )
-        either = op.if_op(self.is_prefill)
-        bodies = []
-        for make in (self._prefill, self._decode):
-            inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in outer]
-            result = op.result(make(layer, _Read(*(x.output(0) for x in inner))))
-            bodies.append((inner, result, body([result], inner, make.__name__.strip("_"))))
-        (then_inner, then_result, then_body), (else_inner, else_result, else_body) = bodies
-        either.set_then_body(then_body)
-        either.set_else_body(else_body)
-        for source, in_then, in_else in zip(outer, then_inner, else_inner, strict=True):
-            either.set_input(source, in_then, in_else)
-        context = either.set_output(then_result, else_result)
+        context = either(
+            self.is_prefill,
+            outer,
+            prefill=lambda *inner: self._prefill(layer, _Read(*inner)),
+            decode=lambda *inner: self._decode(layer, _Read(*inner)),
+        )
         return op.reshape(context, i64([0, layer.query_heads, -1, layer.head_dim]), True)
 
     @property
@@ -140,7 +133,9 @@ class Branches:
         near = op.pad(near, i64([0, 0, 0, 1]), i64([0, 0, 0, 0]), "constant", op.constant(MASKED))
         masks = [near, far]
         if far.get_partial_shape()[1] != 1:  # each KV head has its own
-            spread = op.broadcast(op.unsqueeze(far, i64([2])), i64([1, 1, layer.group, 1, 1]), broadcast_spec="BIDIRECTIONAL")
+            spread = op.broadcast(
+                op.unsqueeze(far, i64([2])), i64([1, 1, layer.group, 1, 1]), broadcast_spec="BIDIRECTIONAL"
+            )
             far = op.reshape(spread, i64([0, heads, 1, -1]), True)
             masks = [op.broadcast(near, i64([1, heads, 1, 1]), broadcast_spec="BIDIRECTIONAL"), far]
         shape = op.concat([dim(far, 0), dim(masks[0], 1), dim(queries, 2), dim(far, 3)], 0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import repeat
 
 import numpy as np
 from openvino import Node, Output
@@ -19,7 +20,10 @@ from ovtq.prune_branches import Marked, Residents, by_layer
 from ovtq.quantizer import encode, pack
 from ovtq.ring import State
 
-KEPT = "ovtq.kept"
+
+def kept_state(layers: Sequence[AttentionLayer]) -> str:
+    """How the states of the keys and values of these layers begin: with the numbers of the layers."""
+    return "ovtq." + "-".join(str(layer.index) for layer in layers)
 
 
 class Masking(Branches):
@@ -51,15 +55,15 @@ class Evicting(Branches):
 
     def _far_masks(self) -> Iterator[Output]:
         plan, description = self.plan, self.description
+        self.kept = kept_state(plan.layers)
         self.residents = Residents(description, plan.layers, plan.pruning, self.columns, self.is_prefill)
         self.stacks = [
-            _Stack(description, plan, f"{KEPT}.{what}", codec, layout)
+            _Stack(description, plan, f"{self.kept}.{what}", codec, layout)
             for what, codec, layout in zip(("key", "value"), (plan.key, plan.value), plan.layouts, strict=True)
         ]
         self.pasts = zip(*(stack.pasts() for stack in self.stacks), strict=True)
         self.leaving: list[list[Output]] = []
-        layers = len(plan.layers)
-        return iter([self.residents.mask] * layers)
+        return repeat(self.residents.mask)
 
     def _history(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
         after = op.add(self.columns.new, i64([1]))  # behind the sink's row
@@ -71,7 +75,7 @@ class Evicting(Branches):
         """Where keys and values of a layer are."""
         number = [other.index for other in self.plan.layers].index(layer.index)
         heads = slice(number * layer.kv_heads, (number + 1) * layer.kv_heads)
-        key, value = (Place(f"{KEPT}.{what}", heads, slice(None), heads) for what in ("key", "value"))
+        key, value = (Place(f"{self.kept}.{what}", heads, slice(None), heads) for what in ("key", "value"))
         return key, value
 
     def stores(self) -> list[Node]:

@@ -145,6 +145,25 @@ def body(results: Sequence[Node], parameters: Sequence[Node], name: str) -> ov.M
     return model
 
 
+def either(condition: Output, inputs: Sequence[Node | Output], **makers: Callable[..., Node]) -> Node:
+    """An If: what the first of two makers makes of the inputs (Outputs) if the condition holds, else what the second.
+
+    `condition` must be an Output: given a Node, If takes its own first input for the condition.
+    """
+    outer = [x.output(0) if isinstance(x, Node) else x for x in inputs]
+    choice, bodies = op.if_op(condition), []
+    for name, make in makers.items():
+        inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in outer]
+        result = op.result(make(*(x.output(0) for x in inner)))
+        bodies.append((inner, result, body([result], inner, name)))
+    (then_inner, then_result, then_body), (else_inner, else_result, else_body) = bodies
+    choice.set_then_body(then_body)
+    choice.set_else_body(else_body)
+    for source, in_then, in_else in zip(outer, then_inner, else_inner, strict=True):
+        choice.set_input(source, in_then, in_else)
+    return choice.set_output(then_result, else_result).get_node()
+
+
 @dataclass(frozen=True)
 class Port:
     """One input of a node: a place where a tensor enters, whatever produces it."""

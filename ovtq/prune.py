@@ -36,6 +36,7 @@ from ovtq.ring import State
 
 TURNS = 26  # halvings of −2²³ … 2²³ to 1, and some; both plugins divide whole numbers as f32
 KEY_SUM = "ovtq.key_sum"
+WHOLE = 64  # in which the larger part of a sum of keys is counted: 2,048 of them an f16 still tells apart
 
 
 class Scores:
@@ -103,13 +104,21 @@ class Scores:
         return op.multiply(op.broadcast(f32(1), shape), op.unsqueeze(op.unsqueeze(picked, i64([0])), i64([3])))
 
     def _keydiff(self, keys: Node) -> Node:
-        d = self.layers[0].head_dim
+        """The sum of all keys is kept as how often it holds WHOLE, and the rest.
+
+        In one f16, which a GPU makes of it, what a token adds would be lost after some hundred of them. The angle is to
+        the sum over WHOLE, which does not overflow.
+        """
+        d, part = self.layers[0].head_dim, f32(1 / WHOLE)
         unit = op.divide(keys, op.maximum(op.reduce_l2(keys, i64([3]), True), f32(1e-12)))
-        last = op.subtract(self.columns.new, i64([1]))
-        state = State(self.description, KEY_SUM, [self.heads, 1, d], np.zeros(1, np.float32), last)
+        state = State(self.description, KEY_SUM, [self.heads, 2, d], np.zeros(1, np.float32))
+        whole, rest = (op.slice(state.past, i64([k]), i64([k + 1]), i64([1]), i64([2])) for k in (0, 1))
         counted = op.multiply(unit, op.convert(self.shown, "f32"))
-        total = op.add(op.cum_sum(counted, i64(2)), state.past)
-        self.states.append(op.assign(op.gather(total, last, i64(2)), state.variable))
+        total = op.add(op.multiply(op.add(op.cum_sum(counted, i64(2)), rest), part), whole)
+        rest = op.add(rest, op.reduce_sum(counted, i64([2]), True))
+        carry = op.floor(op.multiply(rest, part))
+        parts = [op.add(whole, carry), op.subtract(rest, op.multiply(carry, f32(WHOLE)))]
+        self.states.append(op.assign(op.concat(parts, 2), state.variable))
         length = op.maximum(op.reduce_l2(total, i64([3]), True), f32(1e-12))
         return op.negative(op.divide(op.reduce_sum(op.multiply(unit, total), i64([3]), True), length))
 

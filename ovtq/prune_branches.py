@@ -6,7 +6,7 @@ token that can leave, so it looks for the worst alone; only longer calls sort.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import openvino as ov
@@ -14,7 +14,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.attend import ALL, Columns, Held
-from ovtq.graph import MASKED, body, dim, f32, i32, i64, new_variable, scalar
+from ovtq.graph import MASKED, dim, either, f32, i32, i64, new_variable, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.prune import Scores
 from ovtq.pruning import DROPPED, EMPTY, POSITION, PRUNED, SCORE, SHOWN, Pruning
@@ -60,7 +60,7 @@ class Residents(Counted):
         every = op.concat([self.scores.past, self.arrived], 2)
         self.rivals = op.slice(every, i64([0]), op.add(columns.new, i64([self.room])), i64([1]), i64([2]))
         rivals = op.reshape(self.rivals, i64([0, self.heads, -1]), True)
-        found = either(is_prefill, [rivals], self._sorted, self._but_one)
+        found = either(is_prefill, [rivals], sorted=self._sorted, but_one=self._but_one)
         self.places, self.rows = (
             op.slice(found, i64([0]), i64([count]), i64([1]), i64([2])) for count in (length, self.room)
         )
@@ -88,13 +88,13 @@ class Residents(Counted):
         ]
 
     # What stays of residents, recent and new tokens, (batch, heads, room + window), and as many more numbers as tokens
-    # are new: what reads an If's output on the GPU plugin goes on to read that of the other branch, if no shape changes.
+    # are new: on the GPU plugin what reads an If's output goes on to read the other branch's, if no shape changes.
 
     def _sorted(self, rivals: Output) -> Node:
-        new = op.subtract(dim(rivals, 2), i64([self.room]))
-        rest = op.range(scalar(dim(rivals, 2)), scalar(op.add(dim(rivals, 2), op.add(new, i64([self.window])))), i64(1), "i64")
-        shape = op.concat([dim(rivals, 0), i64([self.heads]), op.add(new, i64([self.window]))], 0)
-        rest = op.broadcast(op.convert(rest, "i32"), shape)
+        rows = dim(rivals, 2)
+        others = op.add(rows, i64([self.window - self.room]))  # recent and new tokens behind the rivals
+        rest = op.range(scalar(rows), scalar(op.add(rows, others)), i64(1), "i64")
+        rest = op.broadcast(op.convert(rest, "i32"), op.concat([dim(rivals, 0), i64([self.heads]), others], 0))
         return op.concat([rows_of(best(rivals, self.room), self.room), rest], 2)
 
     def _but_one(self, rivals: Output) -> Node:
@@ -138,9 +138,10 @@ class Marked(Counted):
         self.past = op.reshape(past, i64([0, self.heads, -1]), True)  # (batch, heads, 1 + past)
         older = op.subtract(columns.past, i64([pruning.window]))
         readable = op.select(op.less(self._numbers(columns.past), older), self.past, i32(EMPTY))
-        # EMPTY for tokens of this call, too; selected last, for an If reads a slice of something else in the wrong place
+        # EMPTY for tokens of this call, too. Selected last: an If reads a slice of something else in the wrong place
         ends = (i64([0, 0, 0]), op.concat([i64([0, 0]), columns.new], 0))
-        readable = op.slice(op.pad(readable, *ends, "constant", i32(EMPTY)), i64([1]), i64([ALL]), i64([1]), i64([2]))
+        readable = op.pad(readable, *ends, "constant", i32(EMPTY))
+        readable = op.slice(readable, i64([1]), i64([ALL]), i64([1]), i64([2]))
         self.factors: list[Output | None] = [None] * self.count
         if pruning.mode == "zero":
             parts = by_layer(op.unsqueeze(readable, i64([3])), self.count, self.kv_heads)
@@ -160,7 +161,8 @@ class Marked(Counted):
         arrived = op.reshape(self.arrived, i64([0, self.heads, -1]), True)
         every = op.concat([self.past, arrived], 2)
         rivals = op.select(op.less(self._numbers(columns.total), later), every, i32(EMPTY))
-        gone = either(self.is_prefill, [rivals], self._beyond, self._worst)  # (batch, heads, 1 + past + new), 0 or 1
+        # (batch, heads, 1 + past + new), 1 where a token is pruned now
+        gone = either(self.is_prefill, [rivals], beyond=self._beyond, worst=self._worst)
         kept = op.select(op.equal(gone, i32(0)), every, i32(DROPPED))
         # By a Gather: an Assign that a Slice feeds corrupts other tensors on the CPU plugin
         rows = op.range(i64(1), scalar(op.add(columns.total, i64([1]))), i64(1), "i64")
@@ -188,26 +190,9 @@ class Marked(Counted):
 
 
 def by_layer(tensor: Node, layers: int, kv_heads: int) -> list[Output]:
-    """(batch, layers·kv_heads, …) for each layer. Cut, not split: of a Split's outputs the plugin's If reads wrong ones."""
+    """(batch, layers·kv_heads, …) by layer. Cut, not split: of a Split's outputs the plugin's If reads wrong ones."""
     starts = [number * kv_heads for number in range(layers)]
     return [op.slice(tensor, i64([x]), i64([x + kv_heads]), i64([1]), i64([1])).output(0) for x in starts]
-
-
-def either(condition: Output, inputs: Sequence[Node], *makers: Callable[..., Node]) -> Node:
-    """What the first of the makers makes of the inputs if the condition holds, else what the second does."""
-    outer = [node.output(0) for node in inputs]
-    choice = op.if_op(condition)
-    bodies = []
-    for make in makers:
-        inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in outer]
-        result = op.result(make(*(x.output(0) for x in inner)))
-        bodies.append((inner, result, body([result], inner, make.__name__.strip("_"))))
-    (then_inner, then_result, then_body), (else_inner, else_result, else_body) = bodies
-    choice.set_then_body(then_body)
-    choice.set_else_body(else_body)
-    for source, in_then, in_else in zip(outer, then_inner, else_inner, strict=True):
-        choice.set_input(source, in_then, in_else)
-    return choice.set_output(then_result, else_result).get_node()
 
 
 def best(scores: Output, room: int) -> Node:

@@ -210,6 +210,6 @@ def _by_layer(request: ov.InferRequest, column: int) -> dict[int, np.ndarray]:
     if PRUNED not in found:
         return {}
     parts = {name.removeprefix("ovtq.").partition(".")[0] for name in found}
-    layers = sorted(int(part) for part in parts if part.isdigit())
+    layers = sorted({int(number) for part in parts for number in part.split("-") if number.isdigit()})
     counts = np.array(found[PRUNED].state.data)[..., column]
     return dict(zip(layers, np.split(counts, len(layers), axis=1), strict=True))

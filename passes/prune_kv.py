@@ -10,7 +10,7 @@ import openvino as ov
 from ovtq.attend import Plan
 from ovtq.attend_blocks import Blocks
 from ovtq.attend_branches import Branches
-from ovtq.attend_pruned import KEPT, Evicting, Masking
+from ovtq.attend_pruned import Evicting, Masking, kept_state
 from ovtq.coding import BITS
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packed_attention import PackedAttention, Place
@@ -55,7 +55,9 @@ class PruneKv(QuantizeKv):
     prefix: int = option(4, "first tokens that always stay")
     score: str = option("keydiff", "what tokens are kept for", choices=SCORES)
     mode: str = option("evict", "what becomes of the others", choices=MODES)
-    slack: int = option(AUTO, f"tokens over the budget that are waited for; {AUTO}: {SLACK['cpu']} for a CPU, none for a GPU")
+    slack: int = option(
+        AUTO, f"tokens over the budget that are waited for; {AUTO}: {SLACK['cpu']} for a CPU, none for a GPU"
+    )
     heads: str = option(
         "each", "whether each KV head keeps tokens of its own, or all the same", choices=("each", "shared")
     )
@@ -96,7 +98,9 @@ class PruneKv(QuantizeKv):
     def requires(self, description: ModelDescription) -> None:
         """Refuses what quantize-kv refuses, and a slack for a GPU."""
         if self.target == "gpu" and self.slack > 0:
-            raise self.refuse(f"slack {self.slack}: for a GPU tokens leave one by one; leave it out, or use --target cpu")
+            raise self.refuse(
+                f"slack {self.slack}: for a GPU tokens leave one by one; leave it out, or use --target cpu"
+            )
         super().requires(description)
 
     def _plan(self, model: ov.Model, layers: tuple[AttentionLayer, ...]) -> Plan:
@@ -125,7 +129,7 @@ class PruneKv(QuantizeKv):
         heads = len(layers) * layers[0].kv_heads
         expected: dict[str, tuple[str, list[int]]] = {PRUNED: ("i32", [-1, heads, 2])}
         if self.mode == "evict" and self.target == "gpu":
-            expected |= self._caches(KEPT, heads, rule.room, layers[0].head_dim)
+            expected |= self._caches(kept_state(layers), heads, rule.room, layers[0].head_dim)
             expected[SCORE] = ("i32", [-1, heads, rule.budget, 1])
             expected[POSITION] = ("i32", [-1, heads, rule.room, 1])
         else:
