@@ -131,10 +131,8 @@ def test_what_packed_windows_cost(
 
 @on_lunar_lake
 @pytest.mark.slow
-@pytest.mark.parametrize(("preset", "kernels"), [("exact", EXACT_KERNELS), ("k6v4", K6V4_KERNELS)])
-def test_a_bounded_cache_costs_the_same_at_any_length(
-    preset: str, kernels: int, convert: Callable[..., Path]
-) -> None:
+@pytest.mark.parametrize(("preset", "kernels"), [("exact", 363), ("k6v4", 420)])
+def test_a_bounded_cache_costs_the_same_at_any_length(preset: str, kernels: int, convert: Callable[..., Path]) -> None:
     """What grows with the text is its attention mask: once as i64, and what becomes of it as i32."""
     found = ledger(convert(MINI, "--preset", preset, "--budget", "1024", "--no-verify"))
     assert found["kernels"] <= kernels

@@ -419,16 +419,23 @@ def test_eight_thousand_tokens_take_no_more_bytes_than_promised(convert: Callabl
     assert all((count == 8000 - 256 - (8000 - 32) % 128).all() for count in pruned(runner.request).values())
 
 
-@pytest.mark.parametrize("mode", ["evict", pytest.param("mask", marks=pytest.mark.slow)])
-def test_genai_resets_when_a_history_changes(mode: str, convert: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--target", "cpu", "--slack", "15"],
+        pytest.param(["--target", "cpu", "--slack", "15", "--mode", "mask"], marks=pytest.mark.slow),
+        pytest.param([], marks=pytest.mark.slow),  # the GPU's form
+        pytest.param(["--mode", "mask"], marks=pytest.mark.slow),
+    ],
+)
+def test_genai_resets_when_a_history_changes(options: list[str], convert: Callable[..., Path]) -> None:
     """Tokens that are gone can't be cut from an end: GenAI sees states of fixed shape, resets and prefills again.
 
     The answer to a history that diverged is that of the history from scratch; a text read in one call loses nothing in
     itself, and 40 tokens of answer are pruned after it.
     """
     test_genai = pytest.importorskip("test_genai", reason="needs openvino_genai")
-    flags = ["--preset", "exact", "--target", "cpu", "--budget", "96", "--slack", "15", "--mode", mode]
-    folder = convert(MINI, *flags, "--no-verify")
+    folder = convert(MINI, "--preset", "exact", "--budget", "96", *options, "--no-verify")
     text = test_genai.TEXT
     going, scratch = test_genai.chat(folder, [text[:800], text[3000:3300], "Question: what did Congress say?"])
     assert going == scratch
