@@ -81,9 +81,21 @@ class Evicting(Branches):
     def stores(self) -> list[Node]:
         """The Assigns of all states, once every layer is rewritten."""
         assigns = [*super().stores(), *self.residents.store()]
-        for stack, tokens in zip(self.stacks, zip(*self.leaving, strict=True), strict=True):
-            assigns += stack.store(joined(list(tokens), 1), self.residents.rows)
+        leaving = [joined(list(tokens), 1) for tokens in zip(*self.leaving, strict=True)]
+        done = self._packed([(stack, some) for stack, some in zip(self.stacks, leaving, strict=True) if stack.layout])
+        for stack, some in zip(self.stacks, leaving, strict=True):
+            assigns += stack.store(next(done) if stack.layout else [some], self.residents.rows)
         return assigns
+
+    def _packed(self, some: list[tuple[_Stack, Node | Output]]) -> Iterator[list[Node | Output]]:
+        """Bytes and scales of those that are packed, in one stream of nodes: nodes are what costs, the rows are few."""
+        if not some:
+            return
+        codecs, layouts = zip(*((stack.codec, stack.layout) for stack, _ in some), strict=True)
+        centred, scales = encode(joined([tokens for _, tokens in some], 1), codecs, self.plan.rotation)
+        parts = by_layer(scales, len(some), some[0][0].heads)
+        for tensors in zip(pack(centred, codecs, layouts), parts, strict=True):
+            yield list(tensors)
 
 
 class _Stack:
@@ -98,12 +110,12 @@ class _Stack:
         layout: Layout | None,
     ) -> None:
         self.plan, self.codec, self.layout = plan, codec, layout
-        layer = plan.layers[0]
-        heads, room = len(plan.layers) * layer.kv_heads, plan.pruning.room
+        layer, room = plan.layers[0], plan.pruning.room
+        self.heads = len(plan.layers) * layer.kv_heads
         width, kind = (layout.bytes, np.int8) if layout else (layer.head_dim, np.float32)
-        self.states = [State(description, name, [heads, room, width], np.zeros(1, kind))]
+        self.states = [State(description, name, [self.heads, room, width], np.zeros(1, kind))]
         if layout:
-            self.states.append(State(description, f"{name}.scale", [heads, room, 1], np.zeros(1, np.float32)))
+            self.states.append(State(description, f"{name}.scale", [self.heads, room, 1], np.zeros(1, np.float32)))
 
     def pasts(self) -> list[History]:
         """What each layer reads."""
@@ -111,10 +123,6 @@ class _Stack:
         parts = [by_layer(state.past, len(layers), layers[0].kv_heads) for state in self.states]
         return [History(self.layout, part, part, *scales, *scales) for part, *scales in zip(*parts, strict=True)]
 
-    def store(self, leaving: Node | Output, rows: Node) -> list[Node]:
-        """The Assigns that keep `rows` of these and of `leaving`, (batch, layers·kv_heads, tokens, d)."""
-        tensors = [leaving]
-        if self.codec and self.layout:
-            centred, scales = encode(leaving, [self.codec], self.plan.rotation)
-            tensors = [*pack(centred, [self.codec], [self.layout]), scales]
+    def store(self, tensors: Sequence[Node | Output], rows: Node) -> list[Node]:
+        """The Assigns that keep `rows` of these and of what leaves: tokens as they are, or bytes and scales."""
         return [state.store(new, rows) for state, new in zip(self.states, tensors, strict=True)]

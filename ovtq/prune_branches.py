@@ -190,7 +190,10 @@ class Marked(Counted):
 
 
 def by_layer(tensor: Node, layers: int, kv_heads: int) -> list[Output]:
-    """(batch, layers·kv_heads, …) by layer. Cut, not split: of a Split's outputs the plugin's If reads wrong ones."""
+    """The heads of (batch, layers·kv_heads, …), by layer.
+
+    Cut, not split: of a Split's outputs the plugin's If reads wrong ones.
+    """
     starts = [number * kv_heads for number in range(layers)]
     return [op.slice(tensor, i64([x]), i64([x + kv_heads]), i64([1]), i64([1])).output(0) for x in starts]
 
