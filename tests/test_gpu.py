@@ -70,15 +70,14 @@ def test_a_packed_model_compiles_for_lunar_lake(preset: str, convert: Callable[.
 
 
 @virtual
-@SLOW
 @pytest.mark.parametrize(
     ("options", "caches", "assigns"),
     # windows and residual windows, scores, positions, counts, the sum of keys; evicting: keys, values and their scales
     [
-        (["exact"], [], 8),
         (["k6v4"], [], 10),
-        (["exact", "--mode", "mask"], ["f16"] * 2 * 3, 5),
-        (["k6v4", "--mode", "mask"], ["i8", "f16"] * 2 * 3, 5),
+        pytest.param(["exact"], [], 8, marks=SLOW),
+        pytest.param(["exact", "--mode", "mask"], ["f16"] * 2 * 3, 5, marks=SLOW),
+        pytest.param(["k6v4", "--mode", "mask"], ["i8", "f16"] * 2 * 3, 5, marks=SLOW),
     ],
 )
 def test_a_pruned_model_compiles_for_lunar_lake(
