@@ -135,7 +135,9 @@ class Marked(Counted):
         # After reset_state the CPU plugin goes on to read this one with its old rows: the last ones are those meant
         start = op.subtract(i64([-1]), columns.past)
         past = op.slice(op.concat([ahead, held.past], 2), start, i64([ALL]), i64([1]), i64([2]))
-        self.past = op.reshape(past, i64([0, self.heads, -1]), True)  # (batch, heads, 1 + past)
+        past = op.reshape(past, i64([0, self.heads, -1]), True)
+        # (batch, heads, 1 + past), the first of an old row none
+        self.past = op.select(op.less(self._numbers(columns.past), i64([0])), i32(EMPTY), past)
         older = op.subtract(columns.past, i64([pruning.window]))
         readable = op.select(op.less(self._numbers(columns.past), older), self.past, i32(EMPTY))
         # EMPTY for tokens of this call, too. Selected last: an If reads a slice of something else in the wrong place
@@ -161,8 +163,15 @@ class Marked(Counted):
         arrived = op.reshape(self.arrived, i64([0, self.heads, -1]), True)
         every = op.concat([self.past, arrived], 2)
         rivals = op.select(op.less(self._numbers(columns.total), later), every, i32(EMPTY))
-        # (batch, heads, 1 + past + new), 1 where a token is pruned now
-        gone = either(self.is_prefill, [rivals], beyond=self._beyond, worst=self._worst)
+        # (batch, heads, 1 + past + new), 1 where a token is pruned now. From one branch two of them, so that the shape
+        # changes with the branch, as for residents: after a reset a text may be as long as the last one was.
+        found = either(
+            self.is_prefill,
+            [rivals],
+            beyond=lambda x: op.concat([op.unsqueeze(self._beyond(x), i64([0]))] * 2, 0),
+            worst=lambda x: op.unsqueeze(self._worst(x), i64([0])),
+        )
+        gone = op.gather(found, i64(0), i64(0))
         kept = op.select(op.equal(gone, i32(0)), every, i32(DROPPED))
         # By a Gather: an Assign that a Slice feeds corrupts other tensors on the CPU plugin
         rows = op.range(i64(1), scalar(op.add(columns.total, i64([1]))), i64(1), "i64")

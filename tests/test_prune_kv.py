@@ -34,6 +34,7 @@ SMALL = {"budget": 48, "recent_window": 16, "slack": 7, "target": "cpu"}
 SCHEDULES = {
     "one by one": [Call(40), *[Call(1)] * 40],
     "chunks": [Call(30), Call(31), Call(1), Call(64), Call(129), Call(1), Call(1)],
+    "after a reset": [Call(70), Call(1), Call(102, reset=True), Call(1), Call(53, reset=True), Call(1)],
     "padding": [Call(44, 3, pad=11), *[Call(1, 3)] * 12, Call(39, 3), Call(1, 3)],
     "beams": [Call(60), Call(1, 4, beams=(0, 0, 0, 0)), *[Call(1, 4, beams=(1, 1, 3, 0))] * 9, Call(9, 4)],
 }
@@ -61,7 +62,7 @@ FORMS |= {
 }
 WHOLE = ("evict", "gpu, evict")  # in every schedule
 QUICK = {(form, "chunks") for form in ("evict, K6V4", "mask", "zero", "gpu, mask, K6V4", "gpu, zero")}
-QUICK |= {("gpu, evict, K6V4", "padding")}
+QUICK |= {("gpu, evict, K6V4", "padding"), ("gpu, mask", "after a reset")}
 
 
 class Checked:
@@ -79,6 +80,9 @@ class Checked:
         self.check.reset()
         self.check.largest = 0.0
         for call in calls:
+            if call.reset:
+                self.runner.reset()
+                self.check.reset()
             ids = random.randint(0, 256, (call.batch, call.tokens)).astype(np.int64)
             shown = np.ones(ids.shape, np.int64)
             shown[1:, : call.pad] = 0
