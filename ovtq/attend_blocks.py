@@ -51,9 +51,7 @@ class Blocks:
         self.survivors, self.stay = None, self.older
         if plan.pruning:
             span = tuple(op.subtract(row, i64([1])) for row in (self.leave, self.left))
-            self.survivors = Survivors(
-                description, self.beams, plan.layers, plan.pruning, columns, self.older, later, rows, span
-            )
+            self.survivors = Survivors(self.beams, plan.layers, plan.pruning, columns, self.older, later, rows, span)
             self.stay = self.survivors.stay
 
         trips = op.divide(op.subtract(columns.new, i64([1])), i64([BLOCK]))

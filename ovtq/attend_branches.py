@@ -9,6 +9,8 @@ heads that share a KV head into rows, and reads what was looked up as it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +28,10 @@ from ovtq.ring import Ring
 
 
 class _Read(NamedTuple):
-    """What a branch reads: the queries, looked-up keys and values, recent tokens of both, the masks of either."""
+    """What a branch reads: the queries, looked-up keys and values, recent tokens of both, the masks of either.
+
+    `far` is (batch, 1 or kv_heads, 1, rows of the history).
+    """
 
     queries: Output
     keys: Output
@@ -44,28 +49,42 @@ class Branches:
     def __init__(self, description: ModelDescription, plan: Plan, name: str) -> None:
         self.description, self.plan = description, plan
         self.columns = columns = Columns(description, plan.window)
-        older = op.maximum(op.subtract(columns.past, i64([plan.window])), i64([0]))
-        self.far_mask = columns.far_mask(older, columns.total)
+        self.older = older = op.maximum(op.subtract(columns.past, i64([plan.window])), i64([0]))
         self.near_mask = columns.near_mask(columns.near(older), columns.recent, i64([0]), columns.new)
         self.is_prefill = op.not_equal(columns.new, i64([1])).output(0)
         # A window of none still has the sink's row, and a state that tells GenAI not to cut the others.
         self.beams = Beams(description, "gpu")
         self.ring = Ring(description, name, plan.layers, plan.window, self.beams, plan.sink_rows)
         self.parts, self.news, self.assigns = iter(self.ring.parts), [], []
+        self.far_masks = self._far_masks()
+
+    def _far_masks(self) -> Iterator[Output]:
+        """What is added to the scores of the history, of the layers in turn."""
+        return repeat(self.columns.far_mask(self.older, self.columns.total).output(0))
+
+    def _history(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
+        """Keys and values of the history, looked up; `recent` are the sink's row, recent tokens and the new ones."""
+        store = Store(self.beams, self.plan, layer)
+        store.append(store.packed(new))
+        self.assigns += [state.assign() for state in store.held]
+        return self._dense(store.keys), self._dense(store.values)
+
+    def _dense(self, history: History) -> Output:
+        """What was looked up; what is not packed times 1, for of a cache with room behind it an If reads wrong rows."""
+        if history.scales:
+            return looked_up(history.layout, history.codes.appended, history.scales.appended)
+        shown = op.unsqueeze(op.greater(self.columns.shown, i64([0])), i64([1, 3]))
+        return op.multiply(history.codes.appended, op.select(shown, f32(1), f32(0))).output(0)
 
     def attend(self, layer: AttentionLayer, queries: Output, new: Node) -> Node:
         """The context, (batch, query_heads, new, d), of the layers in turn; `new` is (batch, 2·kv_heads, new, d)."""
-        store = Store(self.beams, self.plan, layer)
-        store.append(store.packed(new))
         recent = op.concat([next(self.parts), new], 2)  # first the sink's row
         self.news.append(new)
-        self.assigns += [state.assign() for state in store.held]
         outer = _Read(
             queries,
-            _looked_up(store.keys),
-            _looked_up(store.values),
+            *self._history(layer, new, recent),
             recent.output(0),  # whole: of a Split's outputs the plugin's If reads the wrong half
-            self.far_mask.output(0),
+            next(self.far_masks),
             self.near_mask.output(0),
         )
         (context,) = either(
@@ -115,8 +134,15 @@ class Branches:
         values = op.concat([value_rows, _out_of(values, value_layout, rotation)], 2)
         near = op.slice(op.squeeze(near, i64([1])), i64([1]), i64([ALL]), i64([1]), i64([3]))
         near = op.pad(near, i64([0, 0, 0, 1]), i64([0, 0, 0, 0]), "constant", op.constant(MASKED))
-        shape = op.concat([dim(far, 0), i64([1]), dim(queries, 2), dim(far, 3)], 0)
-        mask = op.concat([near, op.broadcast(far, shape)], 3)
+        masks = [near, far]
+        if far.get_partial_shape()[1] != 1:  # each KV head has its own
+            spread = op.broadcast(
+                op.unsqueeze(far, i64([2])), i64([1, 1, layer.group, 1, 1]), broadcast_spec="BIDIRECTIONAL"
+            )
+            far = op.reshape(spread, i64([0, heads, 1, -1]), True)
+            masks = [op.broadcast(near, i64([1, heads, 1, 1]), broadcast_spec="BIDIRECTIONAL"), far]
+        shape = op.concat([dim(far, 0), dim(masks[0], 1), dim(queries, 2), dim(far, 3)], 0)
+        mask = op.concat([masks[0], op.broadcast(far, shape)], 3)
         inputs = [queries, _spread(keys, layer), _spread(values, layer), mask, f32(np.array([1.0]))]
         if layer.sinks is not None:
             inputs.append(f32(layer.sinks.reshape(1, heads, 1, 1)))
@@ -125,10 +151,11 @@ class Branches:
         return NodeFactory("opset13").create("ScaledDotProductAttention", ports, {"causal": False})
 
 
-def _looked_up(history: History) -> Output:
-    if history.layout is None:
-        return history.codes.appended
-    return look_up(history.codes.appended, history.layout, history.scales.appended).output(0)
+def looked_up(layout: Layout | None, tokens: Output, scales: Output | None = None) -> Output:
+    """Of a history (batch, kv_heads, tokens, ·), what attention reads: (batch, kv_heads, tokens, features)."""
+    if layout is None or scales is None:
+        return tokens
+    return look_up(tokens, layout, scales).output(0)
 
 
 def _into(rows: Node, layout: Layout | None, rotation: np.ndarray) -> Node:

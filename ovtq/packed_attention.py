@@ -71,6 +71,10 @@ class PackedAttention:
         """Which token each of the `rows` first rows of the states is, to be broadcast to (batch, kv_heads, rows)."""
         return np.arange(rows)[None, None]
 
+    def rows(self, past: int, length: int) -> int:
+        """How many of the `length` rows of its states, the last ones, hold tokens after `past` of them."""
+        return min(past, length) if self.reach else length
+
     def found(self, states: Mapping[str, np.ndarray]) -> None:
         """Be told the states that the graph's next call finds; {} if they are not to be had."""
 

@@ -96,8 +96,8 @@ def _as_stored(
     codes, scale = codec.encode(y)
     bytes_, scales = layer.places[which].read(states)
     # a state that grows holds the first tokens, one of fixed length the last, behind rows that are not tokens yet
-    end = past if layer.window else bytes_.shape[2]
-    count = min(end, bytes_.shape[2])
+    count = packed.rows(past, bytes_.shape[2])
+    end = past if layer.window else count
     rows = slice(bytes_.shape[2] - count, None)
     span = (end - count + packed.columns(states, count))[..., None]  # which token a row is
     some, some_scales = (np.take_along_axis(tensor, span, 2) for tensor in (codes, scale))

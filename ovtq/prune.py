@@ -19,7 +19,7 @@ from ovtq.attend import ALL, Columns, Held
 from ovtq.beams import Beams
 from ovtq.graph import MASKED, body, dim, f32, i32, i64, new_variable, scalar
 from ovtq.models.attention import projected
-from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.models.description import AttentionLayer
 from ovtq.pruning import (
     DIGIT,
     DIGITS,
@@ -39,68 +39,30 @@ from ovtq.ring import State
 
 TURNS = 26  # halvings of −2²³ … 2²³ to 1, and some; both plugins divide whole numbers as f32
 KEY_SUM = "ovtq.key_sum"
+WHOLE = 64  # in which the larger part of a sum of keys is counted: 2,048 of them an f16 still tells apart
 
 
-class Survivors:
-    """The nodes of all layers; (batch, heads, …) with the KV heads of all layers one after the other.
-
-    `older` tokens have left the recent rows before this call, `later` after it; `span` are the rows, the first and the
-    one after the last, of the recent and new tokens that leave them. `stay` is how many rows the history has, `masks`
-    what each layer's scores of it are added to (and multiplied by).
-    """
+class Scores:
+    """Scores of a call's own tokens; (batch, heads, …) with the KV heads of all layers one after the other."""
 
     def __init__(
         self,
-        description: ModelDescription,
         beams: Beams,
         layers: Sequence[AttentionLayer],
         pruning: Pruning,
         columns: Columns,
-        older: Node,
-        later: Node,
-        rows: int,
-        span: tuple[Node, Node],
     ) -> None:
-        self.description, self.beams, self.layers = description, beams, layers
-        self.pruning, self.columns = pruning, columns
-        self.older, self.later, self.span = older, later, span
+        self.beams, self.layers, self.pruning, self.columns = beams, layers, pruning, columns
         self.count, self.kv_heads = len(layers), layers[0].kv_heads
         self.heads = self.count * self.kv_heads
-        kept = op.add(i64(range(rows)), columns.new)
-        start = np.full(1, EMPTY, np.int32)
-        self.recent = State(beams, f"{SCORE}.recent", [self.heads, rows, 1], start, kept)
         self.states: list[Node] = []  # Assigns of what the score itself remembers
         self.arrived = self._arriving()
-        leaving = op.slice(op.concat([self.recent.past, self.arrived], 2), *span, i64([1]), i64([2]))
-        self.scores = Held(beams, SCORE, self.heads, 1, ov.Type.i32)
-        self.scores.append(leaving)
-        if not self.evicts:
-            # After reset_state the CPU plugin goes on to read this one with its old rows: those that should be are cut
-            past = op.slice(self.scores.past, i64([0]), older, i64([1]), i64([2]))
-            self.scores.past, self.scores.appended = past.output(0), op.concat([past, leaving], 2).output(0)
-        self.stay = op.minimum(older, i64([pruning.room])) if self.evicts else older
-        self.masks = self._masks()
-
-    @property
-    def evicts(self) -> bool:
-        """Whether tokens leave the states."""
-        return self.pruning.mode == "evict"
-
-    @property
-    def stored(self) -> dict[str, int]:
-        """How many rows the growing states have at most, if there is such a number."""
-        return {"most": self.pruning.room} if self.evicts else {}
-
-    # -------------------------------------------------------------------------------------------------- scores
 
     def _arriving(self) -> Node:
         """Scores of the new tokens, (batch, heads, new, 1), padding and the prefix marked."""
         columns, pruning = self.columns, self.pruning
-        before, new = (
-            op.convert(op.slice(columns.shown, *ends, i64([1]), i64([1])), "i32")
-            for ends in ((i64([0]), columns.past), (columns.past, i64([ALL])))
-        )
-        shown = op.minimum(new, i32(1))
+        every = op.minimum(op.convert(columns.shown, "i32"), i32(1))
+        shown = op.slice(every, columns.past, i64([ALL]), i64([1]), i64([1]))
         self.shown = op.unsqueeze(op.unsqueeze(shown, i64([1])), i64([3]))  # (batch, 1, new, 1) i32
         score = self._raw()  # f32
         if pruning.shared and self.kv_heads > 1:
@@ -117,10 +79,10 @@ class Survivors:
             part = op.floor(score)
             whole = op.add(op.multiply(whole, i32(DIGIT)), op.convert(part, "i32"))
         score = whole
-        ahead = op.reduce_sum(op.minimum(before, i32(1)), i64([1]), True)
-        self.ahead = op.add(ahead, op.reduce_sum(shown, i64([1]), True))  # (batch, 1): all that are no padding
+        self.ahead = op.reduce_sum(every, i64([1]), True)  # (batch, 1): all that are no padding
         if pruning.prefix:
-            rank = op.add(op.cum_sum(shown, i64(1)), ahead)
+            before = op.subtract(self.ahead, op.reduce_sum(shown, i64([1]), True))
+            rank = op.add(op.cum_sum(shown, i64(1)), before)
             rank = op.unsqueeze(op.unsqueeze(rank, i64([1])), i64([3]))
             score = op.select(op.less_equal(rank, i32(pruning.prefix)), i32(FIRST), score)
         return op.select(op.equal(self.shown, i32(0)), i32(PADDED), score)
@@ -162,17 +124,68 @@ class Survivors:
         return op.multiply(op.broadcast(f32(1), shape), op.unsqueeze(op.unsqueeze(picked, i64([0])), i64([3])))
 
     def _keydiff(self, keys: Node) -> Node:
-        d = self.layers[0].head_dim
+        """The sum of all keys is kept as how often it holds WHOLE, and the rest.
+
+        In one f16, which a GPU makes of it, what a token adds would be lost after some hundred of them. The angle is to
+        the sum over WHOLE, which does not overflow.
+        """
+        d, part = self.layers[0].head_dim, f32(1 / WHOLE)
         unit = op.divide(keys, op.maximum(op.reduce_l2(keys, i64([3]), True), f32(1e-12)))
-        last = op.subtract(self.columns.new, i64([1]))
-        state = State(self.beams, KEY_SUM, [self.heads, 1, d], np.zeros(1, np.float32), last)
+        state = State(self.beams, KEY_SUM, [self.heads, 2, d], np.zeros(1, np.float32))
+        whole, rest = (op.slice(state.past, i64([k]), i64([k + 1]), i64([1]), i64([2])) for k in (0, 1))
         counted = op.multiply(unit, op.convert(self.shown, "f32"))
-        total = op.add(op.cum_sum(counted, i64(2)), state.past)
-        self.states.append(op.assign(op.gather(total, last, i64(2)), state.variable))
+        total = op.add(op.multiply(op.add(op.cum_sum(counted, i64(2)), rest), part), whole)
+        rest = op.add(rest, op.reduce_sum(counted, i64([2]), True))
+        carry = op.floor(op.multiply(rest, part))
+        parts = [op.add(whole, carry), op.subtract(rest, op.multiply(carry, f32(WHOLE)))]
+        self.states.append(op.assign(op.concat(parts, 2), state.variable))
         length = op.maximum(op.reduce_l2(total, i64([3]), True), f32(1e-12))
         return op.negative(op.divide(op.reduce_sum(op.multiply(unit, total), i64([3]), True), length))
 
-    # -------------------------------------------------------------------------------------------------- history
+
+class Survivors(Scores):
+    """The nodes of all layers; (batch, heads, …) with the KV heads of all layers one after the other.
+
+    `older` tokens have left the recent rows before this call, `later` after it; `span` are the rows, the first and the
+    one after the last, of the recent and new tokens that leave them. `stay` is how many rows the history has, `masks`
+    what each layer's scores of it are added to (and multiplied by).
+    """
+
+    def __init__(
+        self,
+        beams: Beams,
+        layers: Sequence[AttentionLayer],
+        pruning: Pruning,
+        columns: Columns,
+        older: Node,
+        later: Node,
+        rows: int,
+        span: tuple[Node, Node],
+    ) -> None:
+        super().__init__(beams, layers, pruning, columns)
+        self.older, self.later = older, later
+        kept = op.add(i64(range(rows)), columns.new)
+        start = np.full(1, EMPTY, np.int32)
+        self.recent = State(beams, f"{SCORE}.recent", [self.heads, rows, 1], start, kept)
+        leaving = op.slice(op.concat([self.recent.past, self.arrived], 2), *span, i64([1]), i64([2]))
+        self.scores = Held(beams, SCORE, self.heads, 1, ov.Type.i32)
+        self.scores.append(leaving)
+        if not self.evicts:
+            # After reset_state the CPU plugin goes on to read this one with its old rows: those that should be are cut
+            past = op.slice(self.scores.past, i64([0]), older, i64([1]), i64([2]))
+            self.scores.past, self.scores.appended = past.output(0), op.concat([past, leaving], 2).output(0)
+        self.stay = op.minimum(older, i64([pruning.room])) if self.evicts else older
+        self.masks = self._masks()
+
+    @property
+    def evicts(self) -> bool:
+        """Whether tokens leave the states."""
+        return self.pruning.mode == "evict"
+
+    @property
+    def stored(self) -> dict[str, int]:
+        """How many rows the growing states have at most, if there is such a number."""
+        return {"most": self.pruning.room} if self.evicts else {}
 
     def _masks(self) -> list[list[Output]]:
         scores = op.reshape(self.scores.past, i64([0, 0, 1, -1]), True)  # (batch, heads, 1, rows)
@@ -188,7 +201,7 @@ class Survivors:
 
     def store(self) -> tuple[list[Output | None], list[Node]]:
         """Which rows of each layer's history stay (None: all), and the Assigns of the states made here."""
-        description, heads, room = self.description, self.heads, self.pruning.room
+        heads, room = self.heads, self.pruning.room
         scores = self.scores.appended  # (batch, heads, rows, 1)
         rows = dim(scores, 2)
         leaving = op.subtract(self.later, self.older)
@@ -198,7 +211,7 @@ class Survivors:
         count = op.squeeze(op.reduce_sum(op.convert(gone, "i32"), i64([2]), True), i64([3]))
         variable = new_variable(PRUNED, [-1, heads, 2], ov.Type.i32)
         zero = op.broadcast(i32(0), op.concat([self.columns.batch, i64([heads, 2])], 0))
-        past = op.gather(op.read_value(zero, variable), description.beam_idx, i64(0))
+        past = op.gather(op.read_value(zero, variable), self.beams.index, i64(0))
         total = op.add(op.slice(past, i64([0]), i64([1]), i64([1]), i64([2])), count)
         counts = op.concat([total, op.subtract(op.unsqueeze(self.ahead, i64([2])), total)], 2)
         assigns = [*self.states, op.assign(counts, variable), self.recent.store(self.arrived)]

@@ -152,8 +152,13 @@ class PrunedAttention(PackedAttention):
     def columns(self, states: Mapping[str, np.ndarray], rows: int) -> np.ndarray:
         """Which token each row of the states is, (batch, kv_heads, rows)."""
         if self.pruning.mode == "evict":
-            return states[POSITION][:, self.heads, :, 0].astype(np.int64)
+            numbers = states[POSITION][:, self.heads, :, 0].astype(np.int64)
+            return numbers[:, :, numbers.shape[2] - rows :]
         return super().columns(states, rows)
+
+    def rows(self, past: int, length: int) -> int:
+        """With states of fixed length, those before are empty yet."""
+        return min(self.older(past), self.room) if self.pruning.mode == "evict" else length
 
     @property
     def room(self) -> int:
@@ -194,9 +199,9 @@ class PrunedAttention(PackedAttention):
             return None
         chosen = np.zeros(shape, bool)
         if self.pruning.mode == "evict":
-            np.put_along_axis(chosen, self.columns(self.seen, 0), True, axis=2)
+            np.put_along_axis(chosen, self.columns(self.seen, min(shape[2], self.room)), True, axis=2)
         else:
-            chosen[:] = self.seen[SCORE][:, self.heads, :, 0] > DROPPED
+            chosen[:] = self.seen[SCORE][:, self.heads, : shape[2], 0] > DROPPED
         return chosen
 
     def forget(
@@ -247,6 +252,6 @@ def _by_layer(request: ov.InferRequest, column: int) -> dict[int, np.ndarray]:
     if PRUNED not in found:
         return {}
     parts = {name.removeprefix("ovtq.").partition(".")[0] for name in found}
-    layers = sorted(int(part) for part in parts if part.isdigit())
+    layers = sorted({int(number) for part in parts for number in part.split("-") if number.isdigit()})
     counts = np.array(found[PRUNED].state.data)[..., column]
     return dict(zip(layers, np.split(counts, len(layers), axis=1), strict=True))

@@ -26,7 +26,9 @@ ALL = 2**31 - 1
 class State:
     """(batch, heads, length, width), `start` before the text begins; `kept` are the rows of it and of what is new."""
 
-    def __init__(self, beams: Beams, name: str, shape: Sequence[int], start: np.ndarray, kept: Node) -> None:
+    def __init__(
+        self, beams: Beams, name: str, shape: Sequence[int], start: np.ndarray, kept: Node | None = None
+    ) -> None:
         self.kept = kept
         # Written in another type than the state's, it would be converted in every step
         self.mark = precise if beams.target == "cpu" else lambda node: node
@@ -34,10 +36,14 @@ class State:
         first = op.broadcast(op.constant(start), op.concat([beams.batch, i64(shape)], 0))
         self.past = beams.in_order(op.read_value(first, self.variable))
 
-    def store(self, new: Node | Output) -> Node:
-        """The Assign that keeps the last rows; `new` is (batch, heads, tokens, width)."""
-        rows = self.mark(op.concat([self.past, new], 2))
-        return op.assign(self.mark(op.gather(rows, self.kept, i64(2))), self.variable)
+    def store(self, new: Node | Output, rows: Node | None = None) -> Node:
+        """The Assign that keeps the last rows; `new` is (batch, heads, tokens, width).
+
+        With `rows`, (batch, heads, length), it keeps these of each head instead.
+        """
+        every = self.mark(op.concat([self.past, new], 2))
+        kept = op.gather(every, self.kept, i64(2)) if rows is None else op.gather(every, rows, i64(2), 2)
+        return op.assign(self.mark(kept), self.variable)
 
 
 class Ring:

@@ -13,14 +13,18 @@ from ovtq import triattention
 from ovtq.attend import Plan
 from ovtq.attend_blocks import Blocks
 from ovtq.attend_branches import Branches
+from ovtq.attend_pruned import Evicting, Masking, kept_state
 from ovtq.coding import BITS
 from ovtq.errors import InputError
 from ovtq.models.attention import projected
 from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.packed_attention import PackedAttention
+from ovtq.packed_attention import PackedAttention, Place
 from ovtq.passes.base import Rewrite, option
 from ovtq.passes.quantize_kv import QuantizeKv
 from ovtq.pruning import MODES, POSITION, PRUNED, SCORE, SCORES, PrunedAttention, Pruning
+
+AUTO = -1  # as a slack
+SLACK = {"gpu": 0, "cpu": 127}
 
 
 @dataclass(frozen=True)
@@ -39,8 +43,9 @@ class PruneKv(QuantizeKv):
     With `k-bits` and `v-bits` the tokens kept are packed as by quantize-kv, whose options these are; its residual
     window, if longer, takes the place of the recent window. Bytes move as they are, nothing is quantised again.
 
-    Its form is that of quantize-kv for a CPU. The GPU plugin compiles that, but does not run it: with an empty history
-    it fails or crashes. So the target gpu is refused, and what quantize-kv refuses.
+    For a CPU its form is that of quantize-kv, and tokens leave `slack` + 1 at a time. For a GPU they leave one by one:
+    what is kept lies in states of one fixed length, which every step copies, or, masked, in a history appended in
+    place. Refuses a slack for a GPU, and what quantize-kv refuses.
     Source: Devoto et al. (arXiv 2406.11430) for norm-low; KeyDiff (arXiv 2504.15364); TriAttention (arXiv 2604.04921),
     which needs statistics of the model's queries, the file triattention.npz in its folder or `stats`.
     """
@@ -56,11 +61,13 @@ class PruneKv(QuantizeKv):
     prefix: int = option(4, "first tokens that always stay")
     score: str = option("keydiff", "what tokens are kept for", choices=SCORES)
     mode: str = option("evict", "what becomes of the others", choices=MODES)
-    slack: int = option(127, "tokens over the budget that are waited for")
+    slack: int = option(
+        AUTO, f"tokens over the budget that are waited for; {AUTO}: {SLACK['cpu']} for a CPU, none for a GPU"
+    )
     heads: str = option(
         "each", "whether each KV head keeps tokens of its own, or all the same", choices=("each", "shared")
     )
-    target: str = option("cpu", "whose plugin the graph is made for; gpu is refused", choices=("gpu", "cpu"))
+    target: str = option("gpu", "whose plugin the graph is made for", choices=("gpu", "cpu"))
     score_seed: int = option(0, "of random scores")
     stats: str = option("", "file of tools/calibrate_triattention.py; without: triattention.npz in the model's folder")
 
@@ -69,9 +76,11 @@ class PruneKv(QuantizeKv):
             super().__post_init__()
         elif self.residual_window or self.centre != "none":
             raise ValueError("residual-window and centre are options of packed caches; give k-bits or v-bits")
-        for what, value in (("recent-window", self.recent_window), ("slack", self.slack), ("prefix", self.prefix)):
-            if not 0 <= value <= 4096:
-                raise ValueError(f"{what} must be from 0 to 4096, got {value}")
+        for what, value, least in (
+            ("recent-window", self.recent_window, 0), ("slack", self.slack, AUTO), ("prefix", self.prefix, 0),
+        ):  # fmt: skip
+            if not least <= value <= 4096:
+                raise ValueError(f"{what} must be from {least} to 4096, got {value}")
         if not self.window + self.prefix < self.budget <= 2**20:
             raise ValueError(
                 f"budget must be from {self.window + self.prefix + 1} (the recent window, {self.window}, the prefix, "
@@ -91,8 +100,9 @@ class PruneKv(QuantizeKv):
     def pruning(self) -> Pruning:
         """The rule in the terms of its numpy definition."""
         return Pruning(
-            self.budget, self.window, self.prefix, self.score, self.mode, self.heads == "shared", self.slack + 1,
-            self.score_seed, triattention.load(Path(self.stats)) if self.stats else None,
+            self.budget, self.window, self.prefix, self.score, self.mode, self.heads == "shared",
+            (SLACK[self.target] if self.slack == AUTO else self.slack) + 1, self.score_seed,
+            triattention.load(Path(self.stats)) if self.stats else None,
         )  # fmt: skip
 
     @property
@@ -118,10 +128,10 @@ class PruneKv(QuantizeKv):
             shutil.copyfile(self.stats, folder / triattention.NAME)
 
     def requires(self, description: ModelDescription) -> None:
-        """Refuses what quantize-kv refuses, and the GPU."""
-        if self.target != "cpu":
+        """Refuses what quantize-kv refuses, and a slack for a GPU."""
+        if self.target == "gpu" and self.slack > 0:
             raise self.refuse(
-                "it makes a graph for the CPU plugin only, which the GPU plugin can't run; use --target cpu"
+                f"slack {self.slack}: for a GPU tokens leave one by one; leave it out, or use --target cpu"
             )
         super().requires(description)
         if self.score == "triattention" and not self.stats:
@@ -146,7 +156,12 @@ class PruneKv(QuantizeKv):
         return Plan(how.key, how.value, how.rotation, layers, how.centres, self.window, self.pruning)
 
     def _form(self, description: ModelDescription, plan: Plan, name: str) -> Blocks | Branches:
-        return Blocks(description, plan, name)
+        if self.target == "cpu":
+            return Blocks(description, plan, name)
+        return (Evicting if self.mode == "evict" else Masking)(description, plan, name)
+
+    def _places(self, form: Blocks | Branches, layer: AttentionLayer) -> tuple[Place, ...]:
+        return form.places(layer) if isinstance(form, Evicting) else super()._places(form, layer)
 
     def _definition(self, plan: Plan, form: Blocks | Branches, layer: AttentionLayer) -> PackedAttention:
         held = super()._definition(plan, form, layer)
@@ -158,16 +173,19 @@ class PruneKv(QuantizeKv):
         )  # fmt: skip
 
     def ensures(self, rewrite: Rewrite) -> None:
-        """The states of quantize-kv, and those that all layers share: scores, how many went, which ones stay."""
-        super().ensures(rewrite)
-        layers = self.chosen(rewrite.description)
+        """The states of keys and values, and those that all layers share: scores, how many went, which ones stay."""
+        layers, rule = self.chosen(rewrite.description), self.pruning
         heads = len(layers) * layers[0].kv_heads
-        rows = self.window + self.slack
-        expected = {
-            SCORE: ("i32", [-1, heads, -1, 1]),
-            f"{SCORE}.recent": ("i32", [-1, heads, rows, 1]),
-            PRUNED: ("i32", [-1, heads, 2]),
-        }
-        if self.mode == "evict":
-            expected[POSITION] = ("i32", [-1, heads, -1, 1])
+        expected: dict[str, tuple[str, list[int]]] = {PRUNED: ("i32", [-1, heads, 2])}
+        if self.mode == "evict" and self.target == "gpu":
+            expected |= self._caches(kept_state(layers), heads, rule.room, layers[0].head_dim)
+            expected[SCORE] = ("i32", [-1, heads, rule.budget, 1])
+            expected[POSITION] = ("i32", [-1, heads, rule.room, 1])
+        else:
+            super().ensures(rewrite)
+            expected[SCORE] = ("i32", [-1, heads, -1, 1])
+            if self.target == "cpu":
+                expected[f"{SCORE}.recent"] = ("i32", [-1, heads, rule.window + rule.flush - 1, 1])
+            if self.mode == "evict":
+                expected[POSITION] = ("i32", [-1, heads, -1, 1])
         self.expect(rewrite.model, expected)

@@ -130,6 +130,9 @@ class QuantizeKv(Pass):
         codecs = plan.key, plan.value
         return PackedAttention(codecs, plan.rotation, centre, sinks, layer.scale, plan.window, form.flush)
 
+    def _places(self, form: Blocks | Branches, layer: AttentionLayer) -> tuple[Place, ...]:
+        return tuple(Place(f"ovtq.{layer.index}.{what}") for what in ("key", "value"))
+
     @property
     def bits(self) -> tuple[str, str]:
         """Of keys and values."""
@@ -163,21 +166,26 @@ class QuantizeKv(Pass):
             key_path=None,
             value_path=None,
             packed=self._definition(plan, form, layer),
-            places=tuple(Place(f"ovtq.{layer.index}.{what}") for what in ("key", "value")),
+            places=self._places(form, layer),
         )
 
     def ensures(self, rewrite: Rewrite) -> None:
         """Every layer has a state of packed bytes and one of scales for K and for V, as wide as promised."""
         layers = self.chosen(rewrite.description)
-        H, d = layers[0].kv_heads, layers[0].head_dim
         expected: dict[str, tuple[str, list[int]]] = {}
         for layer in layers:
-            for what, bits in zip(("key", "value"), self.bits, strict=True):
-                width, kind = (d, "f32") if bits == "none" else (packed_bytes(int(bits), d), "i8")
-                expected[f"ovtq.{layer.index}.{what}"] = (kind, [-1, H, -1, width])
-                if bits != "none":
-                    expected[f"ovtq.{layer.index}.{what}.scale"] = ("f32", [-1, H, -1, 1])
+            expected |= self._caches(f"ovtq.{layer.index}", layer.kv_heads, -1, layer.head_dim)
         self.expect(rewrite.model, expected)
+
+    def _caches(self, name: str, heads: int, rows: int, head_dim: int) -> dict[str, tuple[str, list[int]]]:
+        """The states of keys and values and of their scales: types and shapes."""
+        found: dict[str, tuple[str, list[int]]] = {}
+        for what, bits in zip(("key", "value"), self.bits, strict=True):
+            width, kind = (head_dim, "f32") if bits == "none" else (packed_bytes(int(bits), head_dim), "i8")
+            found[f"{name}.{what}"] = (kind, [-1, heads, rows, width])
+            if bits != "none":
+                found[f"{name}.{what}.scale"] = ("f32", [-1, heads, rows, 1])
+        return found
 
 
 def _shape(layer: AttentionLayer) -> tuple[int, int, int]:

@@ -12,12 +12,13 @@ from conftest import TINY, load
 
 from ovtq.dump import dump
 from ovtq.graph import Port, consumers
-from ovtq.passes import PASSES, Pass, TruncateWindow
+from ovtq.passes import PASSES, Pass, PruneKv, TruncateWindow
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
 
 SUBJECTS: dict[str, Pass] = {name: cls() for name, cls in PASSES.items()}
+SUBJECTS["prune-kv-cpu"] = PruneKv(target="cpu")
 SUBJECTS["truncate-window-packed"] = TruncateWindow(k_bits="6", v_bits="4")
 
 

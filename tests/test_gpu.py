@@ -18,6 +18,8 @@ from ovtq.runner import EXACT_PROPERTIES
 PROMPT = "The President of the United States said that"
 STEPS = "40,1,1,7,1,23,1"  # past the tiny model's window of 16 at once, one by one, and in chunks
 
+PRUNED = ["--budget", "48", "--recent-window", "16"]
+
 pytestmark = pytest.mark.gpu
 SLOW = pytest.mark.slow
 emulated, virtual = needs("emulated"), needs("virtual")
@@ -68,6 +70,28 @@ def test_a_packed_model_compiles_for_lunar_lake(preset: str, convert: Callable[.
 
 
 @virtual
+@pytest.mark.parametrize(
+    ("options", "caches", "assigns"),
+    # windows and residual windows, scores, positions, counts, the sum of keys; evicting: keys, values and their scales
+    [
+        (["k6v4"], [], 10),
+        pytest.param(["exact"], [], 8, marks=SLOW),
+        pytest.param(["exact", "--mode", "mask"], ["f16"] * 2 * 3, 5, marks=SLOW),
+        pytest.param(["k6v4", "--mode", "mask"], ["i8", "f16"] * 2 * 3, 5, marks=SLOW),
+    ],
+)
+def test_a_pruned_model_compiles_for_lunar_lake(
+    options: list[str], caches: list[str], assigns: int, convert: Callable[..., Path]
+) -> None:
+    """What is evicted from has a fixed length and is no cache of the plugin's; what is masked is appended in place."""
+    model = convert(MINI, "--preset", *options, "--budget", "1024", "--no-verify")
+    graph = report(probe("virtual", model, "--compile-only"))["graph"]
+    assert [node["dtype"] for node in graph["kv_cache"]] == caches
+    assert graph["layer_types"]["condition"] == 3 + 1  # attention, and the choice
+    assert graph["layer_types"]["assign"] == assigns
+
+
+@virtual
 @pytest.mark.parametrize("preset", ["u8", pytest.param("u4", marks=SLOW)])
 @pytest.mark.parametrize("chip", ["lnl", *(pytest.param(chip, marks=SLOW) for chip in ("ptl", "dg2", "mtl"))])
 def test_the_plugins_own_cache_is_compressed(
@@ -97,6 +121,7 @@ def cpu_logits(model: Path, folder: Path) -> np.ndarray:
 
 @emulated
 @SLOW
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     "options",
     [
@@ -104,6 +129,12 @@ def cpu_logits(model: Path, folder: Path) -> np.ndarray:
         ["--preset", "exact", "--window-bits", "6,4"],
         ["--preset", "k6v4", "--residual-window", "16"],
         ["--preset", "u8"],  # and in which precision the caches are kept
+        ["--preset", "k6v4", "--residual-window", "16", "--v-bits", "none"],
+        ["--preset", "exact", *PRUNED],
+        ["--preset", "k6v4", "--residual-window", "16", *PRUNED],
+        ["--preset", "exact", "--mode", "mask", *PRUNED],
+        ["--preset", "k6v4", "--residual-window", "16", "--mode", "mask", *PRUNED],
+        ["--preset", "exact", "--mode", "zero", "--score", "norm-high", *PRUNED],
     ],
 )
 def test_converting_verifies_on_the_gpu(options: list[str], tmp_path: Path) -> None:
@@ -128,14 +159,21 @@ def gpu_errors(model: Path, expected: np.ndarray, folder: Path, cache: str) -> t
 @SLOW
 @pytest.mark.parametrize(
     ("options", "allowed"),
-    [(["exact"], 16 * 2**-11), (["k6v4"], 64 * 2**-11), (["exact", "--window-bits", "8,8"], 64 * 2**-11)],
+    [
+        (["exact"], 16 * 2**-11),
+        (["k6v4"], 64 * 2**-11),
+        (["exact", "--window-bits", "8,8"], 64 * 2**-11),
+        (["exact", *PRUNED], 64 * 2**-11),
+        (["k6v4", "--residual-window", "16", "--mode", "mask", *PRUNED], 64 * 2**-11),
+    ],
 )
 def test_half_precision_on_the_gpu(
     options: list[str], allowed: float, convert: Callable[..., Path], tmp_path: Path
 ) -> None:
     """What an Arc runs, against the same model on the CPU at f32.
 
-    f16's rounding, grown over four layers; in a packed layer it may also choose another code.
+    f16's rounding, grown over four layers; in a packed layer it may also choose another code. (It may choose another
+    token to prune, too, where scores are close; of these none does.)
     """
     model = convert(TINY["5.5"], "--preset", *options)
     errors, _ = gpu_errors(model, cpu_logits(model, tmp_path), tmp_path, "f16")

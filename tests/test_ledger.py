@@ -129,6 +129,16 @@ def test_what_packed_windows_cost(
     assert (packed["copies"] - plain["copies"], packed["waits"] - plain["waits"]) == (1, 1)
 
 
+@on_lunar_lake
+@pytest.mark.slow
+@pytest.mark.parametrize(("preset", "kernels"), [("exact", 363), ("k6v4", 410)])
+def test_a_bounded_cache_costs_the_same_at_any_length(preset: str, kernels: int, convert: Callable[..., Path]) -> None:
+    """What grows with the text is its attention mask: once as i64, and what becomes of it as i32."""
+    found = ledger(convert(MINI, "--preset", preset, "--budget", "1024", "--no-verify"))
+    assert found["kernels"] <= kernels
+    assert found["read_per_token"] + found["written_per_token"] <= 32
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

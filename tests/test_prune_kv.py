@@ -17,14 +17,16 @@ from conftest import MINI, TINY
 from scipy.special import log_softmax
 from test_passes import Tapped, applied
 
+import ovtq.attend_pruned
 import ovtq.prune
+import ovtq.prune_branches
 from ovtq import io
 from ovtq.beams import Beams
 from ovtq.convert import main
 from ovtq.errors import InputError
 from ovtq.packed_check import PackedCheck
 from ovtq.passes import DecoupleLength, PruneKv, SimplifyMask, TruncateWindow
-from ovtq.pruning import FIRST, POSITION, SCORE, SHOWN, Pruning, best, counted, kept, pruned, told
+from ovtq.pruning import FIRST, POSITION, PRUNED, SCORE, SHOWN, Pruning, best, counted, kept, pruned, told
 from ovtq.runner import EXACT_PROPERTIES, Runner
 from ovtq.verify import TOLERANCE, Call, overflow
 
@@ -35,6 +37,7 @@ SMALL = {"budget": 48, "recent_window": 16, "slack": 7, "target": "cpu"}
 SCHEDULES = {
     "one by one": [Call(40), *[Call(1)] * 40],
     "chunks": [Call(30), Call(31), Call(1), Call(64), Call(129), Call(1), Call(1)],
+    "after a reset": [Call(70), Call(1), Call(102, reset=True), Call(1), Call(53, reset=True), Call(1)],
     "padding": [Call(44, 3, pad=11), *[Call(1, 3)] * 12, Call(39, 3), Call(1, 3)],
     "beams": [Call(60), Call(1, 4, beams=(0, 0, 0, 0)), *[Call(1, 4, beams=(1, 1, 3, 0))] * 9, Call(9, 4)],
 }
@@ -54,7 +57,21 @@ FORMS = {
 }
 
 
-QUICK = {(form, "chunks") for form in ("evict, K6V4", "mask", "zero")} | {("evict, K6V4, triattention", "padding")}
+ONE_BY_ONE = {"budget": 48, "recent_window": 16, "target": "gpu"}
+FORMS |= {
+    "gpu, evict": PruneKv(**ONE_BY_ONE),
+    "gpu, evict, nothing recent": PruneKv(**ONE_BY_ONE | {"recent_window": 0}, score="value-norm"),
+    "gpu, evict, shared": PruneKv(**ONE_BY_ONE, heads="shared", score="norm-high"),
+    "gpu, evict, K6V4": PruneKv(**ONE_BY_ONE, k_bits="6", v_bits="4", centre="bias"),
+    "gpu, evict, K8": PruneKv(**ONE_BY_ONE, k_bits="8", score="norm-low"),
+    "gpu, mask": PruneKv(**ONE_BY_ONE, mode="mask", score="random"),
+    "gpu, mask, K6V4": PruneKv(**ONE_BY_ONE, mode="mask", k_bits="6", v_bits="4", centre="bias"),
+    "gpu, zero": PruneKv(**ONE_BY_ONE, mode="zero", prefix=0),
+}
+WHOLE = ("evict", "gpu, evict")  # in every schedule
+QUICK = {(form, "chunks") for form in ("evict, K6V4", "mask", "zero", "gpu, mask, K6V4", "gpu, zero")}
+QUICK |= {("gpu, evict, K6V4", "padding"), ("gpu, mask", "after a reset")}
+QUICK |= {("evict, K6V4, triattention", "padding")}
 
 
 class Checked:
@@ -72,6 +89,9 @@ class Checked:
         self.check.reset()
         self.check.largest = 0.0
         for call in calls:
+            if call.reset:
+                self.runner.reset()
+                self.check.reset()
             ids = random.randint(0, 256, (call.batch, call.tokens)).astype(np.int64)
             shown = np.ones(ids.shape, np.int64)
             shown[1:, : call.pad] = 0
@@ -92,7 +112,7 @@ def checked(form: str) -> Checked:
 @pytest.mark.parametrize(
     ("form", "schedule"),
     [
-        pytest.param(form, name, marks=() if form == "evict" or (form, name) in QUICK else pytest.mark.slow)
+        pytest.param(form, name, marks=() if form in WHOLE or (form, name) in QUICK else pytest.mark.slow)
         for form in FORMS
         for name in SCHEDULES
     ],
@@ -120,6 +140,39 @@ def test_evicting_is_masking(tokens: int) -> None:
     alive = masked[SCORE][..., 0] > SHOWN  # (batch, heads, tokens)
     assert alive.sum(-1).tolist() == [[32] * 4]
     assert np.array_equal(evicted[POSITION][0, :, :, 0], [np.flatnonzero(row) for row in alive[0]])
+
+
+@pytest.mark.parametrize("mode", ["evict", "mask"])
+def test_both_targets_keep_the_same_tokens(mode: str) -> None:
+    """One by one, with no slack: the same scores, and layer 1's tokens (layer 3 is fed by what layer 1 had pruned)."""
+    items = (PruneKv(**SMALL | {"slack": 0, "mode": mode}), PruneKv(**ONE_BY_ONE, mode=mode))
+    models = [Checked(item) for item in items]
+    results = [model.play([Call(45), *[Call(1)] * 10, Call(50), Call(1)]) for model in models]
+    largest = max(float(np.abs(a - b).max()) for a, b in zip(*results, strict=True))
+    assert largest <= TOLERANCE * max(float(np.abs(a).max()) for a in results[0])
+    cpu, gpu = (model.states() for model in models)
+    if mode == "evict":
+        assert np.array_equal(cpu[POSITION], gpu[POSITION])
+    else:
+        older = cpu[SCORE].shape[2]
+        assert older == gpu[SCORE].shape[2] - 16
+        assert np.array_equal(cpu[SCORE] > SHOWN, gpu[SCORE][:, :, :older] > SHOWN)
+    assert np.array_equal(cpu[PRUNED], gpu[PRUNED])
+
+
+def test_no_state_of_the_gpu_form_ever_grows() -> None:
+    """Its bytes are those of the budget from the first token on; what is not in use yet is behind no token."""
+    model = checked("gpu, evict")
+    model.play([Call(3)])
+    shapes = {name: state.shape for name, state in model.states().items()}
+    assert shapes["ovtq.1-3.key"] == (1, 4, 32, 64)
+    assert (model.states()[POSITION] == -1).all()
+    for tokens in range(3, 90):
+        model.runner.step(np.array([[tokens]]))
+        assert {name: state.shape for name, state in model.states().items()} == shapes
+        went, stay = (read(model.runner.request) for read in (pruned, kept))
+        assert all((went[layer] == max(tokens + 1 - 48, 0)).all() for layer in (1, 3))
+        assert all((stay[layer] == min(tokens + 1, 48)).all() for layer in (1, 3))
 
 
 def test_zeroing_is_not_masking() -> None:
@@ -286,12 +339,39 @@ def _beams_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     assert deaf_class
 
 
+def _best_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the GPU's form a step evicts the best token, not the worst."""
+    but_one = ovtq.prune_branches.Residents._but_one
+
+    def wrong(self: ovtq.prune_branches.Residents, rivals: ov.Output) -> ov.Node:
+        return but_one(self, ov.opset15.negative(rivals).output(0))
+
+    monkeypatch.setattr(ovtq.prune_branches.Residents, "_but_one", wrong)
+
+
+def _worst_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the GPU's form a longer call takes the tokens of lowest score."""
+    best = ovtq.prune_branches.best
+    monkeypatch.setattr(
+        ovtq.prune_branches, "best", lambda scores, room: best(ov.opset15.negative(scores).output(0), room)
+    )
+
+
+def _places_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values, but not scores, of the neighbours of those that stay."""
+    store = ovtq.attend_pruned._Stack.store
+    monkeypatch.setattr(
+        ovtq.attend_pruned._Stack, "store", lambda self, new, rows: store(self, new, _before(rows).get_node())
+    )
+
+
 def _miscounted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but the counter is wrong: it counts padding."""
     monkeypatch.setattr(ovtq.prune, "SHOWN", ovtq.prune.EMPTY)
 
 
 FLAGS = ["--preset", "exact", "--target", "cpu", "--budget", "48", "--recent-window", "16", "--slack", "7"]
+ON_GPU = ["--target", "gpu", "--slack", "0"]
 
 
 @pytest.mark.parametrize(
@@ -304,6 +384,9 @@ FLAGS = ["--preset", "exact", "--target", "cpu", "--budget", "48", "--recent-win
         (_rows_off_by_one, []),
         pytest.param(_beams_ignored, [], marks=pytest.mark.slow),
         pytest.param(_miscounted, [], marks=pytest.mark.slow),
+        (_best_kept, ON_GPU),
+        pytest.param(_worst_sorted, ON_GPU, marks=pytest.mark.slow),
+        pytest.param(_places_off_by_one, ON_GPU, marks=pytest.mark.slow),
     ],
 )
 def test_a_broken_pruning_is_refused(
@@ -326,6 +409,8 @@ def test_a_broken_pruning_is_refused(
         pytest.param(["--mode", "mask", "--score", "norm-high"], marks=pytest.mark.slow),
         ["--preset", "k6v4", "--residual-window", "16", "--protect", "last:1"],
         ["--heads", "shared", "--verify-layers", "2"],
+        [*ON_GPU, "--preset", "k6v4", "--residual-window", "16", "--protect", "first:1"],
+        pytest.param([*ON_GPU, "--mode", "mask", "--score", "norm-high"], marks=pytest.mark.slow),
     ],
 )
 def test_converting_verifies_what_is_pruned(flags: list[str], tmp_path: Path) -> None:
@@ -374,16 +459,23 @@ def test_eight_thousand_tokens_take_no_more_bytes_than_promised(convert: Callabl
     assert all((count == 8000 - 256 - (8000 - 32) % 128).all() for count in pruned(runner.request).values())
 
 
-@pytest.mark.parametrize("mode", ["evict", pytest.param("mask", marks=pytest.mark.slow)])
-def test_genai_resets_when_a_history_changes(mode: str, convert: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--target", "cpu", "--slack", "15"],
+        pytest.param(["--target", "cpu", "--slack", "15", "--mode", "mask"], marks=pytest.mark.slow),
+        pytest.param([], marks=pytest.mark.slow),  # the GPU's form
+        pytest.param(["--mode", "mask"], marks=pytest.mark.slow),
+    ],
+)
+def test_genai_resets_when_a_history_changes(options: list[str], convert: Callable[..., Path]) -> None:
     """Tokens that are gone can't be cut from an end: GenAI sees states of fixed shape, resets and prefills again.
 
     The answer to a history that diverged is that of the history from scratch; a text read in one call loses nothing in
     itself, and 40 tokens of answer are pruned after it.
     """
     test_genai = pytest.importorskip("test_genai", reason="needs openvino_genai")
-    flags = ["--preset", "exact", "--target", "cpu", "--budget", "96", "--slack", "15", "--mode", mode]
-    folder = convert(MINI, *flags, "--no-verify")
+    folder = convert(MINI, "--preset", "exact", "--budget", "96", *options, "--no-verify")
     text = test_genai.TEXT
     going, scratch = test_genai.chat(folder, [text[:800], text[3000:3300], "Question: what did Congress say?"])
     assert going == scratch
@@ -394,7 +486,7 @@ def test_genai_resets_when_a_history_changes(mode: str, convert: Callable[..., P
     ("options", "message"),
     [
         ({"budget": "36"}, "budget must be from 37 (the recent window, 32, the prefix, 4, and one more) to 1048576"),
-        ({"slack": "-1"}, "slack must be from 0 to 4096, got -1"),
+        ({"slack": "-2"}, "slack must be from -1 to 4096, got -2"),
         ({"prefix": "5000"}, "prefix must be from 0 to 4096, got 5000"),
         ({"mode": "drop"}, "prune-kv: mode is one of evict, mask, zero, got 'drop'"),
         (
@@ -418,7 +510,7 @@ def test_options_are_checked(options: dict[str, str], message: str) -> None:
         (["--preset", "rotate", "--budget", "99"], "--budget needs the pass decouple-length"),
         (["--budget", "60"], "prune-kv: budget must be from 69 (the recent window, 64, the prefix, 4, and one more)"),
         (["--budget", "many"], "prune-kv: budget needs int, got 'many'"),
-        (["--budget", "99"], "prune-kv: it makes a graph for the CPU plugin only"),
+        (["--budget", "99", "--slack", "7"], "prune-kv: slack 7: for a GPU tokens leave one by one"),
         (["--budget", "99", "--mode", "zero"], "prune-kv: mode zero needs centre none"),
     ],
 )
