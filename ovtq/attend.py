@@ -18,7 +18,7 @@ from openvino import opset15 as op
 
 from ovtq.beams import Beams
 from ovtq.coding import Coding
-from ovtq.graph import MASKED, dim, f32, i64, new_variable, precise, scalar
+from ovtq.graph import MASKED, cut_heads, dim, f32, i64, new_variable, precise, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packing import Layout
 from ovtq.pruning import Pruning
@@ -111,7 +111,7 @@ class Store:
 
     def packed(self, tokens: Node | Output) -> list[Node | Output]:
         """Rows for all states, from keys and values (batch, 2·kv_heads, tokens, d) in one tensor."""
-        halves = self._cut(tokens)
+        halves = cut_heads(tokens, 2, self.target)
         triples = list(zip(halves, (self.plan.key, self.plan.value), self.plan.layouts, strict=True))
         chosen = [(half, codec, where) for half, codec, where in triples if codec and where]
         codecs, layouts = [codec for _, codec, _ in chosen], [where for *_, where in chosen]
@@ -120,18 +120,11 @@ class Store:
             centred, scales = encode(tokens if len(chosen) == 2 else chosen[0][0], codecs, self.plan.rotation)
             parts = [scales.output(0)]
             if len(chosen) == 2:
-                parts = self._cut(scales) if self.target == "cpu" else op.split(scales, i64(1), 2).outputs()
+                parts = (
+                    cut_heads(scales, 2, self.target) if self.target == "cpu" else op.split(scales, i64(1), 2).outputs()
+                )
             done = iter(zip(pack(centred, codecs, layouts), parts, strict=True))
         return [x for half, codec, _ in triples for x in (next(done) if codec else (half,))]
-
-    def _cut(self, tensor: Node | Output) -> list[Output]:
-        """Of the heads, the first half and the second.
-
-        A Split is less work, but of its outputs the CPU's If hands out the wrong half, and of one that is packed beside
-        one that stays as it is the GPU plugin takes both from wrong places.
-        """
-        H = self.kv_heads
-        return [op.slice(tensor, i64([k]), i64([k + H]), i64([1]), i64([1])).output(0) for k in (0, H)]
 
     def append(self, rows: Sequence[Node | Output]) -> None:
         """What `packed` makes of this call's tokens."""

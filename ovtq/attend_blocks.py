@@ -20,7 +20,7 @@ from openvino import opset15 as op
 
 from ovtq.attend import ALL, Columns, Plan, Store, sink_logits
 from ovtq.beams import Beams
-from ovtq.graph import body, dim, either, f32, i64, joined, precise, scalar
+from ovtq.graph import body, cut_heads, dim, either, f32, i64, joined, precise, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.prune import Survivors
 from ovtq.quantizer import unpack
@@ -192,7 +192,7 @@ class _Block:
         held = iter(history)
         key_bytes, key_scales = next(held), next(held) if self.keys.layout else None
         value_bytes, value_scales = next(held), next(held) if self.values.layout else None
-        key_rows, value_rows = op.split(recent, i64(1), 2).outputs()
+        key_rows, value_rows = cut_heads(recent, 2, "cpu")
         rows = op.reshape(queries, i64([0, 0, -1, d]), True)  # (batch, H, G·count, d)
         by_query = op.concat([i64([0, 0, G]), count, i64([-1])], 0)
         near = op.reshape(op.matmul(rows, key_rows, False, True), by_query, True)

@@ -13,11 +13,11 @@ from ovtq.attend import Plan
 from ovtq.attend_branches import Branches, looked_up
 from ovtq.beams import Beams
 from ovtq.codec import AdaptiveUniform
-from ovtq.graph import i64, joined
+from ovtq.graph import cut_heads, i64, joined
 from ovtq.models.description import AttentionLayer
 from ovtq.packed_attention import Place
 from ovtq.packing import Layout
-from ovtq.prune_branches import Marked, Residents, by_layer
+from ovtq.prune_branches import Marked, Residents
 from ovtq.quantizer import encode, pack
 from ovtq.ring import State
 
@@ -93,7 +93,7 @@ class Evicting(Branches):
             return
         codecs, layouts = zip(*((stack.codec, stack.layout) for stack, _ in some), strict=True)
         centred, scales = encode(joined([tokens for _, tokens in some], 1), codecs, self.plan.rotation)
-        parts = by_layer(scales, len(some), some[0][0].heads)
+        parts = cut_heads(scales, len(some), "gpu")
         for tensors in zip(pack(centred, codecs, layouts), parts, strict=True):
             yield list(tensors)
 
@@ -119,8 +119,7 @@ class _Stack:
 
     def pasts(self) -> list[Output]:
         """What each layer reads, looked up."""
-        layers = self.plan.layers
-        parts = [by_layer(state.past, len(layers), layers[0].kv_heads) for state in self.states]
+        parts = [cut_heads(state.past, len(self.plan.layers), "gpu") for state in self.states]
         return [looked_up(self.layout, *part) for part in zip(*parts, strict=True)]
 
     def store(self, tensors: Sequence[Node | Output], rows: Node) -> list[Node]:

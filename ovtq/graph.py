@@ -76,6 +76,21 @@ def joined(parts: Sequence[Node | Output], axis: int) -> Node | Output:
     return op.concat(list(parts), axis) if len(parts) > 1 else parts[0]
 
 
+def cut_heads(tensor: Node | Output, count: int, target: str) -> list[Output]:
+    """Axis 1 in `count` equal parts, cut out one by one.
+
+    A Split would be one node. But of its outputs an If reads wrong ones, on both plugins; on the GPU's so does what
+    packs one of them and takes another as it is; and the CPU's lays out what it splits channels last, which is a copy
+    more. It makes a Split of Slices, too, but not of Gathers.
+    """
+    value = tensor.output(0) if isinstance(tensor, Node) else tensor
+    each = value.get_partial_shape()[1].get_length() // count
+    ends = [(number * each, (number + 1) * each) for number in range(count)]
+    if target == "cpu":
+        return [op.gather(value, i64(range(a, b)), i64(1)).output(0) for a, b in ends]
+    return [op.slice(value, i64([a]), i64([b]), i64([1]), i64([1])).output(0) for a, b in ends]
+
+
 def new_variable(name: str, shape: Sequence[int], element_type: ov.Type) -> Variable:
     """A state variable; -1 in `shape` marks a dynamic axis."""
     info = VariableInfo()

@@ -15,7 +15,7 @@ from openvino import opset15 as op
 
 from ovtq.attend import ALL, Columns, Held
 from ovtq.beams import Beams
-from ovtq.graph import MASKED, dim, either, f32, i32, i64, new_variable, scalar
+from ovtq.graph import MASKED, cut_heads, dim, either, f32, i32, i64, new_variable, scalar
 from ovtq.models.description import AttentionLayer
 from ovtq.prune import Scores
 from ovtq.pruning import DROPPED, EMPTY, POSITION, PRUNED, SCORE, SHOWN, Pruning
@@ -152,10 +152,10 @@ class Marked(Counted):
         readable = op.slice(readable, i64([1]), i64([ALL]), i64([1]), i64([2]))
         self.factors: list[Output | None] = [None] * self.count
         if pruning.mode == "zero":
-            parts = by_layer(op.unsqueeze(readable, i64([3])), self.count, self.kv_heads)
+            parts = cut_heads(op.unsqueeze(readable, i64([3])), self.count, "gpu")
             self.factors = [op.select(op.equal(x, i32(DROPPED)), f32(0), f32(1)).output(0) for x in parts]
             readable = op.select(op.equal(readable, i32(DROPPED)), i32(0), readable)
-        parts = by_layer(op.unsqueeze(readable, i64([2])), self.count, self.kv_heads)
+        parts = cut_heads(op.unsqueeze(readable, i64([2])), self.count, "gpu")
         self.masks = [op.select(op.less_equal(x, i32(SHOWN)), f32(MASKED), f32(0)).output(0) for x in parts]
 
     def _numbers(self, tokens: Node) -> Node:
@@ -202,15 +202,6 @@ class Marked(Counted):
         last = op.reduce_max(op.select(tied, number, i32(-1)), i64([2]), True)
         last = op.select(op.greater(count, i32(self.pruning.room)), last, i32(-1))
         return op.convert(op.equal(number, last), "i32")
-
-
-def by_layer(tensor: Node, layers: int, kv_heads: int) -> list[Output]:
-    """The heads of (batch, layers·kv_heads, …), by layer.
-
-    Cut, not split: of a Split's outputs the plugin's If reads wrong ones.
-    """
-    starts = [number * kv_heads for number in range(layers)]
-    return [op.slice(tensor, i64([x]), i64([x + kv_heads]), i64([1]), i64([1])).output(0) for x in starts]
 
 
 def best(scores: Output, room: int) -> Node:

@@ -15,7 +15,7 @@ from openvino import opset15 as op
 
 from ovtq.beams import Beams
 from ovtq.coding import UNIT, Coding
-from ovtq.graph import dim, f32, i64, joined, new_variable, precise
+from ovtq.graph import cut_heads, dim, f32, i64, joined, new_variable, precise
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packed_attention import Place
 from ovtq.quantizer import encode, pack, restore
@@ -69,7 +69,8 @@ class Ring:
             start = np.zeros((1, heads, length, d), np.float32)
             start[0, :, 0] = head
         self.state = State(beams, name, [heads, length, d], start, kept)
-        self.parts = op.split(self.state.past, i64(1), len(layers)).outputs()
+        past, count, cpu = self.state.past, len(layers), beams.target == "cpu"
+        self.parts = cut_heads(past, count, "cpu") if cpu else op.split(past, i64(1), count).outputs()
 
     def store(self, news: Sequence[Node | Output]) -> list[Node]:
         """The Assign that keeps the last tokens; `news` are the new ones of each layer, (batch, 2·kv_heads, new, d)."""
