@@ -18,13 +18,11 @@ from openvino import opset15 as op
 
 from ovtq.beams import Beams
 from ovtq.coding import Coding
-from ovtq.graph import MASKED, cut_heads, dim, f32, i64, new_variable, precise, scalar
+from ovtq.graph import ALL, MASKED, cut_heads, dim, f32, i64, new_variable, precise, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packing import Layout
 from ovtq.pruning import Pruning
 from ovtq.quantizer import encode, pack
-
-ALL = 2**31 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +89,7 @@ class Store:
     """The history of one layer, and what becomes of tokens that join it."""
 
     def __init__(self, beams: Beams, plan: Plan, layer: AttentionLayer) -> None:
-        self.plan, self.kv_heads, self.target = plan, layer.kv_heads, beams.target
+        self.plan, self.target = plan, beams.target
         self.keys, self.values = (
             self._history(beams, f"ovtq.{layer.index}.{what}", where, layer)
             for what, where in zip(("key", "value"), plan.layouts, strict=True)

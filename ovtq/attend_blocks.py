@@ -5,8 +5,8 @@ more than query_heads·BLOCK·tokens scores exist at a time. The last block, whi
 the Loop, for a Loop copies what it reads.
 
 It also compiles a product anew for every length it has not met, 2 ms or more, and keeps it, 1.5 MB: in each decode
-step, if the history grew by one. So tokens leave the recent rows, are quantised and join the history FLUSH at a time;
-in all other steps no shape changes.
+step, if the history grew by one. So tokens leave the recent rows, are quantised and join the history FLUSH at a time
+(pruned, slack + 1); in all other steps no shape changes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.attend import ALL, Columns, Plan, Store, sink_logits
+from ovtq.attend import Columns, Plan, Store, sink_logits
 from ovtq.beams import Beams
-from ovtq.graph import body, cut_heads, dim, either, f32, i64, joined, precise, scalar
+from ovtq.graph import ALL, body, cut_heads, dim, either, f32, i64, joined, precise, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.prune import Survivors
 from ovtq.quantizer import unpack
@@ -34,7 +34,7 @@ class Blocks:
     """The nodes that all layers share, and the attention of one layer."""
 
     def __init__(self, description: ModelDescription, plan: Plan, name: str) -> None:
-        self.description, self.plan = description, plan
+        self.plan = plan
         self.flush = plan.pruning.flush if plan.pruning else FLUSH
         rows = plan.window + self.flush - 1
         self.columns = columns = Columns(description, rows)
@@ -42,7 +42,7 @@ class Blocks:
         self.ring = Ring(description, name, plan.layers, rows, self.beams, plan.sink_rows)
         self.parts, self.news, self.held = iter(self.ring.parts), [], []
 
-        # Of `past` tokens the oldest ones are stored, a multiple of FLUSH, and at least `window` are not.
+        # Of `past` tokens the oldest ones are stored, a multiple of `flush`, and at least `window` are not.
         self.older, later = (self._stored(past) for past in (columns.past, columns.total))
         held = op.subtract(columns.past, self.older)
         self.leave = op.subtract(i64([1 + rows]), held)  # the row of the first token to join the history
@@ -111,8 +111,8 @@ class Blocks:
     def _seldom(self, store: Store, block: _Block, sources: Sequence[Node | Output]) -> list[Output]:
         """The context of the leading blocks, as a vector, tokens first, and the rows that join the states.
 
-        In most decode steps there are neither, and nothing runs. One If for both: beside a second one, or a Loop, the
-        CPU plugin hands out wrong numbers.
+        In most decode steps there are neither, and nothing runs. One If for both: with a second one
+        for the rows, a call longer than all before it stored wrong numbers.
         """
         read = [x.output(0) if isinstance(x, Node) else x for x in (self.lead, self.leave, self.left, *sources)]
 
@@ -184,7 +184,7 @@ class _Block:
         columns: Node,
         count: Node,
     ) -> Node:
-        """Queries (batch, H, G, count, d) to their context of that shape.
+        """Queries (batch, H, G, count, d) to their context of that shape; of `past` rows of history, `columns` recent.
 
         `far_masks`: what is added to scores of the history, and, maybe, what they and the weights are multiplied by.
         """

@@ -18,9 +18,9 @@ from openvino import Node, Output
 from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
-from ovtq.attend import ALL, Columns, History, Plan, Store, sink_logits
+from ovtq.attend import Columns, History, Plan, Store, sink_logits
 from ovtq.beams import Beams
-from ovtq.graph import MASKED, dim, either, f32, i64
+from ovtq.graph import ALL, MASKED, dim, either, f32, i64
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packing import Layout
 from ovtq.quantizer import interleaved, look_up
@@ -47,7 +47,7 @@ class Branches:
     flush = 1
 
     def __init__(self, description: ModelDescription, plan: Plan, name: str) -> None:
-        self.description, self.plan = description, plan
+        self.plan = plan
         self.columns = columns = Columns(description, plan.window)
         self.older = older = op.maximum(op.subtract(columns.past, i64([plan.window])), i64([0]))
         self.near_mask = columns.near_mask(columns.near(older), columns.recent, i64([0]), columns.new)
@@ -70,7 +70,8 @@ class Branches:
         return self._dense(store.keys), self._dense(store.values)
 
     def _dense(self, history: History) -> Output:
-        """What was looked up; what is not packed times 1, for of a cache with room behind it an If reads wrong rows."""
+        """What was looked up. What is not packed is multiplied by 1, or 0 for padding: as it lies in a cache with room
+        behind it, an If reads wrong rows of it."""
         if history.scales:
             return looked_up(history.layout, history.codes.appended, history.scales.appended)
         shown = op.unsqueeze(op.greater(self.columns.shown, i64([0])), i64([1, 3]))

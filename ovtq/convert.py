@@ -78,7 +78,8 @@ def parser() -> argparse.ArgumentParser:
         choices=FLOAT_BYTES,
         default="gpu",
         help="where the model will run: chooses the form of packed caches that is fast there, and counts bytes at f16 "
-        "(gpu) or f32 (cpu); the result is right on both (default: %(default)s)",
+        "(gpu) or f32 (cpu); gpu's form is right on a CPU, too, only slower, but cpu's does not run on a GPU "
+        "(default: %(default)s)",
     )
     packed = p.add_argument_group("packed caches (short for --set quantize-kv.…, --set truncate-window.…)")
     for option in PACKED_OPTIONS:
@@ -229,7 +230,7 @@ def _write(
             tick()
         if options.verify:
             layers = description.layers
-            with phase(bars, "verify", 2 * len(verify.calls_for(layers))) as tick:
+            with phase(bars, "verify", verify.calls_of(layers, options.verify_device)) as tick:
                 device, written = options.verify_device, folder / source.name
                 found = verify.verify(source, written, layers, device, options.verify_seed, extent, tick)
             record["verified"] = {

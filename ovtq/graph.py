@@ -12,6 +12,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 from openvino.op.util import Variable, VariableInfo
 
+ALL = 2**31 - 1  # the end of any axis
 MASKED = np.float32(-65504)  # what exporters write for "not visible": the lowest finite f16
 
 
@@ -192,7 +193,7 @@ def body(results: Sequence[Node], parameters: Sequence[Node], name: str) -> ov.M
     return model
 
 
-Branch = tuple[Sequence[Output], Callable[[list[Output]], list[Node]]]
+Branch = tuple[Sequence[Output], Callable[[list[Output]], Sequence[Node | Output]]]  # what is read; what makes results
 
 
 def either(condition: Output, then: Branch, otherwise: Branch, names: tuple[str, str]) -> list[Output]:

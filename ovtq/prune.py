@@ -1,4 +1,4 @@
-"""Which tokens the full layers keep, as nodes: `ovtq.pruning` in the graph.
+"""Which tokens the full layers keep, as nodes: scores, and `ovtq.pruning` in the graph for the CPU plugin.
 
 All layers share the states and the nodes: scores, and with `evict` the numbers of the tokens, in one state each. The
 CPU plugin's TopK takes a time that grows with how many it finds (37 ms for 960 of 1,088 and 16 heads), its SearchSorted
@@ -15,9 +15,9 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.attend import ALL, Columns, Held
+from ovtq.attend import Columns, Held
 from ovtq.beams import Beams
-from ovtq.graph import MASKED, body, dim, f32, i32, i64, new_variable, scalar
+from ovtq.graph import ALL, MASKED, body, dim, f32, i32, i64, new_variable, scalar
 from ovtq.models.attention import projected
 from ovtq.models.description import AttentionLayer
 from ovtq.pruning import (
@@ -37,7 +37,7 @@ from ovtq.pruning import (
 )
 from ovtq.ring import State
 
-TURNS = 26  # halvings of −2²³ … 2²³ to 1, and some; both plugins divide whole numbers as f32
+TURNS = 26  # halvings of −2²³ … 2²³ to 1, and some; the plugins divide whole numbers as f32
 KEY_SUM = "ovtq.key_sum"
 WHOLE = 64  # in which the larger part of a sum of keys is counted: 2,048 of them an f16 still tells apart
 
@@ -142,9 +142,17 @@ class Scores:
         length = op.maximum(op.reduce_l2(total, i64([3]), True), f32(1e-12))
         return op.negative(op.divide(op.reduce_sum(op.multiply(unit, total), i64([3]), True), length))
 
+    def counts(self, gone: Node) -> Node:
+        """The Assign of the state PRUNED; `gone` (batch, heads, 1) tokens were pruned in this call."""
+        variable = new_variable(PRUNED, [-1, self.heads, 2], ov.Type.i32)
+        zero = op.broadcast(i32(0), op.concat([self.columns.batch, i64([self.heads, 2])], 0))
+        past = op.gather(op.read_value(zero, variable), self.beams.index, i64(0))
+        total = op.add(op.slice(past, i64([0]), i64([1]), i64([1]), i64([2])), gone)
+        return op.assign(op.concat([total, op.subtract(op.unsqueeze(self.ahead, i64([2])), total)], 2), variable)
+
 
 class Survivors(Scores):
-    """The nodes of all layers; (batch, heads, …) with the KV heads of all layers one after the other.
+    """The nodes of all layers, for a CPU; (batch, heads, …) with the KV heads of all layers one after the other.
 
     `older` tokens have left the recent rows before this call, `later` after it; `span` are the rows, the first and the
     one after the last, of the recent and new tokens that leave them. `stay` is how many rows the history has, `masks`
@@ -169,11 +177,10 @@ class Survivors(Scores):
         self.recent = State(beams, f"{SCORE}.recent", [self.heads, rows, 1], start, kept)
         leaving = op.slice(op.concat([self.recent.past, self.arrived], 2), *span, i64([1]), i64([2]))
         self.scores = Held(beams, SCORE, self.heads, 1, ov.Type.i32)
-        self.scores.append(leaving)
         if not self.evicts:
             # After reset_state the CPU plugin goes on to read this one with its old rows: those that should be are cut
-            past = op.slice(self.scores.past, i64([0]), older, i64([1]), i64([2]))
-            self.scores.past, self.scores.appended = past.output(0), op.concat([past, leaving], 2).output(0)
+            self.scores.past = op.slice(self.scores.past, i64([0]), older, i64([1]), i64([2])).output(0)
+        self.scores.append(leaving)
         self.stay = op.minimum(older, i64([pruning.room])) if self.evicts else older
         self.masks = self._masks()
 
@@ -209,12 +216,7 @@ class Survivors(Scores):
         alive = op.greater(scores, i32(SHOWN))
         gone = op.logical_and(alive, op.logical_not(best))
         count = op.squeeze(op.reduce_sum(op.convert(gone, "i32"), i64([2]), True), i64([3]))
-        variable = new_variable(PRUNED, [-1, heads, 2], ov.Type.i32)
-        zero = op.broadcast(i32(0), op.concat([self.columns.batch, i64([heads, 2])], 0))
-        past = op.gather(op.read_value(zero, variable), self.beams.index, i64(0))
-        total = op.add(op.slice(past, i64([0]), i64([1]), i64([1]), i64([2])), count)
-        counts = op.concat([total, op.subtract(op.unsqueeze(self.ahead, i64([2])), total)], 2)
-        assigns = [*self.states, op.assign(counts, variable), self.recent.store(self.arrived)]
+        assigns = [*self.states, self.counts(count), self.recent.store(self.arrived)]
         if not self.evicts:
             dropped = op.select(gone, i32(DROPPED), scores)
             return [None] * self.count, [*assigns, op.assign(dropped, self.scores.variable)]
@@ -238,11 +240,15 @@ class Survivors(Scores):
         return list(op.split(index, i64(1), self.count).outputs()), assigns
 
 
-def _best(scores: Output, room: int, over: Node) -> Node:
-    """Which of (batch, heads, rows, 1) are the `room` of highest score, first ones of equals; all, if `over` < 1.
+def filled(above: Node, tied: Node, room: int) -> Node:
+    """`above`, (batch, heads, rows, …), fewer than `room` of a head, and the first ones of `tied`, up to `room`."""
+    left = op.subtract(i32(room), op.reduce_sum(op.convert(above, "i32"), i64([2]), True))
+    first = op.less_equal(op.cum_sum(op.convert(tied, "i32"), i64(2)), left)
+    return op.logical_or(above, op.logical_and(tied, first))
 
-    No boolean takes part in the number of turns: of one that does the GPU plugin makes none at all.
-    """
+
+def _best(scores: Output, room: int, over: Node) -> Node:
+    """Which of (batch, heads, rows, 1) are the `room` of highest score, first ones of equals; all, if `over` < 1."""
     batch_heads = op.concat([dim(scores, 0), dim(scores, 1), i64([1, 1])], 0)
     low, high = (op.broadcast(i32(edge), batch_heads) for edge in (EMPTY, -EMPTY - 1))
     turns = op.minimum(op.maximum(op.multiply(over, i64([TURNS])), i64([1])), i64([TURNS]))
@@ -268,7 +274,5 @@ def _best(scores: Output, room: int, over: Node) -> Node:
     down, up = (loop.get_iter_value(result.output(0), -1) for result in results[1:])
     above = op.greater_equal(scores, up)  # fewer than room
     tied = op.logical_and(op.greater_equal(scores, down), op.logical_not(above))
-    left = op.subtract(i32(room), op.reduce_sum(op.convert(above, "i32"), i64([2]), True))
-    first = op.less_equal(op.cum_sum(op.convert(tied, "i32"), i64(2)), left)
-    best = op.logical_or(above, op.logical_and(tied, first))
+    best = filled(above, tied, room)
     return op.logical_or(best, op.less(op.reshape(op.convert(over, "i32"), i64([1, 1, 1, 1]), False), i32(1)))

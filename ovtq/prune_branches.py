@@ -13,30 +13,18 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.attend import ALL, Columns, Held
+from ovtq.attend import Columns, Held
 from ovtq.beams import Beams
-from ovtq.graph import MASKED, cut_heads, dim, either, f32, i32, i64, new_variable, scalar
+from ovtq.graph import ALL, MASKED, cut_heads, dim, either, f32, i32, i64, scalar
 from ovtq.models.description import AttentionLayer
-from ovtq.prune import Scores
-from ovtq.pruning import DROPPED, EMPTY, POSITION, PRUNED, SCORE, SHOWN, Pruning
+from ovtq.prune import Scores, filled
+from ovtq.pruning import DROPPED, EMPTY, POSITION, SCORE, SHOWN, Pruning
 from ovtq.ring import State
 
 SORTED = -(2**23)  # below minus any row number, in place of those that need not be sorted
 
 
-class Counted(Scores):
-    """Scores, and the state that counts what was pruned."""
-
-    def counts(self, gone: Node) -> Node:
-        """The Assign of the state PRUNED; `gone` (batch, heads, 1) tokens were pruned in this call."""
-        variable = new_variable(PRUNED, [-1, self.heads, 2], ov.Type.i32)
-        zero = op.broadcast(i32(0), op.concat([self.columns.batch, i64([self.heads, 2])], 0))
-        past = op.gather(op.read_value(zero, variable), self.beams.index, i64(0))
-        total = op.add(op.slice(past, i64([0]), i64([1]), i64([1]), i64([2])), gone)
-        return op.assign(op.concat([total, op.subtract(op.unsqueeze(self.ahead, i64([2])), total)], 2), variable)
-
-
-class Residents(Counted):
+class Residents(Scores):
     """`room` rows for each head: the tokens that stay, in order, behind rows that are empty yet.
 
     In every call as many rows leave the recent ones as there are new tokens; before the recent ones are full, empty
@@ -115,7 +103,7 @@ def _numbers(count: int) -> Node:
     return op.constant(np.arange(count, dtype=np.int32)[None, None])
 
 
-class Marked(Counted):
+class Marked(Scores):
     """All tokens in order, those that are pruned with the score DROPPED.
 
     `masks`, (batch, kv_heads, 1, past + new) of each layer, are added to the scores of the history, in which the recent
@@ -210,9 +198,7 @@ def best(scores: Output, room: int) -> Node:
     edge = op.gather(ordered, i64([room - 1]), i64(2))  # (batch, heads, 1)
     above = op.greater(scores, edge)  # fewer than room
     tied = op.equal(scores, edge)
-    left = op.subtract(i32(room), op.reduce_sum(op.convert(above, "i32"), i64([2]), True))
-    first = op.less_equal(op.cum_sum(op.convert(tied, "i32"), i64(2)), left)
-    return op.logical_or(above, op.logical_and(tied, first))
+    return filled(above, tied, room)
 
 
 def rows_of(chosen: Node, room: int) -> Node:

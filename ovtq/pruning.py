@@ -16,10 +16,10 @@ SCORES = ("norm-high", "norm-low", "keydiff", "value-norm", "triattention", "ran
 MODES = ("evict", "mask", "zero")
 # A score is kept as ⌊fraction·score⌋, fraction being DIGIT to the power of DIGITS, so that no inference precision
 # changes which of two is larger; what is beyond 2²¹ then is cut to it. All are exact as f32.
-# What stands in place of a score:
 DIGIT = 2**10
 DIGITS = {"norm-high": 1, "norm-low": 1, "keydiff": 2, "value-norm": 1, "triattention": 1, "random": 2}
 SPREAD = 8  # what a z-score of triattention is multiplied with first
+# What stands in place of a score:
 EMPTY, DROPPED, PADDED, FIRST = -(2**23), -(3 * 2**21), -(2**22), 2**22
 SHOWN = -(3 * 2**20)  # a token that may be attended to has a higher score
 TIE = 64 * float(np.finfo(np.float32).eps)

@@ -15,12 +15,10 @@ from openvino import opset15 as op
 
 from ovtq.beams import Beams
 from ovtq.coding import UNIT, Coding
-from ovtq.graph import cut_heads, dim, f32, i64, joined, new_variable, precise
+from ovtq.graph import ALL, cut_heads, dim, f32, i64, joined, new_variable, precise
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packed_attention import Place
 from ovtq.quantizer import encode, pack, restore
-
-ALL = 2**31 - 1
 
 
 class State:

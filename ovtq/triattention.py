@@ -18,6 +18,7 @@ changes takes those of the text the statistics were made from.
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -106,7 +107,7 @@ def load(path: Path) -> Statistics:
             found = Statistics(**{item.name: file[item.name] for item in fields(Statistics)})
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; tools/calibrate_triattention.py makes it") from None
-    except (OSError, ValueError, LookupError, TypeError, EOFError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
         raise InputError(f"{path}: no statistics of tools/calibrate_triattention.py") from None
     numbers = (found.mean_query, found.mean_length, found.frequencies, found.score_mean, found.score_deviation)
     shape = found.mean_query.shape

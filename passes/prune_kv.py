@@ -133,11 +133,14 @@ class PruneKv(QuantizeKv):
             raise self.refuse(
                 f"slack {self.slack}: for a GPU tokens leave one by one; leave it out, or use --target cpu"
             )
+        if self.target == "cpu" and self.window + self.pruning.flush == 1:
+            raise self.refuse("recent-window 0 with slack 0: a CPU's states need a row; give either 1 or more")
         super().requires(description)
         if self.score == "triattention" and not self.stats:
             raise self.refuse("the score triattention needs stats, a file of tools/calibrate_triattention.py")
-        for layer in self.chosen(description) if self.stats else ():
-            reason = self.pruning.statistics.unfit(layer.index, layer.query_heads, layer.head_dim)
+        found = self.pruning.statistics
+        for layer in self.chosen(description) if found else ():
+            reason = found.unfit(layer.index, layer.query_heads, layer.head_dim)
             if reason:
                 raise self.refuse(f"{self.stats} {reason}; make one of this model")
 

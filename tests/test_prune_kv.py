@@ -294,7 +294,7 @@ def _prefix_not_protected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _one_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = ovtq.prune._best
-    monkeypatch.setattr(ovtq.prune, "_best", lambda scores, room, full: chosen(scores, room - 1, full))
+    monkeypatch.setattr(ovtq.prune, "_best", lambda scores, room, over: chosen(scores, room - 1, over))
 
 
 def _mask_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,11 +332,10 @@ def _beams_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
             op, beams = ov.opset15, copy.copy(beams)
             count = op.squeeze(op.shape_of(beams.index, "i32"), op.constant(np.int64([0])))
             beams.index = op.range(op.constant(np.int32(0)), count, op.constant(np.int32(1)), "i32")
-            beams._rows = {}
+            beams._pairs = {}
         init(self, beams, name, *rest)
 
-    monkeypatch.setattr(ovtq.prune, "Held", deaf_class := type("Held", (ovtq.prune.Held,), {"__init__": deaf}))
-    assert deaf_class
+    monkeypatch.setattr(ovtq.prune, "Held", type("Held", (ovtq.prune.Held,), {"__init__": deaf}))
 
 
 def _best_kept(monkeypatch: pytest.MonkeyPatch) -> None:

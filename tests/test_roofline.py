@@ -58,7 +58,7 @@ def test_bytes_of_weights_by_hand() -> None:
 
 
 def test_what_is_cut_out_computes_what_it_should() -> None:
-    """The parts' products and their bytes are those of two layers; a node costs something, and less than a call."""
+    """The parts' products and their bytes are those of two layers."""
     config = io.load_config(MINI)
     dense, experts = roofline_cpu.weights(io.load(MINI), config)
     part, size = roofline_cpu.dense_part(MINI)

@@ -20,12 +20,13 @@ import ovtq.passes.truncate_window
 import ovtq.ring
 from ovtq import io
 from ovtq.attend import Columns, Plan
+from ovtq.attend_blocks import BLOCK
 from ovtq.convert import main
 from ovtq.errors import VerificationFailed
 from ovtq.extent import Scope, cut, scope
 from ovtq.passes import DecoupleLength, RotateHeads, TruncateWindow
 from ovtq.rotation import randomized_hadamard
-from ovtq.verify import TOLERANCE, Call, Played, calls_for, compare, schedule, undecided, verify
+from ovtq.verify import TOLERANCE, Call, Played, _apart, calls_for, compare, even, schedule, undecided, verify
 
 
 def _not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,8 +86,8 @@ def test_a_conversion_wrong_at_bf16_alone_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """At f32 a number comes back when another is added and taken away; at bf16 it drowns."""
-    if ov.Core().get_property("CPU", "INFERENCE_PRECISION_HINT") == ov.Type.f32:
-        pytest.skip("this CPU computes in f32 by itself")
+    if ov.Core().get_property("CPU", "INFERENCE_PRECISION_HINT") != ov.Type.bf16:
+        pytest.skip("this CPU does not compute in bf16 by itself")
     insert, op = ovtq.passes.rotate_heads.insert_after, ov.opset15
 
     def drowned(old: ov.Output, make: Callable[[ov.Output], ov.Node]) -> ov.Output:
@@ -100,6 +101,23 @@ def test_a_conversion_wrong_at_bf16_alone_is_refused(
     assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--preset", "rotate"]) == 2
     assert "the converted model is wrong on CPU at bf16, its own precision" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_how_far_apart_results_are() -> None:
+    random = np.random.RandomState(0).standard_normal((1, 3, 8))
+    shown = np.ones((1, 3), bool)
+    some, other = (Played(results, shown, shown) for results in (random, 1.25 * random))
+    assert _apart([some], [some]) == 0
+    assert _apart([some], [other]) == pytest.approx(0.25)
+    assert _apart([some], [Played(random * np.nan, shown, shown)]) == math.inf
+
+
+def test_even_chunks_are_prefills() -> None:
+    """Beyond the longest window, and each more than a block."""
+    _, description = load(MINI)
+    calls = even(description.layers)
+    assert min(call.tokens for call in calls) > BLOCK
+    assert sum(call.tokens for call in calls) > 2 * max(layer.window or 0 for layer in description.layers)
 
 
 def _scales_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,11 +217,12 @@ def _beams_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes follow their beams, scales do not."""
     init = ovtq.ring.State.__init__
 
-    def deaf(self: ovtq.ring.State, description: object, name: str, *rest: object) -> None:
-        init(self, description, name, *rest)
+    def deaf(self: ovtq.ring.State, beams: object, name: str, *rest: object) -> None:
+        init(self, beams, name, *rest)
         if name.endswith(".scale"):
-            read, beams, axis = (value.get_node() for value in self.past.input_values())
-            self.past = ov.opset15.gather(read, ov.opset15.multiply(beams, ov.opset15.constant(np.int32(0))), axis)
+            read, index, axis = (value.get_node() for value in self.past.get_node().input_values())
+            first = ov.opset15.multiply(index, ov.opset15.constant(np.int32(0)))
+            self.past = ov.opset15.gather(read, first, axis).output(0)
 
     monkeypatch.setattr(ovtq.ring.State, "__init__", deaf)
 
