@@ -189,7 +189,7 @@ def verify(
         if own and not own.converted <= OWN_FACTOR * own.original + OWN_FLOOR:
             raise VerificationFailed(
                 f"the converted model is wrong on {device} at {own.precision}, its own precision: results are "
-                f"{own.converted:.2g} away from those at f32, and the original's {own.original:.2g}; nothing was written"
+                f"{own.converted:.2g} away from those at f32, the original's {own.original:.2g}; nothing was written"
             )
         if difference.positions > difference.skipped:
             return difference
