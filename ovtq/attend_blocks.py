@@ -111,8 +111,8 @@ class Blocks:
     def _seldom(self, store: Store, block: _Block, sources: Sequence[Node | Output]) -> list[Output]:
         """The context of the leading blocks, as a vector, tokens first, and the rows that join the states.
 
-        In most decode steps there are neither, and nothing runs. One If for both: with a second one
-        for the rows, a call longer than all before it stored wrong numbers.
+        In most decode steps there are neither, and nothing runs. One If for both: with a second one for the rows, calls
+        longer than all before them stored wrong numbers.
         """
         read = [x.output(0) if isinstance(x, Node) else x for x in (self.lead, self.leave, self.left, *sources)]
 

@@ -99,7 +99,7 @@ class Statistics:
 def load(path: Path) -> Statistics:
     """What `Statistics.save` wrote. Raises InputError if it is something else."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             if int(file["form"]) != FORM:
                 raise InputError(
                     f"{path}: statistics in form {int(file['form'])}, this ovtq reads {FORM}; make them anew"

@@ -44,6 +44,7 @@ SCHEDULES = {
 FORMS = {
     "evict": PruneKv(**SMALL),
     "evict, no slack": PruneKv(**SMALL | {"slack": 0}, score="keydiff"),
+    "evict, nothing recent": PruneKv(**SMALL | {"recent_window": 0}, score="random"),
     "evict, shared": PruneKv(**SMALL, heads="shared", score="norm-high"),
     "evict, K6V4": PruneKv(**SMALL, k_bits="6", v_bits="4", centre="bias", score="value-norm"),
     "mask": PruneKv(**SMALL, mode="mask", score="random"),
@@ -511,6 +512,10 @@ def test_options_are_checked(options: dict[str, str], message: str) -> None:
         (["--budget", "many"], "prune-kv: budget needs int, got 'many'"),
         (["--budget", "99", "--slack", "7"], "prune-kv: slack 7: for a GPU tokens leave one by one"),
         (["--budget", "99", "--mode", "zero"], "prune-kv: mode zero needs centre none"),
+        (
+            ["--preset", "exact", "--target", "cpu", "--budget", "99", "--recent-window", "0", "--slack", "0"],
+            "prune-kv: recent-window 0 with slack 0: a CPU's states need a row; give either 1 or more",
+        ),
     ],
 )
 def test_the_command_refuses_in_one_line(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -206,6 +206,9 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "other.npz", x=np.zeros(3))
     np.savez(tmp_path / "later.npz", form=9)
+    np.save(tmp_path / "array.npz.npy", np.zeros(3))
+    found.save(tmp_path / "whole.npz")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:300])
     replace(found, layers=np.array([1, 5])).save(tmp_path / "layers.npz")
     replace(found, mean_length=found.mean_length[:, :3]).save(tmp_path / "damaged.npz")
     replace(found, score_deviation=0 * found.score_deviation).save(tmp_path / "flat.npz")
@@ -214,6 +217,8 @@ def test_the_command_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureF
         "none.npz": "none.npz: no such file; tools/calibrate_triattention.py makes it",
         "text.npz": "text.npz: no statistics of tools/calibrate_triattention.py",
         "other.npz": "other.npz: no statistics of tools/calibrate_triattention.py",
+        "array.npz.npy": "array.npz.npy: no statistics of tools/calibrate_triattention.py",
+        "cut.npz": "cut.npz: no statistics of tools/calibrate_triattention.py",
         "later.npz": "later.npz: statistics in form 9, this ovtq reads 1; make them anew",
         "layers.npz": "layers.npz has nothing on layer 3, but on 1, 5; make one of this model",
         "damaged.npz": "damaged.npz: damaged statistics; make them anew",
