@@ -12,7 +12,6 @@ step, if the history grew by one. So tokens leave the recent rows, are quantised
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import reduce
 
 import numpy as np
 from openvino import Node, Output
@@ -20,10 +19,10 @@ from openvino import opset15 as op
 
 from ovtq.attend import Columns, Plan, Store, sink_logits
 from ovtq.beams import Beams
-from ovtq.graph import ALL, body, cut_heads, dim, either, f32, i64, joined, precise, scalar
+from ovtq.graph import ALL, Port, body, dim, either, f32, i64, precise, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.prune import Survivors
-from ovtq.quantizer import unpack
+from ovtq.quantizer import residues, unpack
 from ovtq.ring import Ring
 
 BLOCK = 32  # queries at a time: rows enough in a product to be worth the unpacking before it
@@ -71,26 +70,34 @@ class Blocks:
         leaving = op.maximum(op.subtract(past, i64([self.plan.window])), i64([0]))
         return op.multiply(op.divide(leaving, i64([self.flush])), i64([self.flush]))
 
-    def attend(self, layer: AttentionLayer, queries: Output, new: Node) -> Node:
-        """The context, (batch, query_heads, new, d), of the layers in turn; `new` is (batch, 2·kv_heads, new, d)."""
+    def enter(self, layer: AttentionLayer) -> tuple[tuple[Node, Node], Port, Port]:
+        """New keys, scaled and centred, and values, (batch, kv_heads, new, d) each, and where they enter."""
+        centre = self.plan.centres[layer.index]
+        keys = scaled = op.multiply(layer.key.source, f32(layer.scale))
+        if centre.any():
+            keys = op.subtract(scaled, f32(centre[None, :, None]))
+        values = op.reshape(layer.value.source, i64([0, layer.kv_heads, -1, layer.head_dim]), True)  # for the Port
+        return (keys, values), Port(scaled, 0), Port(values, 0)
+
+    def attend(self, layer: AttentionLayer, queries: Output, new: tuple[Node, Node]) -> Node:
+        """The context, (batch, query_heads, new, d), of the layers in turn; `new` is what `enter` returned."""
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
         columns = self.columns
-        recent = op.concat([next(self.parts), new], 2)  # first the sink's row
-        self.news.append(new)
+        recent = [op.concat([next(self.parts), rows], 2) for rows in new]  # first the sink's row
+        self.news += new
         far = next(self.far_masks)
         rows = op.reshape(queries, i64([0, H, G, -1, d]), True)
         sinks = op.squeeze(next(self.sinks), i64([0]))
         store = Store(self.beams, self.plan, layer)
         block = _Block(layer, store, self.plan.rotation)
         history = [held.past for held in store.held]
-        leading, *joining = self._seldom(store, block, [rows, recent, sinks, self.near, *far, *history])
+        leading, *joining = self._seldom(store, block, [rows, *recent, sinks, self.near, *far, *history])
         store.append(joining)
         self.held.append(store.held)
         rest = op.slice(rows, self.lead, i64([ALL]), i64([1]), i64([3]))
         direct = block(rest, recent, history, far, self.near_mask, sinks, self.stay, columns.recent, self.rest)
-        tokens = op.concat([columns.new, columns.batch, i64([H * G, d])], 0)
-        context = op.reshape(op.concat([leading, _flat(direct)], 0), tokens, False)
-        return op.transpose(context, i64([1, 2, 0, 3]))
+        direct = op.reshape(op.transpose(direct, i64([0, 3, 1, 2, 4])), i64([0, 0, H * G, d]), True)
+        return op.transpose(op.concat([leading, direct], 1), i64([0, 2, 1, 3]))
 
     @property
     def stored(self) -> dict[str, int]:
@@ -109,20 +116,27 @@ class Blocks:
         return [*assigns, *self.ring.store(self.news)]
 
     def _seldom(self, store: Store, block: _Block, sources: Sequence[Node | Output]) -> list[Output]:
-        """The context of the leading blocks, as a vector, tokens first, and the rows that join the states.
+        """The context of the leading blocks, (batch, tokens, query_heads, d), and the rows that join the states.
 
         In most decode steps there are neither, and nothing runs. One If for both: with a second one for the rows, calls
         longer than all before them stored wrong numbers.
         """
         read = [x.output(0) if isinstance(x, Node) else x for x in (self.lead, self.leave, self.left, *sources)]
 
+        layer, empty = block.layer, i64([0])
+        heads = i64([layer.query_heads, layer.head_dim])
+
         def some(inside: Sequence[Output]) -> list[Node | Output]:
             lead, leave, left, *inside = inside
-            leaving = op.slice(inside[1], leave, left, i64([1]), i64([2]))
-            return [self._loop(block, lead, inside), *store.packed(leaving)]
+            leaving = op.concat([op.slice(rows, leave, left, i64([1]), i64([2])) for rows in inside[1:3]], 1)
+            shape = op.concat([lead, dim(inside[0], 0), heads], 0)
+            leading = op.reshape(self._loop(block, lead, inside), shape, False)
+            return [op.transpose(leading, i64([1, 0, 2, 3])), *store.packed(leaving)]
 
         def none(inside: Sequence[Output]) -> list[Node | Output]:
-            return [op.constant(np.zeros(0, np.float32)), *(held.nothing(inside[0]) for held in store.held)]
+            (batch,) = inside
+            leading = op.broadcast(op.constant(np.float32(0)), op.concat([batch, empty, heads], 0))
+            return [leading, *(held.nothing(batch) for held in store.held)]
 
         return either(self.seldom, (read, some), ([self.columns.batch.output(0)], none), ("seldom", "usually"))
 
@@ -135,18 +149,19 @@ class Blocks:
             return precise(op.slice(x, i64([0]), end, i64([1]), i64([axis]))).output(0)
 
         # Precise, for of what it must convert before a Loop the CPU plugin goes on to read an earlier call's
-        queries, recent, sinks, near, *more = sources
+        queries, keys, values, sinks, near, *more = sources
         masks, history = more[: -block.states], more[-block.states :]
-        outer = [cut(queries, 3, lead), cut(recent, 2), cut(sinks, 4), cut(near, 2)]
+        outer = [cut(queries, 3, lead), cut(keys, 2), cut(values, 2), cut(sinks, 4), cut(near, 2)]
         outer += [*(cut(x, 3) for x in masks), *(cut(x, 2) for x in history)]
         inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in outer]
-        queries, recent, sinks, near, *more = (x.output(0) for x in inner)
+        queries, keys, values, sinks, near, *more = (x.output(0) for x in inner)
         masks, history = more[: -block.states], more[-block.states :]
         turn = op.parameter([], np.int64)
         first = op.multiply(op.unsqueeze(turn, i64([0])), i64([BLOCK]))
         some = op.slice(queries, first, op.add(first, i64([BLOCK])), i64([1]), i64([3]))
         width = dim(near, 2)
         mask = self.columns.near_mask(near, width, first, i64([BLOCK]))
+        recent = [keys, values]
         context = block(some, recent, history, masks, mask, sinks, dim(masks[0], 3), width, i64([BLOCK]))
         results = [op.result(op.constant(np.array(True))), op.result(op.unsqueeze(_flat(context), i64([0])))]
         loop = op.loop(scalar(trips), op.constant(np.array(True)))
@@ -175,7 +190,7 @@ class _Block:
     def __call__(
         self,
         queries: Node | Output,
-        recent: Node | Output,
+        recent: Sequence[Node | Output],
         history: Sequence[Output],
         far_masks: Sequence[Node | Output],
         near_mask: Node | Output,
@@ -186,13 +201,15 @@ class _Block:
     ) -> Node:
         """Queries (batch, H, G, count, d) to their context of that shape; of `past` rows of history, `columns` recent.
 
+        `recent`: keys and values.
+
         `far_masks`: what is added to scores of the history, and, maybe, what they and the weights are multiplied by.
         """
         H, G, d = self.layer.kv_heads, self.layer.group, self.layer.head_dim
         held = iter(history)
         key_bytes, key_scales = next(held), next(held) if self.keys.layout else None
         value_bytes, value_scales = next(held), next(held) if self.values.layout else None
-        key_rows, value_rows = cut_heads(recent, 2, "cpu")
+        key_rows, value_rows = recent
         rows = op.reshape(queries, i64([0, 0, -1, d]), True)  # (batch, H, G·count, d)
         by_query = op.concat([i64([0, 0, G]), count, i64([-1])], 0)
         near = op.reshape(op.matmul(rows, key_rows, False, True), by_query, True)
@@ -219,15 +236,13 @@ class _Block:
         layout = self.keys.layout
         if layout is None:
             return op.matmul(rows, keys, False, True)
-        rows = op.matmul(rows, f32(layout.decode @ self.rotation.T), False, True)
-        parts = op.variadic_split(rows, i64(3), i64([group.count for group in layout.groups])).outputs()
-        pairs = zip(parts, unpack(keys, layout), strict=True)
-        return reduce(op.add, (op.matmul(part, feature, False, True) for part, feature in pairs))
+        rows = op.matmul(rows, f32(residues(layout) @ self.rotation.T), False, True)
+        return op.matmul(rows, unpack(keys, layout), False, True)
 
     def _sums(self, weights: Output | Node, values: Output) -> Node:
         """weights · (V̂ without its scales), decoded and rotated back behind the sum, in one product."""
         layout = self.values.layout
         if layout is None:
             return op.matmul(weights, values, False, False)
-        sums = [op.matmul(weights, feature, False, False) for feature in unpack(values, layout)]
-        return op.matmul(joined(sums, 3), f32(self.rotation @ layout.decode.T), False, True)
+        sums = op.matmul(weights, unpack(values, layout), False, False)
+        return op.matmul(sums, f32(self.rotation @ residues(layout).T), False, True)

@@ -20,7 +20,7 @@ from openvino.utils.node_factory import NodeFactory
 
 from ovtq.attend import Columns, History, Plan, Store, sink_logits
 from ovtq.beams import Beams
-from ovtq.graph import ALL, MASKED, dim, either, f32, i64
+from ovtq.graph import ALL, MASKED, Port, dim, either, f32, i64
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packing import Layout
 from ovtq.quantizer import interleaved, look_up
@@ -77,8 +77,19 @@ class Branches:
         shown = op.unsqueeze(op.greater(self.columns.shown, i64([0])), i64([1, 3]))
         return op.multiply(history.codes.appended, op.select(shown, f32(1), f32(0))).output(0)
 
+    def enter(self, layer: AttentionLayer) -> tuple[Node, Port, Port]:
+        """New keys, scaled and centred, and values, (batch, 2·kv_heads, new, d), and where they enter."""
+        centre = self.plan.centres[layer.index]
+        entry = op.concat([layer.key.source, layer.value.source], 1)
+        scale = np.ones((2 * layer.kv_heads, 1, 1), np.float32)
+        scale[: layer.kv_heads] = layer.scale
+        new = op.multiply(entry, f32(scale[None]))
+        if centre.any():
+            new = op.subtract(new, f32(np.concatenate([centre, 0 * centre])[None, :, None]))
+        return new, Port(entry, 0), Port(entry, 1)
+
     def attend(self, layer: AttentionLayer, queries: Output, new: Node) -> Node:
-        """The context, (batch, query_heads, new, d), of the layers in turn; `new` is (batch, 2·kv_heads, new, d)."""
+        """The context, (batch, query_heads, new, d), of the layers in turn; `new` is what `enter` returned."""
         recent = op.concat([next(self.parts), new], 2)  # first the sink's row
         self.news.append(new)
         outer = _Read(

@@ -9,7 +9,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.codec import FLOOR, STEPS, AdaptiveUniform
-from ovtq.graph import f32, i64, joined, precise
+from ovtq.graph import f32, i64, precise
 from ovtq.packing import OFFSET, Field, Layout
 
 LAST = (3,)  # the axis of head_dim
@@ -117,32 +117,37 @@ def _rows(layout: Layout) -> list[list[Field]]:
     return rows
 
 
-def unpack(packed: Output, layout: Layout) -> list[Node]:
-    """The features of `layout.decode`, group by group, less their mean: (…, bytes) i8 → (…, count) f32 each.
+def unpack(packed: Output, layout: Layout) -> Node:
+    """The features of `residues`: (batch, heads, tokens, bytes) i8 → (…, features) f32.
 
-    Less the mean, (2^width − 1)/2, because then features @ decode = code − mid. By arithmetic on whole tensors, which
-    suits a CPU. A field is cut out by FloorMod rather than by subtracting the fields above it: in bf16, which some CPUs
-    compute in, that difference would drown.
-
-    The CPU plugin reads the bytes in the node that uses them only if each formula has a Convert of its own; equal ones
-    would be merged, so each reads the bytes in another shape.
+    The lowest t bits of every byte, for each t at which a field begins or ends, less their mean, (2^t − 1)/2, because
+    then features @ residues = code − mid. All in one formula, which is one node of the CPU plugin; no feature is above
+    127.5, so that bf16, which some CPUs compute in, holds each exactly.
     """
-    features = []
-    for number, group in enumerate(layout.groups):
-        x: Node | Output = packed
-        if group.count < layout.bytes:
-            x = op.slice(packed, i64([group.first]), i64([group.first + group.count]), i64([1]), i64([3]))
-        x = precise(op.convert(op.reshape(x, i64([0, 0, -1]), True) if number else x, "f32"))
-        middle = (2**group.width - 1) / 2
-        topmost = group.shift + group.width == 8
-        if group.shift:
-            x = op.floor(op.multiply(x, f32(2.0**-group.shift)))
-        offset = OFFSET / 2**group.shift
-        if not topmost:
-            x, offset = op.floor_mod(op.add(x, f32(offset)), f32(2**group.width)), 0
-        x = op.add(x, f32(offset - middle))
-        features.append(op.reshape(x, i64([0, 0, -1, group.count]), True) if number else x)
-    return features
+    edges = _edges(layout)
+    x = op.reshape(packed, i64([0, 0, -1, 1, layout.bytes]), True)
+    # The plugin reads bytes in the node that computes with them only if their Convert is f32 whatever it computes in
+    x = op.add(precise(op.convert(x, "f32")), f32(OFFSET))
+    if len(edges) > 1:
+        x = op.floor_mod(x, f32(np.exp2(edges)[:, None]))
+    x = op.subtract(x, f32((np.exp2(edges)[:, None] - 1) / 2))
+    return op.reshape(x, i64([0, 0, -1, len(edges) * layout.bytes]), True)
+
+
+def residues(layout: Layout) -> np.ndarray:
+    """(features, head_dim) f32: what `layout.decode` is to fields, for `unpack`."""
+    edges = _edges(layout)
+    matrix = np.zeros((len(edges), layout.bytes, layout.head_dim), np.float32)
+    for f in layout.fields:
+        at = np.arange(f.count)
+        for edge, sign in ((f.shift + f.width, 1), (f.shift, -1)):
+            if edge:
+                matrix[edges.index(edge), f.first + at, f.code + at] += sign * 2.0 ** (f.low - f.shift)
+    return matrix.reshape(-1, layout.head_dim)
+
+
+def _edges(layout: Layout) -> list[int]:
+    return sorted({edge for f in layout.fields for edge in (f.shift, f.shift + f.width) if edge})
 
 
 def look_up(packed: Output, layout: Layout, scales: Output) -> Node:
@@ -161,7 +166,7 @@ def restore(packed: Output, layout: Layout, scales: Output, rotation: np.ndarray
     """Vectors again, turned back: (batch, heads, tokens, bytes) i8 and scales (…, 1) → (…, d) f32."""
     if target == "gpu":
         return op.matmul(look_up(packed, layout, scales), f32(rotation @ interleaved(layout).T), False, True)
-    vectors = op.matmul(joined(unpack(packed, layout), 3), f32(rotation @ layout.decode.T), False, True)
+    vectors = op.matmul(unpack(packed, layout), f32(rotation @ residues(layout).T), False, True)
     return op.multiply(vectors, scales)
 
 

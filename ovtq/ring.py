@@ -6,6 +6,7 @@ chat that no tokens can be cut from their end: it resets and prefills again inst
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -31,7 +32,7 @@ class State:
         # Written in another type than the state's, it would be converted in every step
         self.mark = precise if beams.target == "cpu" else lambda node: node
         self.variable = new_variable(name, [-1, *shape], ov.Type(start.dtype))
-        first = op.broadcast(op.constant(start), op.concat([beams.batch, i64(shape)], 0))
+        first = _start(start, beams, shape)
         self.past = beams.in_order(op.read_value(first, self.variable))
 
     def store(self, new: Node | Output, rows: Node | None = None) -> Node:
@@ -44,8 +45,29 @@ class State:
         return op.assign(self.mark(kept), self.variable)
 
 
+def _start(start: np.ndarray, beams: Beams, shape: Sequence[int]) -> Node:
+    """What a state of that shape holds at first, for each of the batch."""
+    if beams.target == "gpu":
+        return op.broadcast(op.constant(start), op.concat([beams.batch, i64(shape)], 0))
+    # The Reshape tells the shape: where ReadValue's is another than the Assign's, the CPU plugin copies the state
+    length = math.prod(shape)
+    flat = start.reshape(1, -1) if start.size > 1 else start
+    return op.reshape(
+        op.broadcast(op.constant(flat), op.concat([beams.batch, i64([length])], 0)), i64([-1, *shape]), False
+    )
+
+
+def _parts(past: Node | Output, layers: int, target: str) -> list[Output]:
+    """What each layer reads: keys and values in one; for a CPU keys, then values, for it splits nothing for free."""
+    if target == "cpu":
+        return cut_heads(past, 2 * layers, target)
+    return op.split(past, i64(1), layers).outputs()
+
+
 class Ring:
     """The last `rows` tokens of `layers`, keys then values of each, in one state (batch, layers·2·kv_heads, rows, d).
+
+    `parts` is what each layer reads of them: for a CPU keys and values one by one, for a GPU in one.
 
     Zero before the text begins. `head`, (layers·2·kv_heads, d), becomes a row before all others that stays where it is.
     """
@@ -67,8 +89,7 @@ class Ring:
             start = np.zeros((1, heads, length, d), np.float32)
             start[0, :, 0] = head
         self.state = State(beams, name, [heads, length, d], start, kept)
-        past, count, cpu = self.state.past, len(layers), beams.target == "cpu"
-        self.parts = cut_heads(past, count, "cpu") if cpu else op.split(past, i64(1), count).outputs()
+        self.parts = _parts(self.state.past, len(layers), beams.target)
 
     def store(self, news: Sequence[Node | Output]) -> list[Node]:
         """The Assign that keeps the last tokens; `news` are the new ones of each layer, (batch, 2·kv_heads, new, d)."""
@@ -120,7 +141,7 @@ class PackedRing:
         past = joined([restore(*some, coding.rotation, beams.target) for some in packed], 1)
         if self.order is not None:
             past = op.gather(past, i64(np.argsort(self.order)), i64(1))
-        self.parts = op.split(past, i64(1), count).outputs()
+        self.parts = _parts(past, count, beams.target)
 
     def store(self, news: Sequence[Node | Output]) -> list[Node]:
         """The Assigns that keep the last tokens; `news` are the new ones of each layer, (batch, 2·kv_heads, new, d)."""

@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import openvino as ov
-from openvino import opset15 as op
 
 from ovtq.attend import Plan, sink_logits
 from ovtq.attend_blocks import Blocks
 from ovtq.attend_branches import Branches
 from ovtq.coding import BITS, coding, unfit
-from ovtq.graph import Port, f32, rebuild, redirect
+from ovtq.graph import rebuild, redirect
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.models.rope import mean_rotated_bias, norms
 from ovtq.packed_attention import PackedAttention, Place
@@ -148,19 +147,13 @@ class QuantizeKv(Pass):
         return (mean * np.float32(layer.scale)).astype(np.float32)
 
     def _rewrite(self, form: Blocks | Branches, plan: Plan, layer: AttentionLayer) -> AttentionLayer:
-        centre = plan.centres[layer.index]
-        entry = op.concat([layer.key.source, layer.value.source], 1)  # (batch, 2H, new, d)
-        scale = np.ones((2 * layer.kv_heads, 1, 1), np.float32)
-        scale[: layer.kv_heads] = layer.scale
-        new = op.multiply(entry, f32(scale[None]))
-        if centre.any():
-            new = op.subtract(new, f32(np.concatenate([centre, 0 * centre])[None, :, None]))
+        new, key, value = form.enter(layer)
         context = form.attend(layer, layer.query.source, new)
         redirect(layer.context, context)
         return replace(
             layer,
-            key=Port(entry, 0),
-            value=Port(entry, 1),
+            key=key,
+            value=value,
             context=context.output(0),
             mask=None,
             key_path=None,

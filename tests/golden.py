@@ -19,6 +19,7 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 
 SUBJECTS: dict[str, Pass] = {name: cls() for name, cls in PASSES.items()}
 SUBJECTS["prune-kv-cpu"] = PruneKv(target="cpu")
+SUBJECTS["truncate-window-cpu"] = TruncateWindow(target="cpu")
 SUBJECTS["truncate-window-packed"] = TruncateWindow(k_bits="6", v_bits="4")
 
 

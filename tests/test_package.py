@@ -26,7 +26,7 @@ LAYERS = [
     {"ovtq.pipeline", "ovtq.verify", "ovtq.inspect_tables", "ovtq.roofline_cpu"},
     {"ovtq.passes", "ovtq.extent", "ovtq.packed_check", "ovtq.calibrate"},
     {"ovtq.attend_pruned"},
-    {"ovtq.attend_blocks", "ovtq.attend_branches"},
+    {"ovtq.attend_blocks", "ovtq.attend_branches", "ovtq.attend_window"},
     {"ovtq.prune_branches"},
     {"ovtq.prune"},
     {"ovtq.attend", "ovtq.ring"},

@@ -92,6 +92,8 @@ SCHEDULES = {
     "grow": [Call(5), Call(1), Call(1), Call(7), Call(1), Call(1), Call(9), Call(1)],
     "long prefill": [Call(83), Call(1), Call(1)],
     "window edges": [Call(15), Call(1), Call(1), Call(16), Call(17), Call(1), Call(32), Call(31), Call(1)],
+    "blocks": [Call(150), Call(1), Call(65), Call(64), Call(1)],
+    "padded blocks": [Call(150, 2, pad=90), Call(1, 2), Call(70, 2), Call(1, 2)],
     "padding": [Call(24, 3, pad=11), Call(1, 3), Call(19, 3), Call(1, 3)],
     "beams": [Call(20), Call(1, 4, beams=(0, 0, 0, 0)), Call(1, 4, beams=(1, 1, 3, 0)), Call(1, 4, beams=(3, 2, 1, 0))],
 }
@@ -99,6 +101,8 @@ COMBINATIONS: dict[str, tuple[Pass, ...]] = {
     "decouple": (DecoupleLength(),),
     "truncate": (DecoupleLength(), TruncateWindow()),
     "truncate, slack": (DecoupleLength(), TruncateWindow(slack=5)),
+    "truncate, cpu": (DecoupleLength(), TruncateWindow(target="cpu")),
+    "truncate, slack, cpu": (DecoupleLength(), TruncateWindow(slack=5, target="cpu")),
     "simplify": (SimplifyMask(),),
     "rotate": (RotateHeads(seed=3),),
     "rotate qk": (RotateHeads(tensors="qk"),),

@@ -9,7 +9,7 @@ from openvino import opset15 as op
 
 from ovtq.codec import STEPS, AdaptiveUniform
 from ovtq.packing import Layout, layout, pack, unpack
-from ovtq.quantizer import encode, interleaved, look_up
+from ovtq.quantizer import encode, interleaved, look_up, residues
 from ovtq.quantizer import pack as pack_nodes
 from ovtq.quantizer import unpack as unpack_nodes
 from ovtq.rotation import randomized_hadamard
@@ -77,9 +77,11 @@ def test_unpacking_is_the_inverse(bits: int, head_dim: int) -> None:
     where: Layout = layout(bits, head_dim)
     packed = pack(all_codes(bits, head_dim), bits)
     source = op.parameter([-1, 2, -1, where.bytes], np.int8)
-    features = run(ov.Model([op.result(node) for node in unpack_nodes(source.output(0), where)], [source]), packed)
+    (features,) = run(ov.Model([op.result(unpack_nodes(source.output(0), where))], [source]), packed)
     middle = (2**bits - 1) / 2
-    assert np.array_equal(np.concatenate(features, -1) @ where.decode + middle, unpack(packed, bits))
+    assert np.array_equal(features.astype(np.float64) @ residues(where) + middle, unpack(packed, bits))
+    # each exactly a bf16: 8 bits of which the last are 0 or 1 halves
+    assert np.abs(features).max() <= 127.5
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128])
