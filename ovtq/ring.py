@@ -23,17 +23,26 @@ from ovtq.quantizer import encode, pack, restore
 
 
 class State:
-    """(batch, heads, length, width), `start` before the text begins; `kept` are the rows of it and of what is new."""
+    """(batch, heads, length, width), `start` before the text begins; `kept` are the rows of it and of what is new.
+
+    Not `exact`, a CPU that computes in bf16 keeps it in bf16, too: right for what comes from a bf16 and goes to one.
+    """
 
     def __init__(
-        self, beams: Beams, name: str, shape: Sequence[int], start: np.ndarray, kept: Node | None = None
+        self,
+        beams: Beams,
+        name: str,
+        shape: Sequence[int],
+        start: np.ndarray,
+        kept: Node | None = None,
+        exact: bool = True,
     ) -> None:
         self.kept = kept
         # Written in another type than the state's, it would be converted in every step
-        self.mark = precise if beams.target == "cpu" else lambda node: node
+        self.mark = precise if beams.target == "cpu" and exact else lambda node: node
         self.variable = new_variable(name, [-1, *shape], ov.Type(start.dtype))
         first = _start(start, beams, shape)
-        self.past = beams.in_order(op.read_value(first, self.variable))
+        self.past = beams.in_order(op.read_value(first, self.variable), exact)
 
     def store(self, new: Node | Output, rows: Node | None = None) -> Node:
         """The Assign that keeps the last rows; `new` is (batch, heads, tokens, width).
@@ -88,7 +97,7 @@ class Ring:
             kept, length = op.concat([i64([0]), op.add(kept, i64([1]))], 0), rows + 1
             start = np.zeros((1, heads, length, d), np.float32)
             start[0, :, 0] = head
-        self.state = State(beams, name, [heads, length, d], start, kept)
+        self.state = State(beams, name, [heads, length, d], start, kept, exact=False)
         self.parts = _parts(self.state.past, len(layers), beams.target)
 
     def store(self, news: Sequence[Node | Output]) -> list[Node]:
