@@ -74,23 +74,21 @@ class Copy:
             thread.join()
 
     def _work(self) -> None:
-        with mmap.mmap(
-            -1, BLOCK
-        ) as buffer:  # at the start of a page; one for all blocks, or each would be zeroed first
-            while True:
-                with self._change:
-                    if not self._todo or self._error:
-                        return
-                    block = self._todo.popleft()
-                error = None
-                try:
+        try:
+            with mmap.mmap(-1, BLOCK, MEMORY) as buffer:  # starts a page; one for all blocks, or each would be zeroed
+                while (block := self._next()) is not None:
                     self._copy(buffer, block)
-                except OSError as caught:
-                    error = caught
-                with self._change:
-                    self._error = self._error or error
-                    self._left.discard(block)
-                    self._change.notify_all()
+                    with self._change:
+                        self._left.discard(block)
+                        self._change.notify_all()
+        except Exception as error:  # whatever it is, whoever waits must be told
+            with self._change:
+                self._error = self._error or error
+                self._change.notify_all()
+
+    def _next(self) -> int | None:
+        with self._change:
+            return self._todo.popleft() if self._todo and not self._error else None
 
     def _copy(self, buffer: mmap.mmap, start: int) -> None:
         size, done = min(BLOCK, self.size - start), 0
