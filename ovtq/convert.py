@@ -220,26 +220,28 @@ def _write(
     bars: Progress,
 ) -> None:
     io.stamp(model, {key: record[key] for key in ("ovtq", "preset", "passes", "versions")})
+    layers, device = description.layers, options.verify_device
     with io.staged(options.out_dir) as folder:
-        with phase(bars, "write", 2) as tick:
-            record["weights"] = io.save(model, folder, source)
+        with phase(bars, "write", 2) as tick, io.saving(model, folder, source) as written:
             tick()
+            record["weights"] = written.how
             io.copy_rest(options.model_dir, folder)
             for item in passes:
                 item.leave(folder)
+            if options.verify:  # while the rest of the weights is copied
+                with phase(bars, "verify", verify.calls_of(layers, device)) as checked:
+                    xml, seed, ready = folder / source.name, options.verify_seed, written.wait_for
+                    found = verify.verify(source, xml, layers, device, seed, extent, checked, ready)
+                    precision = verify.kept_precision(xml, layers, device, extent, ready)
+                record["verified"] = {
+                    "device": device,
+                    "tolerance": verify.TOLERANCE,
+                    "experts": not extent.joins,
+                    **dataclasses.asdict(found),
+                    "cache_precision": precision,
+                }
+            written.wait()
             tick()
-        if options.verify:
-            layers = description.layers
-            with phase(bars, "verify", verify.calls_of(layers, options.verify_device)) as tick:
-                device, written = options.verify_device, folder / source.name
-                found = verify.verify(source, written, layers, device, options.verify_seed, extent, tick)
-            record["verified"] = {
-                "device": device,
-                "tolerance": verify.TOLERANCE,
-                "experts": not extent.joins,
-                **dataclasses.asdict(found),
-                "cache_precision": verify.kept_precision(written, layers, device, extent),
-            }
         (folder / io.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         _write_json(options, record)
 

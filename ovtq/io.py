@@ -12,13 +12,13 @@ import signal
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import openvino as ov
 
-from ovtq import weights
+from ovtq import copying, weights
 from ovtq.errors import InputError
 
 MODEL = "openvino_model"
@@ -130,7 +130,7 @@ def check_output(model_dir: Path, out_dir: Path, force: bool) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"{parent}: can't be written to")
     needed = sum(path.stat().st_size for path in files_of(model_dir)) + (1 << 20)
-    if weights.can_reflink(model_xml(model_dir).with_suffix(".bin"), parent):
+    if copying.can_reflink(model_xml(model_dir).with_suffix(".bin"), parent):
         needed -= model_xml(model_dir).with_suffix(".bin").stat().st_size
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -248,16 +248,27 @@ def _umask() -> int:
     return mask
 
 
-def save(model: ov.Model, folder: Path, source: Path) -> str:
+@contextmanager
+def saving(model: ov.Model, folder: Path, source: Path) -> Iterator[weights.Written]:
     """Write the IR, every weight in the type it has, to where `source`, the XML it was read from, cannot be harmed.
 
-    Returns how the weights came there (`weights.write`). Raises InputError if the disk does not take it.
+    Within the block the weights may be on their way yet (`weights.writing`); when it ends well, all are there. Raises
+    InputError if the disk does not take it.
     """
-    xml = folder / f"{MODEL}.xml"
+    with ExitStack() as stack:
+        with _to(folder):
+            xml = folder / f"{MODEL}.xml"
+            written = stack.enter_context(weights.writing(model, xml, source.with_suffix(".bin")))
+            model_xml(folder)
+        yield written
+        with _to(folder):
+            written.wait()
+
+
+@contextmanager
+def _to(folder: Path) -> Iterator[None]:
     try:
-        how = weights.write(model, xml, source.with_suffix(".bin"))
-        model_xml(folder)
-        return how
+        yield
     except (OSError, RuntimeError, InputError) as error:
         free = shutil.disk_usage(folder).free >> 20
         raise InputError(

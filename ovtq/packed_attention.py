@@ -108,26 +108,33 @@ class PackedAttention:
         """Σ_k p_k v_k, p the softmax over the visible keys and the sink: (batch, query_heads, new, d).
 
         query (batch, query_heads, new, d), k and v (batch, kv_heads, new, d), shown (batch, past + new), beams
-        (batch,). `stored` may say what a graph has stored, in place of this object's.
+        (batch,). `stored` may say what a graph has stored of the older ones at least, in place of this object's.
         """
         new = self.scale * k.astype(np.float64) - self.centre, v.astype(np.float64)
         old = tuple(x[beams] for x in self.tokens) if self.tokens else tuple(x[:, :, :0] for x in new)
         self.tokens = tuple(np.concatenate(pair, 2) for pair in zip(old, new, strict=True))
         past, count = old[0].shape[2], k.shape[2]
-        is_old = (np.arange(past + count) < self.older(past))[:, None]
-        stored = stored or self.stored
-        keys, values = (np.where(is_old, stored(i, self.tokens[i]), self.tokens[i]) for i in (0, 1))
+        keys, values = (self._read(i, past, stored or self.stored) for i in (0, 1))
         keys, values, kept = self.forget(keys, values, past, shown)
         batch, kv_heads, total, d = keys.shape
-        query = (self.query_scale * query.astype(np.float64)).reshape(
-            batch, kv_heads, -1, d
-        )  # query heads that share a KV head as rows
+        rows = query.reshape(batch, kv_heads, -1, d)  # query heads that share a KV head as rows
         behind = past + np.arange(count)[:, None] - np.arange(total)  # how far each key is behind each query
         seen = (behind >= 0) & (behind < (self.reach or total))
-        visible = np.tile(seen, (query.shape[2] // count, 1)) & (shown != 0)[:, None, None] & kept
-        scores = np.where(visible, query @ keys.swapaxes(2, 3), -np.inf)
-        sink = np.repeat(self.sinks.reshape(1, kv_heads, -1), count, 2) - (query * self.centre).sum(-1)
-        scores = np.concatenate([scores, sink[..., None]], -1)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        weights /= weights.sum(-1, keepdims=True)
-        return (weights[..., :-1] @ values).reshape(batch, -1, count, d)
+        visible = np.tile(seen, (rows.shape[2] // count, 1)) & (shown != 0)[:, None]
+        kept = np.broadcast_to(kept, (batch, kv_heads, 1, total))
+        sinks = np.repeat(self.sinks.astype(np.float64).reshape(kv_heads, -1), count, 1)
+        result = np.empty(rows.shape)
+        for head in range(kv_heads):  # one by one: the scores of all would take more memory than the model
+            some = self.query_scale * rows[:, head].astype(np.float64)
+            sink = (sinks[head] - (some * self.centre[:, head]).sum(-1))[..., None]
+            scores = some @ keys[:, head].swapaxes(1, 2)
+            scores[~(visible & kept[:, head])] = -np.inf
+            top = np.maximum(scores.max(-1, keepdims=True), sink)
+            weights = np.exp(scores - top)
+            result[:, head] = weights @ values[:, head] / (weights.sum(-1, keepdims=True) + np.exp(sink - top))
+        return result.reshape(batch, -1, count, d)
+
+    def _read(self, which: int, past: int, stored: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:
+        """Keys (0) or values (1) of all tokens as the call after `past` of them reads them."""
+        tokens, older = self.tokens[which], self.older(past)
+        return np.concatenate([stored(which, tokens)[:, :, :older], tokens[:, :, older:]], 2)

@@ -11,7 +11,7 @@ import openvino as ov
 from ovtq.coding import whole_scale
 from ovtq.models import AttentionLayer
 from ovtq.packing import unpack
-from ovtq.pruning import PRUNED, PrunedAttention
+from ovtq.pruning import POSITION, PRUNED, SCORE, PrunedAttention
 
 CODE_TIE = 64 * float(np.finfo(np.float32).eps)  # of the largest code
 
@@ -26,7 +26,9 @@ class PackedCheck:
         self.names = [[(tap.get_node().get_friendly_name(), tap.get_index()) for tap in some] for some in taps]
         self.largest, self.exact_codes = 0.0, False
         self.pruned, self.miscounted = 0, ""  # tokens, at most, of a head; what is wrong with the graph's own count
-        self.states: dict[str, np.ndarray] = {}  # before the next call
+        codes = {place.state for layer in self.layers for place in layer.places if place}
+        self.read = {*codes, *(f"{name}.scale" for name in codes), SCORE, POSITION, PRUNED}  # of the states
+        self.states: dict[str, np.ndarray] = {}  # these, before the next call
 
     def tapped(self, model: ov.Model) -> ov.Model:
         """`model`, as read from its file, with what is checked as further results."""
@@ -50,12 +52,10 @@ class PackedCheck:
         states = {name: state[beams] for name, state in self.states.items()}
         first = 1
         for layer, some in zip(self.layers, self.names, strict=True):
-            query, keys, values, got, *beside = (
-                np.array(request.get_output_tensor(first + k).data, np.float64) for k in range(len(some))
-            )
+            query, keys, values, got, *beside = (request.get_output_tensor(first + k).data for k in range(len(some)))
             first += len(some)
             for tensor in beside:
-                layer.packed.shown_beside(tensor, beams)
+                layer.packed.shown_beside(tensor.astype(np.float64), beams)
             stored = functools.partial(_as_stored, states, past, layer)
             layer.packed.found(states)
             expected = layer.packed.step(query, keys, values, mask, beams, stored)
@@ -63,7 +63,8 @@ class PackedCheck:
             error = np.abs(got - expected).max(initial=0) / np.abs(expected).max(initial=np.finfo(np.float32).tiny)
             self.largest = max(self.largest, float(error) if np.isfinite(got).all() else float("inf"))
         try:
-            self.states = {state.name: np.array(state.state.data) for state in request.query_state()}
+            states = [state for state in request.query_state() if state.name in self.read]
+            self.states = {state.name: np.array(state.state.data) for state in states}
         except RuntimeError:  # the GPU plugin does not give out i8 states
             self.states = {}
         self.exact_codes = bool(self.states)
@@ -87,10 +88,12 @@ def _as_stored(
 ) -> np.ndarray:
     """Keys or values as the codec stores them, but with the graph's code where one is a rounding away from another.
 
-    `states` are those that this call of the graph found, of `past` tokens; `x` are all tokens.
+    `states` are those that this call of the graph found, of `past` tokens, the first ones of `x`; no more are returned.
     """
-    packed, codec = layer.packed, layer.packed.codecs[which]
-    if codec is None or not states:
+    packed, codec, x = layer.packed, layer.packed.codecs[which], x[:, :, :past]
+    if codec is None or not packed.older(past):  # then none is read as stored
+        return x
+    if not states:
         return packed.stored(which, x)
     y = x @ packed.rotation
     codes, scale = codec.encode(y)

@@ -42,7 +42,7 @@ class Runner:
         except RuntimeError as error:
             name = model.get_friendly_name() if isinstance(model, ov.Model) else model
             raise InputError(f"{name}: {device} does not compile it ({last_line(error)})") from None
-        self.model = model
+        self.model, self.device = model, device
         self.names = {name for port in self.request.model_inputs for name in port.names}
         self.mask: np.ndarray | None = None
 
@@ -56,6 +56,16 @@ class Runner:
         self.request.reset_state()
         self.mask = None
 
+    def close(self) -> None:
+        """Free what the model took; nothing can be run any more.
+
+        A CPU model that just goes leaves the tensors between its nodes behind, 90 MB of four layers of GPT-OSS-20B.
+        """
+        compiled = self.request.get_compiled_model()
+        del self.request
+        if self.device == "CPU":
+            compiled.release_memory()
+
     def step(self, ids: np.ndarray, shown: np.ndarray | None = None, beams: np.ndarray | None = None) -> np.ndarray:
         """Logits (batch, tokens, vocabulary) of `ids` (batch, tokens); `shown` is 0 where `ids` is padding.
 
@@ -68,10 +78,11 @@ class Runner:
         positions = np.maximum(np.cumsum(self.mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
         inputs = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions, "beam_idx": beams}
         try:
-            outputs = self.request.infer({name: value for name, value in inputs.items() if name in self.names})
+            inputs = {name: value for name, value in inputs.items() if name in self.names}
+            self.request.infer(inputs, share_outputs=True)  # not copied: there may be more than logits
         except RuntimeError as error:
             raise InputError(f"a step of {ids.shape[1]} tokens failed ({last_line(error)})") from None
-        return outputs[0]
+        return np.array(self.request.get_output_tensor(0).data)
 
     def fill(self, tokens: int, seed: int = 0) -> None:
         """Make the states look as after `tokens` tokens, batch 1, without running any: for timing, the text is noise.

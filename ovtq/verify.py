@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -134,11 +136,13 @@ def play(
         ids = random.randint(0, vocabulary, (call.batch, call.tokens)).astype(np.int64)
         shown = np.ones(ids.shape, np.int64)
         shown[1:, : call.pad] = 0
-        results = np.array(runner.step(ids, shown, np.asarray(call.beams, np.int32) if call.beams else None))
+        results = runner.step(ids, shown, np.asarray(call.beams, np.int32) if call.beams else None)
         visible = shown.astype(bool)
         if check:
             beams = np.asarray(call.beams or range(call.batch), np.int32)
+            _trim()
             check.step(runner.request, shown, runner.mask, beams)
+            _trim()
         usable = visible & (not tied)
         for index, experts in enumerate(chosen, start=1):
             router = runner.request.get_output_tensor(index).data
@@ -148,6 +152,13 @@ def play(
         played.append(Played(results, visible, usable))
         tick()
     return played
+
+
+def _trim() -> None:
+    """Give freed memory back where the C library (glibc) can: numpy and the plugin each keep what the other needs."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim:
+        trim(0)
 
 
 def compare(reference: list[Played], other: list[Played], layers: int, seed: int = 0) -> Difference:
@@ -169,17 +180,18 @@ def verify(
     seed: int,
     extent: Scope,
     tick: Callable[[], None] = lambda: None,
+    ready: Callable[[ov.Model], None] = lambda model: None,
 ) -> Difference:
     """Compare two IRs as files, one after the other so that one is in memory at a time; `layers` are of the converted.
 
     Where no token that is read was quantised, results must be equal to f32 rounding. Layers that read codes are held
     to `PackedAttention` besides. Where ties in the routers leave less than half of the positions, the next seeds are
     tried. A CPU that computes in less than f32 by itself also runs both so: the converted model must not lose much more
-    by it than the original. Raises VerificationFailed if it does or they differ by more, InputError if the device can't
-    run them.
+    by it than the original. `ready` returns once the weights of a part of the converted model can be read. Raises
+    VerificationFailed if it does or they differ by more, InputError if the device can't run them.
     """
     for attempt in range(seed, seed + ATTEMPTS):
-        difference = _verify(original, converted, layers, device, attempt % 2**32, extent, tick)
+        difference = _verify(original, converted, layers, device, attempt % 2**32, extent, tick, ready)
         if not difference.relative <= TOLERANCE:
             raise VerificationFailed(
                 f"the converted model is wrong on {device}: its results differ by {difference.largest:.3g} "
@@ -199,7 +211,13 @@ def verify(
     )
 
 
-def kept_precision(converted: Path, layers: Sequence[AttentionLayer], device: str, extent: Scope) -> str | None:
+def kept_precision(
+    converted: Path,
+    layers: Sequence[AttentionLayer],
+    device: str,
+    extent: Scope,
+    ready: Callable[[ov.Model], None] = lambda model: None,
+) -> str | None:
     """The precision in which the compiled model keeps its K and V, if the IR asks for one; None if it does not.
 
     Compiled as a host would that passes no property. Raises VerificationFailed if a cache is kept in another.
@@ -211,6 +229,7 @@ def kept_precision(converted: Path, layers: Sequence[AttentionLayer], device: st
     if extent.end is not None:
         model = cut(model, extent)
         mark(model, precision)
+    ready(model)
     caches = compiled_precisions(model, device)
     least = 2 * sum(layer.window is None and layer.index < extent.layers for layer in layers)
     if len(caches) < least or set(caches) != {precision}:
@@ -270,30 +289,33 @@ def _verify(
     seed: int,
     extent: Scope,
     tick: Callable[[], None],
+    ready: Callable[[ov.Model], None],
 ) -> Difference:
-    calls, results, rounded = calls_for(layers), [], []
-    own = own_precision(device)
+    calls, results, own = calls_for(layers), [], own_precision(device)
+    chunks, chunked, rounded = even(layers) if own != "f32" else [], [], []
     check = PackedCheck([layer for layer in layers if layer.index < extent.layers])
-    for xml in (original, converted):
-        model, vocabulary = _part(xml, extent)
+    parts = (functools.partial(_part, original, extent), functools.partial(_part, converted, extent, ready))
+    for part in parts:
+        model, vocabulary = part()
         chosen: list[int] = []
-        if xml == original:
+        if part is parts[0]:
             model, chosen = with_routers(model)
         elif check.layers:
             model = check.tapped(model)
-        held = check if xml == converted and check.layers else None
+        held = check if part is parts[1] and check.layers else None
         runner = Runner(model, device, EXACT_PROPERTIES)
         results.append(play(runner, calls, vocabulary, seed, tick, chosen, held))
-        chunks = even(layers) if own != "f32" else []
         runner.reset()
-        played = play(runner, chunks, vocabulary, seed, tick)
+        chunked.append(play(runner, chunks, vocabulary, seed, tick))
+        runner.close()
         del runner, model
         gc.collect()
-        if chunks:
-            runner = Runner(_part(xml, extent)[0], device, EXACT_PROPERTIES | {"INFERENCE_PRECISION_HINT": own})
-            rounded.append(_apart(played, play(runner, chunks, vocabulary, seed, tick)))
-            del runner
-            gc.collect()
+    for part, played in zip(parts, chunked, strict=True) if chunks else ():
+        runner = Runner(part()[0], device, EXACT_PROPERTIES | {"INFERENCE_PRECISION_HINT": own})
+        rounded.append(_apart(played, play(runner, chunks, vocabulary, seed, tick)))
+        runner.close()
+        del runner
+        gc.collect()
     lossy = _reads_codes(calls, check)
     exact = [[played for played, old in zip(side, lossy, strict=True) if not old] for side in results]
     difference = compare(*exact, extent.layers, seed)
@@ -317,13 +339,15 @@ def _verify(
     )
 
 
-def _part(xml: Path, extent: Scope) -> tuple[ov.Model, int]:
+def _part(xml: Path, extent: Scope, ready: Callable[[ov.Model], None] = lambda model: None) -> tuple[ov.Model, int]:
     """What is run of a model, and how many tokens it knows."""
     model = ov.Core().read_model(xml)
     vocabulary = model.output(0).get_partial_shape()[2].get_length()
     if extent.end is None:
+        ready(model)
         return model, vocabulary
     model = cut(model, extent)
+    ready(model)
     return model, shortened(model, vocabulary)
 
 

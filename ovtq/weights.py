@@ -1,21 +1,16 @@
 """Writing the IR of a rewritten model without reading its weights: the .bin is cloned whole, and what is new appended.
 
 An IR has one .bin, and passes add constants to it. So it can't be a link to the original's, which must not change.
-Where the file system shares blocks (btrfs, XFS: FICLONE), a clone costs nothing; elsewhere it is a copy, past the page
-cache if the file system allows. `ov.save_model` would read and hash every weight instead, with all of them in memory.
+Where the file system shares blocks, a clone costs nothing; elsewhere it is a copy, which goes on while the model is
+verified. `ov.save_model` would read and hash every weight instead, with all of them in memory.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import mmap
 import os
-import shutil
-import tempfile
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,11 +18,10 @@ import openvino as ov
 from openvino import Node
 from openvino import opset15 as op
 
+from ovtq.copying import Copy
+
 STAND_IN = 4096  # bytes; shorter constants are appended, as if they were new
 ALIGNED = 4096  # where what is appended starts
-BLOCK = 1 << 24  # bytes copied at a time
-WORKERS = 4  # blocks in flight
-FICLONE = 0x40049409  # linux/fs.h
 
 
 @dataclass(frozen=True)
@@ -40,29 +34,58 @@ class Kept:
     shape: str
 
 
-def write(model: ov.Model, xml: Path, source: Path) -> str:
+@dataclass(frozen=True)
+class Written:
+    """An IR whose weights may be on their way yet; `how` says how they come: `reflink`, `copy`, or `written` anew."""
+
+    how: str
+    weights: Path
+    copy: Copy | None = None
+
+    def wait(self) -> None:
+        """Until all of them are there. Raises OSError if they can't be."""
+        if self.copy:
+            self.copy.wait()
+
+    def wait_for(self, model: ov.Model) -> None:
+        """Until those are there that `model`, read from this IR, holds. Raises OSError if they can't be."""
+        if self.copy:
+            spans = _mapped(self.weights)
+            constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
+            places = [(_place(node, spans), node.get_byte_size()) for node in constants]
+            self.copy.wait([(offset, size) for offset, size in places if offset is not None])
+
+
+@contextmanager
+def writing(model: ov.Model, xml: Path, source: Path) -> Iterator[Written]:
     """Write `model` to `xml` and the .bin beside it; `source` is the .bin from which it was read.
 
-    Returns how the weights came there: `reflink`, `copy`, or `written` if `source` is not mapped into memory. Raises
-    OSError or RuntimeError if they can't be written, or are not the model's once read back.
+    Within the block the files have their lengths, and what is new is in them. Weights that are copied come meanwhile:
+    what reads them waits for them, and whoever wants the whole file for all. Raises OSError or RuntimeError if the
+    files can't be written, or are not the model's once read back.
     """
     stood_in, kept = _with_stand_ins(model, _mapped(source))
+    weights = xml.with_suffix(".bin")
     if not kept:
         ov.save_model(model, xml, compress_to_fp16=False)
-        return "written"
+        yield Written("written", weights)
+        return
     ov.save_model(stood_in, xml, compress_to_fp16=False)
-    weights = xml.with_suffix(".bin")
     new = weights.read_bytes()
     weights.unlink()
     start = -(-source.stat().st_size // ALIGNED) * ALIGNED
-    how = clone(source, weights)
+    copy = Copy(source, weights)
     with weights.open("r+b") as file:
         file.truncate(start)
         file.seek(start)
         file.write(new)
     _point_at(xml, kept, start)
     _check(model, xml, kept)
-    return how
+    try:
+        copy.start()
+        yield Written(copy.how, weights, copy)
+    finally:
+        copy.stop()
 
 
 def _mapped(path: Path) -> list[tuple[int, int, int]]:
@@ -156,62 +179,3 @@ def _check(model: ov.Model, xml: Path, kept: Mapping[str, Kept]) -> None:
             same = node.data.tobytes() == other.data.tobytes()
         if not same or node.get_output_shape(0) != other.get_output_shape(0):
             raise RuntimeError(f"the constant {name} of the written model is not that of the one in memory")
-
-
-def clone(source: Path, target: Path) -> str:
-    """Make `target` a file with the bytes of `source` and blocks of its own: `reflink` if shared until written."""
-    with source.open("rb") as read, target.open("xb") as made:
-        try:
-            fcntl.ioctl(made, FICLONE, read.fileno())
-            return "reflink"
-        except OSError as error:
-            if error.errno not in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS):
-                raise
-    _copy(source, target)
-    return "copy"
-
-
-def can_reflink(source: Path, folder: Path) -> bool:
-    """Whether a clone of `source` in `folder` takes no room; tried with a file that is removed at once."""
-    with source.open("rb") as read, tempfile.TemporaryFile(dir=folder) as made:
-        try:
-            fcntl.ioctl(made, FICLONE, read.fileno())
-        except OSError:
-            return False
-    return True
-
-
-def _copy(source: Path, target: Path) -> None:
-    """Copy past the page cache, which would have to find room for every page; through it where that is refused."""
-    size = source.stat().st_size
-    try:
-        read, made = os.open(source, os.O_RDONLY | os.O_DIRECT), os.open(target, os.O_WRONLY | os.O_DIRECT)
-    except OSError:
-        shutil.copyfile(source, target)
-        return
-    whole = size // ALIGNED * ALIGNED
-    try:
-        with ThreadPoolExecutor(WORKERS) as pool:
-            list(
-                pool.map(
-                    lambda start: _copy_block(read, made, start, min(BLOCK, whole - start)), range(0, whole, BLOCK)
-                )
-            )
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        shutil.copyfile(source, target)
-        return
-    finally:
-        os.close(read)
-        os.close(made)
-    with source.open("rb") as rest, target.open("r+b") as end:
-        rest.seek(whole)
-        end.seek(whole)
-        end.write(rest.read())
-
-
-def _copy_block(read: int, made: int, start: int, size: int) -> None:
-    with mmap.mmap(-1, size) as buffer:  # at the start of a page, as direct reads and writes demand
-        if os.preadv(read, [buffer], start) != size or os.pwrite(made, buffer, start) != size:
-            raise OSError(errno.EIO, "a block was cut off", "the weights")

@@ -39,6 +39,7 @@ LAYERS = [
     {"ovtq.codebook", "ovtq.packing"},
     {"ovtq.rotation"},
     {"ovtq.errors", "ovtq.weights", "ovtq.roofline", "ovtq"},
+    {"ovtq.copying"},
 ]
 
 

@@ -6,6 +6,8 @@ import errno
 import fcntl
 import hashlib
 import os
+import threading
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,8 @@ import openvino as ov
 import pytest
 from conftest import MINI, TINY, load
 
-from ovtq import io, pipeline, weights
+import ovtq.extent
+from ovtq import copying, io, pipeline, verify, weights
 from ovtq.convert import main
 from ovtq.runner import EXACT_PROPERTIES, Runner
 
@@ -42,7 +45,9 @@ def test_the_file_is_what_openvino_would_write(preset: str, tmp_path: Path) -> N
         (tmp_path / way).mkdir()
         xml = tmp_path / way / "openvino_model.xml"
         if way == "ours":
-            assert weights.write(model, xml, TINY["5.5"] / "openvino_model.bin") in ("copy", "reflink")
+            with weights.writing(model, xml, TINY["5.5"] / "openvino_model.bin") as written:
+                assert written.how in ("copy", "reflink")
+                written.wait()
         else:
             ov.save_model(model, xml, compress_to_fp16=False)
         read = ov.Core().read_model(xml)
@@ -69,10 +74,18 @@ def test_the_original_comes_first_and_is_not_touched(convert: Callable[..., Path
     assert sum(int(data.get("size")) for data in kept) > 0.98 * len(before)
 
 
-@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, weights.BLOCK, 2 * weights.BLOCK + 4097])
+def _copied(source: Path, target: Path) -> str:
+    copy = copying.Copy(source, target)
+    copy.start()
+    copy.wait()
+    copy.stop()
+    return copy.how
+
+
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 4097, copying.BLOCK, 9 * copying.BLOCK + 4097])
 def test_a_clone_is_equal(size: int, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(np.random.RandomState(size % 97).bytes(size))
-    assert weights.clone(tmp_path / "a", tmp_path / "b") in ("copy", "reflink")
+    assert _copied(tmp_path / "a", tmp_path / "b") in ("copy", "reflink")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     with (tmp_path / "b").open("r+b") as file:
         file.write(b"x")
@@ -89,23 +102,120 @@ def test_direct_writes_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
         return real(path, flags, *rest)
 
     monkeypatch.setattr(os, "open", refuses)
-    assert weights.clone(tmp_path / "a", tmp_path / "b") == "copy"
+    assert _copied(tmp_path / "a", tmp_path / "b") == "copy"
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def _no_reflink(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copying, "_share", lambda read, made: False)
+
+
+def test_what_is_waited_for_comes_next(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Two places in two blocks of twenty; the others are still to come when these are there."""
+    _no_reflink(monkeypatch)
+    monkeypatch.setattr(copying, "BLOCK", 4096)
+    monkeypatch.setattr(copying, "WORKERS", 1)
+    data = bytes(range(1, 256)) * 330
+    (tmp_path / "a").write_bytes(data[: 20 * 4096])
+    copied, real = [], copying.Copy._copy
+
+    def one(self: copying.Copy, buffer: object, start: int) -> None:
+        assert go.wait(10)
+        real(self, buffer, start)
+        copied.append(start // 4096)
+        if copied[-1] == 12:
+            go.clear()
+
+    monkeypatch.setattr(copying.Copy, "_copy", one)
+    go = threading.Event()
+    copy = copying.Copy(tmp_path / "a", tmp_path / "b")
+    copy.start()
+    threading.Timer(0.2, go.set).start()
+    copy.wait([(7 * 4096 + 5, 10), (12 * 4096, 4096)])
+    assert copied in ([0, 7, 12], [7, 12])  # the first may have been begun
+    assert (tmp_path / "b").read_bytes()[12 * 4096 : 13 * 4096] == data[12 * 4096 : 13 * 4096]
+    assert not any((tmp_path / "b").read_bytes()[13 * 4096 :])
+    go.set()
+    copy.wait()
+    assert (tmp_path / "b").read_bytes() == data[: 20 * 4096]
+
+
+def test_a_copy_that_fails_is_told_and_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The last block, which no layer that is verified needs."""
+    _no_reflink(monkeypatch)
+    real = copying.Copy._copy
+
+    def fails(self: copying.Copy, buffer: object, start: int) -> None:
+        if start + copying.BLOCK >= self.size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(self, buffer, start)
+
+    monkeypatch.setattr(copying.Copy, "_copy", fails)
+    for options in ([], ["--no-verify"]):
+        assert main([str(MINI), str(tmp_path / "out"), "--preset", "exact", *options]) == 2
+        assert "o space left" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("harm", [False, True])
+def test_verification_reads_the_copy_and_waits_for_it(
+    harm: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Copied slowly from its end a model is verified all the same; with one wrong bit in a projection it is refused."""
+    _no_reflink(monkeypatch)
+    monkeypatch.setattr(ovtq.extent, "BIG", 1000)
+    monkeypatch.setattr(copying, "BLOCK", 1 << 16)
+    monkeypatch.setattr(copying, "WORKERS", 2)
+    monkeypatch.setattr(ovtq.extent, "ROWS", 100)
+    tree = ElementTree.parse(MINI / "openvino_model.xml")
+    name = "self.model.layers.3.self_attn.o_proj._openvino_orig_weight"
+    weight = next(layer.find("data") for layer in tree.iter("layer") if layer.get("name") == name)
+    byte = int(weight.get("offset")) + 1000
+    real, precision, copies, left = copying.Copy._copy, verify.kept_precision, [], []
+
+    def slowly(self: copying.Copy, buffer: object, start: int) -> None:
+        time.sleep(0.05)
+        real(self, buffer, start)
+        copies.append(self)
+        if harm and start <= byte < start + copying.BLOCK:
+            with self.target.open("r+b") as file:
+                file.seek(byte)
+                old = file.read(1)[0]
+                file.seek(byte)
+                file.write(bytes([old ^ 0x80]))
+
+    def last(*args: object) -> str | None:
+        left.append(len(copies[-1]._left))
+        return precision(*args)
+
+    monkeypatch.setattr(copying.Copy, "_copy", slowly)
+    monkeypatch.setattr(verify, "kept_precision", last)
+    assert main([str(MINI), str(tmp_path / "out"), "--preset", "exact"]) == (2 if harm else 0)
+    if harm:
+        assert "the converted model is wrong on CPU" in capsys.readouterr().err
+        assert not any(tmp_path.iterdir())
+        return
+    assert left[0] > 0  # all but the experts was there before all was
+    size = (MINI / "openvino_model.bin").stat().st_size
+    with (tmp_path / "out" / "openvino_model.bin").open("rb") as file:
+        assert file.read(size) == (MINI / "openvino_model.bin").read_bytes()
 
 
 def test_shared_blocks_need_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The call that shares blocks is stood in for by one that copies: file systems that have it are not everywhere."""
 
-    def shares(made: object, request: int, read: int) -> None:
-        assert request == weights.FICLONE
+    def shares(made: int, request: int, read: int) -> None:
+        assert request == copying.FICLONE
         os.lseek(read, 0, os.SEEK_SET)
         while block := os.read(read, 1 << 20):
-            os.write(made.fileno(), block)
+            os.write(made, block)
 
-    assert weights.can_reflink(MINI / "openvino_model.bin", tmp_path) in (True, False)
+    assert copying.can_reflink(MINI / "openvino_model.bin", tmp_path) in (True, False)
     real = fcntl.ioctl
-    monkeypatch.setattr(fcntl, "ioctl", lambda *a: shares(*a) if a[1] == weights.FICLONE else real(*a))
-    assert weights.can_reflink(MINI / "openvino_model.bin", tmp_path)
+    monkeypatch.setattr(fcntl, "ioctl", lambda *a: shares(*a) if a[1] == copying.FICLONE else real(*a))
+    assert copying.can_reflink(MINI / "openvino_model.bin", tmp_path)
     assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--preset", "exact"]) == 0
     assert '"weights": "reflink"' in (tmp_path / "out" / io.RECORD).read_text()
 
@@ -153,8 +263,6 @@ def test_without_experts_every_attention_is_run(target: str, convert: Callable[.
 
 
 def test_a_long_embedding_is_shortened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import ovtq.extent
-
     monkeypatch.setattr(ovtq.extent, "BIG", 1000)
     monkeypatch.setattr(ovtq.extent, "ROWS", 100)
     model = io.load(MINI)
