@@ -2,9 +2,9 @@
 
 That plugin appends to a state in place if nothing but one Gather stands between the state and its Concat, and if the
 appended tensor is read, never the past alone: so the history is all tokens, and those that are also recent are masked.
-Unpacking is one Gather with the bytes as indices. Prefill reads keys and values of the usual width, broadcast to the
-query heads, through the plugin's own fused attention, which never holds all scores; a decode step folds the query
-heads that share a KV head into rows, and reads what was looked up as it is.
+Unpacking is one Gather with the bytes as indices. Prefill reads keys and values of the usual width, one KV head after
+the other, through the plugin's own fused attention, which never holds all scores; a decode step folds the query heads
+that share a KV head into rows, and reads what was looked up as it is.
 """
 
 from __future__ import annotations
