@@ -18,11 +18,13 @@ from openvino import opset15 as op
 
 from ovtq.beams import Beams
 from ovtq.coding import Coding
-from ovtq.graph import ALL, MASKED, cut_heads, dim, f32, i64, new_variable, precise, scalar
+from ovtq.graph import ALL, MASKED, cut_heads, dim, f32, i64, new_variable, numbers, precise, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packing import Layout
 from ovtq.pruning import Pruning
 from ovtq.quantizer import encode, pack
+
+NEVER = 2**30  # no query is so late
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +172,15 @@ class Columns:
         mask = op.select(visible, f32(0), f32(MASKED))
         mask = op.select(op.unsqueeze(op.less(column, i64([1])), i64([0])), f32(0), mask)
         return op.unsqueeze(mask, i64([1, 2]))
+
+    def limits(self, near: Node | Output) -> Node:
+        """(batch, 1, 1, recent) i64: the first new query that sees a recent column, NEVER for padding.
+
+        The sink's column, seen by all, is that of a past token.
+        """
+        number = numbers(self.recent, 3)
+        real = op.logical_or(op.unsqueeze(near, i64([1])), op.less(number, i64([1])))
+        return op.select(real, op.subtract(number, i64([self.rows + 1])), i64(NEVER))
 
 
 def sink_logits(layer: AttentionLayer) -> np.ndarray:

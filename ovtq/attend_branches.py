@@ -2,43 +2,28 @@
 
 That plugin appends to a state in place if nothing but one Gather stands between the state and its Concat, and if the
 appended tensor is read, never the past alone: so the history is all tokens, and those that are also recent are masked.
-Unpacking is one Gather with the bytes as indices. Prefill reads keys and values of the usual width, broadcast to the
-query heads, through the plugin's own fused attention, which never holds all scores; a decode step folds the query
-heads that share a KV head into rows, and reads what was looked up as it is.
+Unpacking is one Gather with the bytes as indices. Prefill reads keys and values of the usual width, one KV head after
+the other, through the plugin's own fused attention, which never holds all scores; a decode step folds the query heads
+that share a KV head into rows, and reads what was looked up as it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import repeat
-from typing import NamedTuple
 
 import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
-from ovtq.attend import Columns, History, Plan, Store, sink_logits
+from ovtq.attend import NEVER, Columns, History, Plan, Store, sink_logits
 from ovtq.beams import Beams
-from ovtq.graph import ALL, MASKED, Port, dim, either, f32, i64
+from ovtq.graph import ALL, MASKED, Port, either, f32, i64, joined, numbers
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packing import Layout
 from ovtq.quantizer import interleaved, look_up
 from ovtq.ring import Ring
-
-
-class _Read(NamedTuple):
-    """What a branch reads: the queries, looked-up keys and values, recent tokens of both, the masks of either.
-
-    `far` is (batch, 1 or kv_heads, 1, rows of the history).
-    """
-
-    queries: Output
-    keys: Output
-    values: Output
-    recent: Output
-    far: Output
-    near: Output
 
 
 class Branches:
@@ -49,14 +34,15 @@ class Branches:
     def __init__(self, description: ModelDescription, plan: Plan, name: str) -> None:
         self.plan = plan
         self.columns = columns = Columns(description, plan.window)
-        self.older = older = op.maximum(op.subtract(columns.past, i64([plan.window])), i64([0]))
-        self.near_mask = columns.near_mask(columns.near(older), columns.recent, i64([0]), columns.new)
+        self.older = op.maximum(op.subtract(columns.past, i64([plan.window])), i64([0]))
+        self.limits, self.query = columns.limits(columns.near(self.older)), numbers(columns.new, 2)
         self.is_prefill = op.not_equal(columns.new, i64([1])).output(0)
         # A window of none still has the sink's row, and a state that tells GenAI not to cut the others.
         self.beams = Beams(description, "gpu")
         self.ring = Ring(description, name, plan.layers, plan.window, self.beams, plan.sink_rows)
         self.parts, self.news, self.assigns = iter(self.ring.parts), [], []
         self.far_masks = self._far_masks()
+        self.near: Output | None = None
 
     def _far_masks(self) -> Iterator[Output]:
         """What is added to the scores of the history, of the layers in turn."""
@@ -92,20 +78,36 @@ class Branches:
         """The context, (batch, query_heads, new, d), of the layers in turn; `new` is what `enter` returned."""
         recent = op.concat([next(self.parts), new], 2)  # first the sink's row
         self.news.append(new)
-        outer = _Read(
-            queries,
-            *self._history(layer, new, recent),
-            recent.output(0),  # whole: of a Split's outputs the plugin's If reads the wrong half
-            next(self.far_masks),
-            self.near_mask.output(0),
-        )
+        # recent as a whole: of a Split's outputs the plugin's If reads the wrong half
+        shared = [queries, *self._history(layer, new, recent), recent.output(0)]
+        far = next(self.far_masks)
+        near, seen = self._masks(far)
         (context,) = either(
             self.is_prefill,
-            (outer, lambda read: [self._prefill(layer, _Read(*read))]),
-            (outer, lambda read: [self._decode(layer, _Read(*read))]),
+            ([*shared, *seen], lambda read: [self._prefill(layer, *read)]),
+            ([*shared, far, near], lambda read: [self._decode(layer, *read)]),
             ("prefill", "decode"),
         )
         return op.reshape(context, i64([0, layer.query_heads, -1, layer.head_dim]), True)
+
+    def _masks(self, far: Output) -> tuple[Output, list[Output]]:
+        """What a decode step adds to the scores of recent columns, and what tells a prefill which columns are seen.
+
+        That is one mask for all layers, made once, where they have one `far`; else what each makes its own of.
+        """
+        alike = far.get_partial_shape()[1] == 1
+        if self.near is None:
+            limits, query = self.limits.output(0), self.query.output(0)
+            if alike:  # of several tokens it is their mask
+                (self.near,) = either(
+                    self.is_prefill,
+                    ([limits, query, far], lambda read: [_mask(*read)]),
+                    ([limits], lambda read: [_near(*read)]),
+                    ("mask", "near"),
+                )
+            else:
+                self.near = _near(limits).output(0)
+        return self.near, [self.near] if alike else [self.limits.output(0), self.query.output(0), far]
 
     @property
     def stored(self) -> dict[str, int]:
@@ -116,9 +118,20 @@ class Branches:
         """The Assigns of all states, once every layer is rewritten."""
         return [*self.assigns, *self.ring.store(self.news)]
 
-    def _decode(self, layer: AttentionLayer, read: _Read) -> Node:
-        """One new token: the recent columns are 2 + window, so that every sum has a shape that fuses."""
-        queries, keys, values, recent, far, near = read
+    def _decode(
+        self,
+        layer: AttentionLayer,
+        queries: Output,
+        keys: Output,
+        values: Output,
+        recent: Output,
+        far: Output,
+        near: Output,
+    ) -> Node:
+        """One new token: the recent columns are 2 + window, so that every sum has a shape that fuses.
+
+        `far` is (batch, 1 or kv_heads, 1, rows of the history), `near` (batch, 1, 1, recent).
+        """
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
         (key_layout, value_layout), rotation = self.plan.layouts, self.plan.rotation
         width = 2 + self.columns.rows
@@ -135,32 +148,60 @@ class Branches:
         context = op.add(far_context, op.matmul(near_weights, value_rows, False, False))
         return op.reshape(context, i64([0, H * G, -1, d]), True)
 
-    def _prefill(self, layer: AttentionLayer, read: _Read) -> Node:
-        """Any number of tokens: keys as the model made them (the centre added again), the plugin's own sinks."""
-        queries, keys, values, recent, far, near = read
-        heads, centre = layer.query_heads, self.plan.centres[layer.index]
+    def _prefill(
+        self, layer: AttentionLayer, queries: Output, keys: Output, values: Output, recent: Output, *seen: Output
+    ) -> Node:
+        """Any number of tokens: keys as the model made them (the centre added again), the plugin's own sinks.
+
+        One KV head after the other, so that one's buffers serve the next: an If has buffers of its own, which it keeps,
+        so those of all heads would be there once for each layer. K and V of one head meet the queries of its group as
+        they are, where those of several would be copied to all query heads. The plugin runs nodes by their depth, so
+        what reads a head takes its number from what the head before it gave.
+        """
         (key_layout, value_layout), rotation = self.plan.layouts, self.plan.rotation
-        key_rows, value_rows = op.split(recent, i64(1), 2).outputs()
-        keys = op.concat([key_rows, _out_of(keys, key_layout, rotation)], 2)
-        keys = op.add(keys, f32(centre[None, :, None]))
-        values = op.concat([value_rows, _out_of(values, value_layout, rotation)], 2)
-        near = op.slice(op.squeeze(near, i64([1])), i64([1]), i64([ALL]), i64([1]), i64([3]))
-        near = op.pad(near, i64([0, 0, 0, 1]), i64([0, 0, 0, 0]), "constant", op.constant(MASKED))
-        masks = [near, far]
-        if far.get_partial_shape()[1] != 1:  # each KV head has its own
-            spread = op.broadcast(
-                op.unsqueeze(far, i64([2])), i64([1, 1, layer.group, 1, 1]), broadcast_spec="BIDIRECTIONAL"
-            )
-            far = op.reshape(spread, i64([0, heads, 1, -1]), True)
-            masks = [op.broadcast(near, i64([1, heads, 1, 1]), broadcast_spec="BIDIRECTIONAL"), far]
-        shape = op.concat([dim(far, 0), dim(masks[0], 1), dim(queries, 2), dim(far, 3)], 0)
-        mask = op.concat([masks[0], op.broadcast(far, shape)], 3)
-        inputs = [queries, _spread(keys, layer), _spread(values, layer), mask, f32(np.array([1.0]))]
-        if layer.sinks is not None:
-            inputs.append(f32(layer.sinks.reshape(1, heads, 1, 1)))
-        ports = [x.output(0) if isinstance(x, Node) else x for x in inputs]
-        # the sixth input, sinks, is not in the Python signature of the operation
-        return NodeFactory("opset13").create("ScaledDotProductAttention", ports, {"causal": False})
+        centres, H, d = self.plan.centres[layer.index], layer.kv_heads, layer.head_dim
+        groups = op.reshape(queries, i64([0, H, -1, d]), True)
+        out: list[Node] = []
+        for head in range(H):
+            mine, values_at = (_after(out, number) for number in (head, H + head))
+            centre = f32(centres[head][None, None, None])
+            key_rows, value_rows = (op.gather(recent, at, i64(1)) for at in (mine, values_at))
+            far_keys = _out_of(op.gather(keys, mine, i64(1)), key_layout, rotation)
+            far_values = _out_of(op.gather(values, mine, i64(1)), value_layout, rotation)
+            inputs = [
+                op.reshape(op.gather(groups, mine, i64(1)), i64([0, layer.group, -1, d]), True),
+                op.concat([op.add(key_rows, centre), op.add(far_keys, centre)], 2),
+                op.concat([value_rows, far_values], 2),
+                seen[0] if len(seen) == 1 else _mask(seen[0], seen[1], op.gather(seen[2], mine, i64(1))),
+                f32(np.array([1.0])),
+            ]
+            if layer.sinks is not None:
+                inputs.append(f32(layer.sinks.reshape(1, H, -1, 1)[:, head, :, None]))
+            ports = [x.output(0) if isinstance(x, Node) else x for x in inputs]
+            # the sixth input, sinks, is not in the Python signature of the operation
+            out.append(NodeFactory("opset13").create("ScaledDotProductAttention", ports, {"causal": False}))
+        return joined(out, 1)
+
+
+def _after(done: list[Node], number: int) -> Node:
+    """[number], which can't be computed before what was done last."""
+    if not done:
+        return i64([number])
+    some = op.reshape(op.slice(done[-1], i64([0] * 4), i64([1] * 4), i64([1] * 4)), i64([1]), False)
+    return op.add(op.convert(op.less(some, some), "i64"), i64([number]))
+
+
+def _near(limits: Output) -> Node:
+    """(batch, 1, 1, recent): what a single new token's scores of recent columns are added to."""
+    return op.select(op.less_equal(limits, i64([0])), f32(0), f32(MASKED))
+
+
+def _mask(limits: Output, query: Output, far: Output | Node) -> Node:
+    """(batch, 1, new, columns): what the scores of several tokens are added to. The sink's column is not seen."""
+    near = op.slice(limits, i64([1]), i64([ALL]), i64([1]), i64([3]))
+    near = op.pad(near, i64([0, 0, 0, 1]), i64([0, 0, 0, 0]), "constant", i64(NEVER))
+    history = op.select(op.less(far, f32(0)), i64(NEVER), i64(0))
+    return op.select(op.less_equal(op.concat([near, history], 3), query), f32(0), f32(MASKED))
 
 
 def looked_up(layout: Layout | None, tokens: Output, scales: Output | None = None) -> Output:
@@ -178,11 +219,3 @@ def _into(rows: Node, layout: Layout | None, rotation: np.ndarray) -> Node:
 def _out_of(features: Node | Output, layout: Layout | None, rotation: np.ndarray) -> Node | Output:
     """Looked-up features, or a sum of them, as vectors (…, d) of the model."""
     return features if layout is None else op.matmul(features, f32(rotation @ interleaved(layout).T), False, True)
-
-
-def _spread(tensor: Node, layer: AttentionLayer) -> Node:
-    """(batch, kv_heads, tokens, d) broadcast to the query heads."""
-    tensor = op.broadcast(
-        op.unsqueeze(tensor, i64([2])), i64([1, 1, layer.group, 1, 1]), broadcast_spec="BIDIRECTIONAL"
-    )
-    return op.reshape(tensor, i64([0, layer.query_heads, -1, layer.head_dim]), True)

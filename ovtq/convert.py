@@ -337,7 +337,7 @@ def _report(console: Console, options: argparse.Namespace, record: dict[str, Any
     console.print(f"paged attention: {takes}")
     if record["target"] == "gpu" and any(step["name"] == "quantize-kv" for step in record["passes"]):
         console.print(
-            "a long prompt in one call takes much memory on a GPU with packed layers: 29 GB for 8,192 tokens of "
+            "a long prompt in one call takes memory on a GPU with packed layers: 18 GB in all for 8,192 tokens of "
             "GPT-OSS-20B, with the presets u8 and u4 15 GB"
         )
     if record["verified"]:

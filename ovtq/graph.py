@@ -72,6 +72,12 @@ def scalar(vector: Node) -> Node:
     return op.squeeze(vector, i64([0]))
 
 
+def numbers(count: Node, axis: int) -> Node:
+    """0 … count − 1, i64, along one of four axes; `count` is a vector of one element."""
+    line = op.range(i64(0), scalar(count), i64(1), "i64")
+    return op.unsqueeze(line, i64([other for other in range(4) if other != axis]))
+
+
 def joined(parts: Sequence[Node | Output], axis: int) -> Node | Output:
     """The Concat of several tensors; of one, itself."""
     return op.concat(list(parts), axis) if len(parts) > 1 else parts[0]

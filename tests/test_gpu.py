@@ -65,8 +65,28 @@ def test_a_packed_model_compiles_for_lunar_lake(preset: str, convert: Callable[.
     """Codes are appended in place as bytes, K and V are not broadcast; what a step launches is in test_ledger.py."""
     graph = report(probe("virtual", convert(MINI, "--preset", preset), "--compile-only"))["graph"]
     assert [node["dtype"] for node in graph["kv_cache"]] == ["i8", "f16"] * 2 * 3  # bytes and scales of K and V
-    assert graph["layer_types"]["condition"] == 3
+    assert graph["layer_types"]["condition"] == 3 + 1  # attention, and the mask of all layers
     assert graph["layer_types"]["assign"] == 2  # the windows of all layers, the residual windows of all layers
+
+
+@virtual
+@emulated  # its layer writes the log
+def test_a_packed_prefill_attends_for_one_kv_head_at_a_time(
+    convert: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By the fused kernel, of which each launch has the queries of one group; nothing is copied to query heads."""
+    log = tmp_path / "launches"
+    monkeypatch.setenv("FAKE_GPU_RUNLOG", str(log))
+    options = ["--launches", "--branch-by-length", "--steps", "300,1"]
+    steps = report(probe("virtual", convert(MINI, "--preset", "k6v4"), *options))["steps"]
+    text = log.read_bytes()
+    prefill, decode = (
+        [line.split()[1].decode() for line in text[slice(*step["log"])].splitlines() if line.startswith(b"K ")]
+        for step in steps
+    )
+    assert sum(name.startswith("sdpa_micro__prefill") for name in prefill) == 3 * 2  # layers, KV heads
+    assert not [name for name in prefill if name.startswith("broadcast")]
+    assert not [name for name in decode if name.startswith(("sdpa", "broadcast"))]
 
 
 @virtual
@@ -87,7 +107,7 @@ def test_a_pruned_model_compiles_for_lunar_lake(
     model = convert(MINI, "--preset", *options, "--budget", "1024", "--no-verify")
     graph = report(probe("virtual", model, "--compile-only"))["graph"]
     assert [node["dtype"] for node in graph["kv_cache"]] == caches
-    assert graph["layer_types"]["condition"] == 3 + 1  # attention, and the choice
+    assert graph["layer_types"]["condition"] == 3 + 1 + (not caches)  # attention, the choice, a mask of all layers
     assert graph["layer_types"]["assign"] == assigns
 
 

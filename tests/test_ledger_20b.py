@@ -23,6 +23,7 @@ import probe
 
 QUERY, KV, WIDTH = 64, 8, 64  # heads, and their width
 FOUND: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
+CHUNK = 1024  # new tokens of a call
 MASK = 2  # f16, read once by each layer
 
 
@@ -115,7 +116,7 @@ def test_scratch_of_a_decode_step_by_hand(context: int) -> None:
 
 
 def test_what_24_layers_need() -> None:
-    """Weights, states and scratch, summed: a full layer's scratch is shared but in the branches of a packed layer."""
+    """Weights, states and scratch, summed: where the full layers are packed it is hardly more than with `u8`."""
     found = {preset: needs(FOUND[preset], 131072) for preset in PRESETS}
     assert found["exact"]["weights"] == pytest.approx(12.6e9, rel=0.01)
     assert found["exact"]["states"] == pytest.approx(24_576 * 131072, rel=0.01)
@@ -123,8 +124,19 @@ def test_what_24_layers_need() -> None:
         for column in SCRATCH:
             two, four = row(preset, 2, 131072)[column], row(preset, 4, 131072)[column]
             assert found[preset][column] is None or found[preset][column] == at_24(two, four, 4)
-    # keys and values for all query heads and layers, as a prefill's branch has them
-    assert found["k6v4"]["chunk"] > 12 * 2 * QUERY * WIDTH * 2 * 131072 > found["exact"]["chunk"]
+    assert found["k6v4"]["chunk"] < 1.3 * found["u8"]["chunk"]
+
+
+@pytest.mark.parametrize("preset", ["k8v4", "k6v4", "k4v4"])
+@pytest.mark.parametrize("context", [8192, 32768, 131072])
+def test_what_a_prefill_leaves_in_a_packed_layer(preset: str, context: int) -> None:
+    """Buffers of one KV head, with K and V looked up, decoded and joined with recent tokens, and less than four of the
+    new tokens of all query heads. (K and V of all query heads would be 20 times the former.)"""
+    two, four = (row(preset, count, context) for count in (2, 4))
+    left = (four["decode"] - four["decode_alone"]) - (two["decode"] - two["decode_alone"])
+    features = {"k8v4": 64, "k6v4": 96, "k4v4": 64}[preset] + 64
+    of_a_head = (features + 4 * WIDTH) * 2 * context
+    assert 0.5 * of_a_head < left < 1.5 * of_a_head + 4 * QUERY * WIDTH * 2 * CHUNK
 
 
 def test_a_log_of_memory(tmp_path: Path) -> None:

@@ -158,8 +158,9 @@ def _tokens_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _not_causal(monkeypatch: pytest.MonkeyPatch) -> None:
-    mask = Columns.near_mask
+    mask, limits = Columns.near_mask, Columns.limits
     monkeypatch.setattr(Columns, "near_mask", lambda self, *args: mask(self, *args[:2], args[2] + 1, args[3]))
+    monkeypatch.setattr(Columns, "limits", lambda self, near: limits(self, near) - 1)
 
 
 def _sink_not_centred(monkeypatch: pytest.MonkeyPatch) -> None:
