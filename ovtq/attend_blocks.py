@@ -45,7 +45,8 @@ class Blocks:
         self.older, later = (self._stored(past) for past in (columns.past, columns.total))
         held = op.subtract(columns.past, self.older)
         self.leave = op.subtract(i64([1 + rows]), held)  # the row of the first token to join the history
-        self.left = op.add(self.leave, op.subtract(later, self.older))
+        self.joining = op.subtract(later, self.older)
+        self.left = op.add(self.leave, self.joining)
 
         self.survivors, self.stay = None, self.older
         if plan.pruning:
@@ -55,7 +56,7 @@ class Blocks:
 
         trips = op.divide(op.subtract(columns.new, i64([1])), i64([BLOCK]))
         self.lead = op.multiply(trips, i64([BLOCK]))  # queries in the Loop
-        self.seldom = op.greater(op.add(trips, op.subtract(later, self.older)), i64([0])).output(0)
+        self.seldom = op.greater(op.add(trips, self.joining), i64([0])).output(0)
         self.near = columns.near(self.older)
         far_mask = [] if plan.pruning else [columns.far_mask(self.older)]
         self.far_masks = iter(self.survivors.masks if self.survivors else [far_mask] * len(plan.layers))
@@ -115,30 +116,32 @@ class Blocks:
             assigns += [state.assign(row) for state in held]
         return [*assigns, *self.ring.store(self.news)]
 
-    def _seldom(self, store: Store, block: _Block, sources: Sequence[Node | Output]) -> list[Output]:
+    def _seldom(self, store: Store, block: _Block, sources: Sequence[Node | Output]) -> list[Node]:
         """The context of the leading blocks, (batch, tokens, query_heads, d), and the rows that join the states.
 
-        In most decode steps there are neither, and nothing runs. One If for both: with a second one for the rows, calls
-        longer than all before them stored wrong numbers.
+        In most decode steps there are neither, and nothing runs: the other branch holds constants, which is why results
+        are vectors. One If for both: with a second one for the rows, calls longer than all before them stored wrong
+        numbers.
         """
         read = [x.output(0) if isinstance(x, Node) else x for x in (self.lead, self.leave, self.left, *sources)]
+        layer, batch = block.layer, self.columns.batch
 
-        layer, empty = block.layer, i64([0])
-        heads = i64([layer.query_heads, layer.head_dim])
-
-        def some(inside: Sequence[Output]) -> list[Node | Output]:
+        def some(inside: Sequence[Output]) -> list[Node]:
             lead, leave, left, *inside = inside
             leaving = op.concat([op.slice(rows, leave, left, i64([1]), i64([2])) for rows in inside[1:3]], 1)
-            shape = op.concat([lead, dim(inside[0], 0), heads], 0)
+            shape = op.concat([lead, dim(inside[0], 0), i64([layer.query_heads, layer.head_dim])], 0)
             leading = op.reshape(self._loop(block, lead, inside), shape, False)
-            return [op.transpose(leading, i64([1, 0, 2, 3])), *store.packed(leaving)]
+            results = [op.transpose(leading, i64([1, 0, 2, 3])), *store.packed(leaving)]
+            return [op.reshape(x, i64([-1]), False) for x in results]
 
-        def none(inside: Sequence[Output]) -> list[Node | Output]:
-            (batch,) = inside
-            leading = op.broadcast(op.constant(np.float32(0)), op.concat([batch, empty, heads], 0))
-            return [leading, *(held.nothing(batch) for held in store.held)]
+        def none(_: Sequence[Output]) -> list[Node]:
+            kinds = [np.float32, *(held.kind.to_dtype() for held in store.held)]
+            return [op.constant(np.zeros(0, kind)) for kind in kinds]
 
-        return either(self.seldom, (read, some), ([self.columns.batch.output(0)], none), ("seldom", "usually"))
+        leading, *joining = either(self.seldom, (read, some), ([], none), ("seldom", "usually"))
+        shapes = [op.concat([batch, self.lead, i64([layer.query_heads, layer.head_dim])], 0)]
+        shapes += [op.concat([batch, i64([x.heads]), self.joining, i64([x.width])], 0) for x in store.held]
+        return [op.reshape(*pair, False) for pair in zip([leading, *joining], shapes, strict=True)]
 
     def _loop(self, block: _Block, lead: Output, sources: Sequence[Output]) -> Node:
         """The context of the leading blocks, as a vector, tokens first."""
