@@ -51,9 +51,8 @@ class WindowRows:
         shown = op.not_equal(shown, i64(0))  # (batch, columns)
         query = op.unsqueeze(op.range(scalar(self.lead), scalar(new), i64(1), "i64"), i64([1]))
         column = op.unsqueeze(op.range(i64(0), scalar(self.columns), i64(1), "i64"), i64([0]))
-        first = op.less(op.add(query, i64([slack])), column)
-        band = op.logical_and(first, op.less_equal(column, op.add(query, i64([1 + rows]))))
-        seen = op.logical_and(op.unsqueeze(band, i64([0])), op.unsqueeze(shown, i64([1])))
+        band = op.unsqueeze(_between(query, column, slack, 1 + rows), i64([0]))
+        seen = op.logical_and(band, op.unsqueeze(shown, i64([1])))
         seen = op.logical_or(seen, op.unsqueeze(op.equal(column, i64(0)), i64([0])))  # (batch, rest, columns)
         self.mask = op.unsqueeze(op.select(seen, f32(0), f32(MASKED)), i64([1, 2]))
         # Divided by the scale that is applied behind them
@@ -119,6 +118,13 @@ class WindowRows:
         context = op.reshape(op.matmul(weights, values, False, False), i64([0, 0, 0, G, BLOCK, d]), True)
         context = op.transpose(context, i64([0, 2, 4, 1, 3, 5]))  # (batch, trips, BLOCK, H, G, d)
         return op.reshape(context, op.concat([i64([0]), self.lead, i64([H * G, d])], 0), True)
+
+
+def _between(query: Node, column: Node, above: int, last: int) -> Node:
+    """query + above < column ≤ query + last."""
+    return op.logical_and(
+        op.less(op.add(query, i64([above])), column), op.less_equal(column, op.add(query, i64([last])))
+    )
 
 
 class WindowBlocks:

@@ -15,9 +15,9 @@ import pytest
 from conftest import MINI, TINY, load
 
 import ovtq.attend
+import ovtq.attend_window
 import ovtq.packing
 import ovtq.passes.rotate_heads
-import ovtq.passes.truncate_window
 import ovtq.ring
 from ovtq import io
 from ovtq.attend import Columns, Plan
@@ -44,12 +44,13 @@ def _not_orthogonal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _band_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    where = np.where
+    where, between = np.where, ovtq.attend_window._between
 
     def shifted(condition: np.ndarray, shown: float, hidden: float) -> np.ndarray:
         return where(np.roll(condition, 1, axis=1) & condition, shown, hidden)
 
-    monkeypatch.setattr(ovtq.passes.truncate_window.np, "where", shifted)
+    monkeypatch.setattr(ovtq.attend_window.np, "where", shifted)
+    monkeypatch.setattr(ovtq.attend_window, "_between", lambda a, b, above, last: between(a, b, above + 1, last))
 
 
 def _window_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,21 +66,24 @@ def _window_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 def _padding_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     op, pad = ov.opset15, ov.opset15.pad
 
-    def all_shown(mask: ov.Node, *rest: object) -> ov.Node:
-        return pad(op.maximum(mask, op.constant(np.int64(1))), *rest)
+    def all_shown(padded: ov.Node, *rest: object) -> ov.Node:
+        is_mask = padded.get_output_element_type(0) == ov.Type.i64 if isinstance(padded, ov.Node) else True
+        return pad(op.maximum(padded, op.constant(np.int64(1))) if is_mask else padded, *rest)
 
-    monkeypatch.setattr(ovtq.passes.truncate_window.op, "pad", all_shown)
+    monkeypatch.setattr(ovtq.attend_window.op, "pad", all_shown)
 
 
+@pytest.mark.parametrize("target", ["gpu", "cpu"])
 @pytest.mark.parametrize("harm", [_not_undone, _not_orthogonal, _band_off_by_one, _window_off_by_one, _padding_ignored])
 def test_a_broken_conversion_is_refused(
     harm: Callable[[pytest.MonkeyPatch], None],
+    target: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
     harm(monkeypatch)
-    assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--preset", "exact"]) == 2
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--preset", "exact", "--target", target]) == 2
     assert "the converted model is wrong on CPU: its results differ by" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
