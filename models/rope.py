@@ -62,20 +62,24 @@ def rotated(
     `projection` and there, RoPE and a rotation of the heads, is applied as the graph has it. Runs on the CPU; only
     that part of the graph does.
     """
-    part = ov.Model([op.result(key)], model.get_parameters()).clone()
-    copy = next(node for node in part.get_ops() if node.get_friendly_name() == projection.get_friendly_name())
-    stand_in = op.parameter([1, -1, vectors.size], np.float32)
-    redirect(copy.output(0), stand_in)
+    stand_in, result = op.parameter([1, -1, vectors.size], np.float32), op.result(key)
+    stand_in.output(0).set_names({"projected"})
+    redirect(projection.output(0), stand_in)  # for the time of the copy, which would be of all layers below
+    try:
+        part = ov.Model([result], [*model.get_parameters(), stand_in]).clone()
+    finally:
+        redirect(stand_in.output(0), projection)
     result = part.get_results()[0]
     needed = [node for node in ancestors(result.input_value(0)) if node.get_type_name() == "Parameter"]
     row = np.arange(positions, dtype=np.int64)[None]
     known = {"position_ids": row, "attention_mask": np.ones_like(row), "input_ids": np.ones_like(row)}
+    known["projected"] = np.broadcast_to(vectors.reshape(1, 1, -1), (1, positions, vectors.size))
     feeds = []
     for node in needed:
-        name = next(iter(node.output(0).get_names()), None)
-        if name is not None and name not in known:
+        name = node.output(0).get_any_name()
+        if name not in known:
             raise UnsupportedModel(f"the rotary embedding depends on the input {name}, expected position_ids alone")
-        feeds.append(known[name] if name else np.broadcast_to(vectors.reshape(1, 1, -1), (1, positions, vectors.size)))
+        feeds.append(known[name])
     submodel = ov.Model([result], needed)
     compiled = ov.Core().compile_model(submodel, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return compiled([np.ascontiguousarray(feed) for feed in feeds])[0][0]

@@ -8,11 +8,14 @@ verified. `ov.save_model` would read and hash every weight instead, with all of 
 from __future__ import annotations
 
 import os
-import xml.etree.ElementTree as ElementTree
+import re
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from xml.parsers import expat
+from xml.sax.saxutils import quoteattr
 
 import openvino as ov
 from openvino import Node
@@ -22,6 +25,7 @@ from ovtq.copying import Copy
 
 STAND_IN = 4096  # bytes; shorter constants are appended, as if they were new
 ALIGNED = 4096  # where what is appended starts
+TAG = re.compile(rb"""<[^<>"']*(?:"[^"]*"[^<>"']*|'[^']*'[^<>"']*)*>""")
 
 
 @dataclass(frozen=True)
@@ -70,22 +74,28 @@ def writing(model: ov.Model, xml: Path, source: Path) -> Iterator[Written]:
         ov.save_model(model, xml, compress_to_fp16=False)
         yield Written("written", weights)
         return
-    ov.save_model(stood_in, xml, compress_to_fp16=False)
-    new = weights.read_bytes()
-    weights.unlink()
     start = -(-source.stat().st_size // ALIGNED) * ALIGNED
     copy = Copy(source, weights)
-    with weights.open("r+b") as file:
-        file.truncate(start)
-        file.seek(start)
-        file.write(new)
-    _point_at(xml, kept, start)
-    _check(model, xml, kept)
     try:
         copy.start()
+        text, new = _serialised(stood_in, xml.parent)
+        xml.write_bytes(_point_at(text, kept, start))
+        with weights.open("r+b") as file:
+            file.truncate(start)
+            file.seek(start)
+            file.write(new)
+        _check(model, xml, kept)
         yield Written(copy.how, weights, copy)
     finally:
         copy.stop()
+
+
+def _serialised(model: ov.Model, folder: Path) -> tuple[bytes, bytes]:
+    """The XML and the .bin of an IR."""
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        xml = Path(place) / "new.xml"
+        ov.save_model(model, xml, compress_to_fp16=False)
+        return xml.read_bytes(), xml.with_suffix(".bin").read_bytes()
 
 
 def _mapped(path: Path) -> list[tuple[int, int, int]]:
@@ -138,25 +148,33 @@ def _with_stand_ins(model: ov.Model, spans: list[tuple[int, int, int]]) -> tuple
     return fresh, kept
 
 
-def _point_at(xml: Path, kept: Mapping[str, Kept], start: int) -> None:
-    """Turn the stand-ins in an XML back into constants, and move the others to `start`, where they were appended."""
-    tree = ElementTree.parse(xml)
-    for layer in tree.getroot().find("layers"):
-        data = layer.find("data")
-        if layer.get("type") == "Parameter" and layer.get("name") in kept:
-            place = kept[layer.get("name")]
-            layer.set("type", "Const")
-            data.attrib.clear()
-            data.set("element_type", place.element_type)
-            data.set("shape", place.shape)
-            data.set("offset", str(place.offset))
-            data.set("size", str(place.size))
-    names = {id(layer.find("data")) for layer in tree.iter("layer") if layer.get("name") in kept}
-    for layer in tree.iter("layer"):  # at any depth: a branch has constants of its own
-        data = layer.find("data")
-        if layer.get("type") == "Const" and id(data) not in names:
-            data.set("offset", str(int(data.get("offset")) + start))
-    tree.write(xml, encoding="utf-8", xml_declaration=True)
+def _point_at(xml: bytes, kept: Mapping[str, Kept], start: int) -> bytes:
+    """The XML with its stand-ins turned back into constants, and the others moved to `start`, where they are appended.
+
+    Only the tags concerned change: an element tree would take seconds to read and to write.
+    """
+    parser, path, edits = expat.ParserCreate(), [], []
+
+    def begin(tag: str, found: dict[str, str]) -> None:
+        layer = path[-1] if path and tag == "data" else found
+        place = kept.get(layer["name"]) if tag in ("layer", "data") and layer.get("type") == "Parameter" else None
+        if place and len(path) == 2:  # of the model itself, not of a branch
+            edits.append((parser.CurrentByteIndex, tag, found | {"type": "Const"}))
+        elif place and len(path) == 3:
+            edits.append((parser.CurrentByteIndex, tag, {key: str(value) for key, value in asdict(place).items()}))
+        elif tag == "data" and layer.get("type") == "Const":  # at any depth: a branch has constants of its own
+            edits.append((parser.CurrentByteIndex, tag, found | {"offset": str(int(found["offset"]) + start)}))
+        path.append(found)
+
+    parser.StartElementHandler, parser.EndElementHandler = begin, lambda _: path.pop()
+    parser.Parse(xml, True)
+    parts, end = [], 0
+    for index, tag, attributes in edits:
+        old = TAG.match(xml, index)
+        text = " ".join(f"{key}={quoteattr(value)}" for key, value in attributes.items())
+        parts += xml[end:index], f"<{tag} {text}{'/' if old[0].endswith(b'/>') else ''}>".encode()
+        end = old.end()
+    return b"".join([*parts, xml[end:]])
 
 
 def _check(model: ov.Model, xml: Path, kept: Mapping[str, Kept]) -> None:

@@ -220,6 +220,29 @@ def test_shared_blocks_need_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert '"weights": "reflink"' in (tmp_path / "out" / io.RECORD).read_text()
 
 
+def test_only_the_places_of_constants_change_in_the_xml() -> None:
+    """Whatever the quotes, and what stands in them; a branch's constant may have the name of a weight."""
+    text = """<?xml version='1.0'?>
+<net name="a &gt; b" version="11"><layers>
+  <layer id='0' name='w &quot;>&amp;é' type="Parameter"><data element_type="f32" shape="?"/><output/></layer>
+  <layer id="1" name="x" type="Parameter"><data element_type="f32" shape="?" /></layer>
+  <layer id="2" name="c" type="Const"><data element_type="i64" offset="0" shape="2" size="16"></data></layer>
+  <layer id="3" name="if" type="If"><then_body><layers>
+    <layer id="0" name='w &quot;>&amp;é' type="Const"><data offset="16" size="8" element_type="i64" shape=""/></layer>
+    <layer id="1" name='w &quot;>&amp;é' type="Parameter"><data element_type="f32" shape="?"/></layer>
+  </layers></then_body></layer>
+</layers></net>""".encode()
+    kept = {'w ">&é': weights.Kept(64, 400, "f32", "10, 10"), "c": weights.Kept(0, 16, "i64", "2")}
+    root, old = (ElementTree.fromstring(x) for x in (weights._point_at(text, kept, 4096), text))
+    found, before = (list(tree.iter("layer")) for tree in (root, old))
+    assert [layer.get("type") for layer in found] == ["Const", "Parameter", "Const", "If", "Const", "Parameter"]
+    assert [layer.get("name") for layer in found] == [layer.get("name") for layer in before]
+    data = [layer.find("data") for layer in found]
+    assert data[0].attrib == {"element_type": "f32", "shape": "10, 10", "offset": "64", "size": "400"}
+    assert [data[k].get("offset") for k in (1, 2, 4, 5)] == [None, "4096", "4112", None]
+    assert root.get("name") == "a > b"
+
+
 @pytest.mark.parametrize("harm", ["moved", "changed"])
 def test_a_wrong_place_is_noticed(
     harm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
@@ -227,14 +250,13 @@ def test_a_wrong_place_is_noticed(
     """Without verification, too: it would run four layers of a big model, and this is said of all."""
     real = weights._point_at
 
-    def wrong(xml: Path, kept: dict[str, weights.Kept], start: int) -> None:
-        real(xml, kept, start)
-        tree = ElementTree.parse(xml)
+    def wrong(xml: bytes, kept: dict[str, weights.Kept], start: int) -> bytes:
+        tree = ElementTree.fromstring(real(xml, kept, start))
         consts = [layer.find("data") for layer in tree.iter("layer") if layer.get("type") == "Const"]
         some = [data for data in consts if (int(data.get("offset")) < start) == (harm == "moved")]
         last = max(some, key=lambda data: int(data.get("size")))
         last.set("offset", str(int(last.get("offset")) - 8))
-        tree.write(xml)
+        return ElementTree.tostring(tree)
 
     monkeypatch.setattr(weights, "_point_at", wrong)
     assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--preset", "exact", "--no-verify"]) == 2
