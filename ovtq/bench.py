@@ -2,10 +2,10 @@
 
 Answers prompts (--prompt, or three by default): TTFT, TPOT, tokens a second, bytes of all states, peak memory of the
 process at prefill and decode. With --contexts it measures decode steps at these lengths instead, in blocks of 8, with
---prefill a prefill of so many random tokens in one call, from empty states; or both. Every candidate runs in a process
-of its own, unless --one-process; whoever's turn it is runs alone. Ratios are to MODEL_DIR's block or run beside it,
-figures are medians with the quartiles. The plugin's defaults apply (on a CPU a u8 cache) but for what is given. `read`
-is the bandwidth of summing a large array with all cores: what memory gives at best.
+--prefill a prefill of so many random tokens from empty states, in one call or in calls of --chunk; or both. Every
+candidate runs in a process of its own, unless --one-process; whoever's turn it is runs alone. Ratios are to MODEL_DIR's
+block or run beside it, figures are medians with the quartiles. The plugin's defaults apply (on a CPU a u8 cache) but
+for what is given. `read` is the bandwidth of summing a large array with all cores: what memory gives at best.
 
 candidates:
   DIR[,KEY=VALUE]…            a model folder, with properties of the plugin
@@ -70,7 +70,10 @@ def parser() -> Parser:
     p.add_argument("--contexts", type=listed(positive, "numbers"), metavar="TOKENS,…", help="such as 256,2k,8k,32k")
     p.add_argument("--steps", type=positive, default=64, metavar="N", help="a context, in blocks of 8 (default: 64)")
     p.add_argument("--fill", action="store_true", help="fill the states with noise instead of prefilling them")
-    p.add_argument("--prefill", type=listed(positive, "numbers"), metavar="TOKENS,…", help="in one call, such as 2k,8k")
+    p.add_argument("--prefill", type=listed(positive, "numbers"), metavar="TOKENS,…", help="from empty, such as 2k,8k")
+    p.add_argument(
+        "--chunk", type=positive, metavar="N", help="tokens a prefill call (default: all; 512 with --contexts)"
+    )
     p.add_argument("--through", default="openvino", metavar="RUNTIME,…", help=f"of {', '.join(THROUGH)}")
     p.add_argument("--device", default="CPU", help="(default: %(default)s)")
     p.add_argument("--property", action="append", default=[], metavar="KEY=VALUE", help="of the plugin, for all")
@@ -146,6 +149,8 @@ def _check(options: argparse.Namespace, candidates: Sequence[Candidate], through
         raise InputError(f"--through: no runtime {unknown[0]!r}; there are {', '.join(THROUGH)}")
     if (options.contexts or options.prefill) and through != ["openvino"]:
         raise InputError("--contexts, --prefill: measured through openvino alone; give --prompts instead")
+    if options.chunk and not (options.contexts or options.prefill):
+        raise InputError("--chunk: prompts are read in one call; it belongs to --contexts and --prefill")
     if options.report and options.prefill and not options.contexts:
         raise InputError("--report: the page shows no prefills; give --contexts or --prompts, or --output")
     if options.one_process and options.one_at_a_time:
@@ -208,7 +213,7 @@ def _contexts(options: argparse.Namespace, workers: list[Worker | Here], bars: A
                     worker("fill", context)
                     prefill.append({"seconds": None, "rss": None})
                 else:
-                    prefill.append(worker("read", ids[:context], CHUNK))
+                    prefill.append(worker("read", ids[:context], options.chunk or CHUNK))
                 worker("start_peak")
                 tick()
             seconds = np.empty((blocks + 1, BLOCK, len(workers)))
@@ -236,19 +241,26 @@ def _contexts(options: argparse.Namespace, workers: list[Worker | Here], bars: A
 
 
 def _prefills(options: argparse.Namespace, workers: list[Worker | Here], bars: Any) -> list[dict[str, Any]]:
-    """Raw figures of every length and worker, as lists over the runs; the first makes kernels for what is new."""
+    """Raw figures of every length and worker, as lists over the runs, once a short prompt has made most kernels.
+
+    Those for its length a prompt still makes itself, in its first run, as most prompts do.
+    """
     draw, rows = np.random.default_rng(0), []
     ids = draw.integers(0, min(worker.facts["vocabulary"] for worker in workers), max(options.prefill))
+    with phase(bars, "warm up", len(workers)) as tick:
+        for worker in workers:
+            worker("read", ids[:CHUNK], CHUNK)
+            tick()
     for tokens in options.prefill:
-        with phase(bars, f"{tokens:,} tokens", (options.runs + 1) * len(workers)) as tick:
+        with phase(bars, f"{tokens:,} tokens", options.runs * len(workers)) as tick:
             runs: list[list[dict[str, Any]]] = [[] for _ in workers]
-            for turn in range(options.runs + 1):
+            for turn in range(options.runs):
                 for index in _in_turn(workers, turn):
-                    runs[index].append(workers[index]("read", ids[:tokens], tokens))
+                    runs[index].append(workers[index]("read", ids[:tokens], options.chunk or tokens))
                     tick()
-        for worker, (_, *some) in zip(workers, runs, strict=True):
+        for worker, some in zip(workers, runs, strict=True):
             peaks = [run["rss"] for run in some if run["rss"] is not None]
-            measured = {"prefill": tokens, "prefills_s": [run["seconds"] for run in some]}
+            measured = {"prefill": tokens, "chunk": options.chunk, "prefills_s": [run["seconds"] for run in some]}
             rows.append(_facts(worker) | measured | {"rss_prefill": max(peaks, default=None)})
     return rows
 

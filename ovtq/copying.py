@@ -8,7 +8,8 @@ import mmap
 import os
 import tempfile
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Condition, Thread
 
@@ -16,6 +17,7 @@ FICLONE = 0x40049409  # linux/fs.h
 ALIGNED = 4096  # what direct reads and writes start and end at
 BLOCK = 1 << 22  # bytes copied at a time
 WORKERS = 4  # blocks in flight
+CACHED = getattr(os, "RWF_NOWAIT", None)  # a Python built for an old glibc lacks it
 MEMORY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 NO_CLONES = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS)
 
@@ -24,8 +26,9 @@ class Copy:
     """The bytes of `source` on their way into the file `target`, a new one, which has its length from the beginning.
 
     `how` is `reflink` where the file system shares blocks until they are written (btrfs, XFS: FICLONE): then all is
-    there at once. Else it is `copy`, and what was not copied yet reads as zeros: `start`, then `wait`. Blocks go past
-    the page cache, which would have to find room for every page, and through it where that is refused.
+    there at once. Else it is `copy`, and what was not copied yet reads as zeros: `start`, then `wait`. Blocks that the
+    page cache holds come from there; all are written past it, for it would have to find room for every page, and the
+    others read so, too, but where that is refused.
     """
 
     def __init__(self, source: Path, target: Path) -> None:
@@ -105,18 +108,35 @@ class Copy:
             self._move(buffer, start + done, size - done, 0)
 
     def _move(self, buffer: mmap.mmap, start: int, size: int, flag: int) -> None:
-        read, made = os.open(self.source, os.O_RDONLY | flag), None
-        try:
-            made = os.open(self.target, os.O_WRONLY | flag)
-            with memoryview(buffer)[:size] as view:
-                if os.preadv(read, [view], start) != size:
-                    raise OSError(errno.EIO, "a block was cut off", str(self.source))
+        with memoryview(buffer)[:size] as view:
+            if not self._cached(view, start):
+                with _opened(self.source, os.O_RDONLY | flag) as read:
+                    if os.preadv(read, [view], start) != size:
+                        raise OSError(errno.EIO, "a block was cut off", str(self.source))
+            with _opened(self.target, os.O_WRONLY | flag) as made:
                 if os.pwrite(made, view, start) != size:
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.target))
-        finally:
-            os.close(read)
-            if made is not None:
-                os.close(made)
+
+    def _cached(self, view: memoryview, start: int) -> bool:
+        """Whether the page cache had it all: a model just exported or downloaded is there, and the disk is spared."""
+        if CACHED is None:
+            return False
+        with _opened(self.source, os.O_RDONLY) as read:
+            try:
+                return os.preadv(read, [view], start, CACHED) == len(view)
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+                return False
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    file = os.open(path, flags)
+    try:
+        yield file
+    finally:
+        os.close(file)
 
 
 def can_reflink(source: Path, folder: Path) -> bool:

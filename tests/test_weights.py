@@ -92,6 +92,36 @@ def test_a_clone_is_equal(size: int, tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes()[:1] == np.random.RandomState(size % 97).bytes(size)[:1]
 
 
+@pytest.mark.parametrize("how", ["cached", "evicted", "half evicted", "refused", "unknown"])
+def test_blocks_come_from_the_page_cache_or_the_disk(how: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _no_reflink(monkeypatch)
+    monkeypatch.setattr(copying, "BLOCK", 1 << 16)
+    source, data = tmp_path / "a", np.random.RandomState(5).bytes(9 << 16)
+    source.write_bytes(data)
+    if "evicted" in how:
+        with source.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0 if how == "evicted" else 5 << 15, os.POSIX_FADV_DONTNEED)
+    real, cached = os.preadv, []
+
+    def reads(file: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if flags and how == "refused":
+            raise OSError(errno.EOPNOTSUPP, "not on this file system")
+        found = real(file, buffers, offset, flags)
+        cached.append(bool(flags) and found == len(buffers[0]))
+        return found
+
+    monkeypatch.setattr(os, "preadv", reads)
+    if how == "unknown":
+        monkeypatch.setattr(copying, "CACHED", None)
+    assert _copied(source, tmp_path / "b") == "copy"
+    assert (tmp_path / "b").read_bytes() == data
+    if how in ("refused", "unknown"):
+        assert cached == [False] * 9
+    elif how == "cached" and copying.CACHED is not None:
+        assert sum(cached) == 9
+
+
 def test_direct_writes_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(range(256)) * 100)
     real = os.open
