@@ -2,10 +2,11 @@
 
 Answers prompts (--prompt, or three by default): TTFT, TPOT, tokens a second, bytes of all states, peak memory of the
 process at prefill and decode. With --contexts it measures decode steps at these lengths instead, in blocks of 8, with
---prefill a prefill of so many random tokens from empty states, in one call or in calls of --chunk; or both. Every
-candidate runs in a process of its own, unless --one-process; whoever's turn it is runs alone. Ratios are to MODEL_DIR's
-block or run beside it, figures are medians with the quartiles. The plugin's defaults apply (on a CPU a u8 cache) but
-for what is given. `read` is the bandwidth of summing a large array with all cores: what memory gives at best.
+--prefill a prefill of so many random tokens, in one call or in calls of --chunk, from empty states or at a --depth; or
+both. Every candidate runs in a process of its own, unless --one-process; whoever's turn it is runs alone. Ratios are to
+MODEL_DIR's block or run beside it, figures are medians with the quartiles. The plugin's defaults apply (on a CPU a u8
+cache) but for what is given. `read` is the bandwidth of summing a large array with all cores: what memory gives at
+best.
 
 candidates:
   DIR[,KEY=VALUE]…            a model folder, with properties of the plugin
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import os
@@ -29,13 +31,12 @@ from typing import Any
 import numpy as np
 import openvino as ov
 from rich.console import Console
-from rich.table import Table
 
 from ovtq import __version__, io, report
+from ovtq.bench_tables import show_contexts, show_prefills, show_prompts
 from ovtq.candidates import Candidate, parse
-from ovtq.command import Out, Parser, listed, phase, positive, progress, run
+from ovtq.command import Out, Parser, listed, phase, positive, progress, run, tokens
 from ovtq.errors import InputError
-from ovtq.pruning import told
 from ovtq.roofline_cpu import read_bandwidth
 from ovtq.runner import check_device
 from ovtq.text import Tokenizer
@@ -71,6 +72,13 @@ def parser() -> Parser:
     p.add_argument("--steps", type=positive, default=64, metavar="N", help="a context, in blocks of 8 (default: 64)")
     p.add_argument("--fill", action="store_true", help="fill the states with noise instead of prefilling them")
     p.add_argument("--prefill", type=listed(positive, "numbers"), metavar="TOKENS,…", help="from empty, such as 2k,8k")
+    p.add_argument(
+        "--depth",
+        type=listed(tokens, "numbers"),
+        default=[0],
+        metavar="TOKENS,…",
+        help="of noise before --prefill, such as 0,8k,32k",
+    )
     p.add_argument(
         "--chunk", type=positive, metavar="N", help="tokens a prefill call (default: all; 512 with --contexts)"
     )
@@ -128,7 +136,7 @@ def bench(options: argparse.Namespace, console: Out, errors: Console) -> None:
     machine = results["machine"]
     read = f"read {machine['read'] / 1e9:.1f} GB/s"
     console.print(f"{machine['cpu']}, {machine['cores']} cores, {read}; on {options.device}")
-    shows = {"contexts": _show_contexts, "prefills": _show_prefills, "prompts": _show_prompts}
+    shows = {"contexts": show_contexts, "prefills": show_prefills, "prompts": show_prompts}
     for kind, some in found.items():
         results[kind] = [_row(row, some) for row in some]
         shows[kind](console, results[kind])
@@ -151,6 +159,8 @@ def _check(options: argparse.Namespace, candidates: Sequence[Candidate], through
         raise InputError("--contexts, --prefill: measured through openvino alone; give --prompts instead")
     if options.chunk and not (options.contexts or options.prefill):
         raise InputError("--chunk: prompts are read in one call; it belongs to --contexts and --prefill")
+    if any(options.depth) and not options.prefill:
+        raise InputError("--depth: belongs to --prefill")
     if options.report and options.prefill and not options.contexts:
         raise InputError("--report: the page shows no prefills; give --contexts or --prompts, or --output")
     if options.one_process and options.one_at_a_time:
@@ -251,16 +261,18 @@ def _prefills(options: argparse.Namespace, workers: list[Worker | Here], bars: A
         for worker in workers:
             worker("read", ids[:CHUNK], CHUNK)
             tick()
-    for tokens in options.prefill:
-        with phase(bars, f"{tokens:,} tokens", options.runs * len(workers)) as tick:
+    for depth, count in itertools.product(options.depth, options.prefill):
+        behind = f" behind {depth:,}" if depth else ""
+        with phase(bars, f"{count:,} tokens{behind}", options.runs * len(workers)) as tick:
             runs: list[list[dict[str, Any]]] = [[] for _ in workers]
             for turn in range(options.runs):
                 for index in _in_turn(workers, turn):
-                    runs[index].append(workers[index]("read", ids[:tokens], options.chunk or tokens))
+                    runs[index].append(workers[index]("read", ids[:count], options.chunk or count, depth))
                     tick()
         for worker, some in zip(workers, runs, strict=True):
             peaks = [run["rss"] for run in some if run["rss"] is not None]
-            measured = {"prefill": tokens, "chunk": options.chunk, "prefills_s": [run["seconds"] for run in some]}
+            measured = {"depth": depth, "prefill": count, "chunk": options.chunk}
+            measured["prefills_s"] = [run["seconds"] for run in some]
             rows.append(_facts(worker) | measured | {"rss_prefill": max(peaks, default=None)})
     return rows
 
@@ -273,7 +285,7 @@ def _facts(worker: Worker | Here) -> dict[str, Any]:
 
 def _row(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians and quartiles of raw figures, and ratios to the stock model's in the same run or step."""
-    same = ("through", "prompt", "context", "prefill")
+    same = ("through", "prompt", "context", "depth", "prefill")
     base = next(
         other for other in rows if other["candidate"] == "stock" and all(other.get(key) == row.get(key) for key in same)
     )
@@ -304,86 +316,3 @@ def _machine(device: str) -> dict[str, Any]:
     core = ov.Core()
     found = {"cpu": core.get_property("CPU", "FULL_DEVICE_NAME"), "cores": os.cpu_count(), "ram": memory}
     return found | {"device": core.get_property(device, "FULL_DEVICE_NAME"), "read": read_bandwidth()}
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        if column == "candidate":
-            table.add_column(column, overflow="fold")  # the one that gives way on a narrow terminal
-        else:
-            table.add_column(column, justify="left" if column == "through" else "right", no_wrap=True)
-    return table
-
-
-def _show_prompts(console: Out, rows: list[dict[str, Any]]) -> None:
-    for prompt in dict.fromkeys(row["prompt"] for row in rows):
-        some = [row for row in rows if row["prompt"] == prompt]
-        read, written, runs = (some[0][key] for key in ("prompt_tokens", "new_tokens", "runs"))
-        console.print(f"\n{prompt}\n{read} + {written} tokens, {runs} runs")
-        heads = "through TTFT_ms TPOT_ms ratio 25–75% tokens/s state_bytes peak_MB".split()  # noqa: SIM905
-        table = _table(*(head.replace("_", " ") for head in heads), "candidate")
-        for row in some:
-            table.add_row(
-                row["through"],
-                f"{row['ttft_ms']['median']:.1f}",
-                f"{row['tpot_ms']['median']:.2f}",
-                *_ratio(row["tpot_ratio"]),
-                f"{row['tokens_per_s']:.1f}",
-                _number(row["state_bytes"]),
-                _megabytes(row["rss_decode"]),
-                row["candidate"],
-            )
-        console.print(table)
-        _show_pruned(console, some)
-
-
-def _show_contexts(console: Out, rows: list[dict[str, Any]]) -> None:
-    heads = "tokens TPOT_ms ratio 25–75% prefill_s ratio state_bytes prefill_MB decode_MB".split()  # noqa: SIM905
-    table = _table(*(head.replace("_", " ") for head in heads), "candidate")
-    for row in rows:
-        table.add_row(
-            f"{row['context']:,}",
-            f"{row['tpot_ms']['median']:.2f}",
-            *_ratio(row["tpot_ratio"]),
-            *("–" if row[key] is None else f"{row[key]:.2f}" for key in ("prefill_s", "prefill_ratio")),
-            _number(row["state_bytes"]),
-            _megabytes(row["rss_prefill"]),
-            _megabytes(row["rss_decode"]),
-            f"{row['candidate']}  [{row['cache']}]",
-        )
-    console.print(table)
-    _show_pruned(console, rows)
-
-
-def _show_pruned(console: Out, rows: list[dict[str, Any]]) -> None:
-    """A line for each row of a model that prunes."""
-    for row in rows:
-        if row["pruned"]:
-            at = f" at {row['context']:,} tokens" if "context" in row else ""
-            console.print(f"{row['candidate']}{at}: {told(row['pruned'])}")
-
-
-def _show_prefills(console: Out, rows: list[dict[str, Any]]) -> None:
-    table = _table("tokens", "prefill s", "ratio", "25–75%", "peak MB", "candidate")
-    for row in rows:
-        table.add_row(
-            f"{row['prefill']:,}",
-            f"{row['prefill_s']['median']:.3f}",
-            *_ratio(row["prefill_ratio"]),
-            _megabytes(row["rss_prefill"]),
-            f"{row['candidate']}  [{row['cache']}]",
-        )
-    console.print(table)
-
-
-def _ratio(spread: dict[str, float]) -> tuple[str, str]:
-    return f"{spread['median']:.2f}", f"{spread['low']:.2f}–{spread['high']:.2f}"
-
-
-def _number(value: int | None) -> str:
-    return "–" if value is None else f"{value:,}"
-
-
-def _megabytes(value: int | None) -> str:
-    return "–" if value is None else f"{value / 1e6:,.0f}"

@@ -36,14 +36,14 @@ from typing import Any
 import openvino as ov
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from ovtq import __version__, io, needles, report
 from ovtq.candidates import Candidate, Subject, look, open_candidate, parse
 from ovtq.command import Out, Parser, listed, phase, positive, progress, run
 from ovtq.divergence import Reference, cut
 from ovtq.errors import InputError, VerificationFailed
-from ovtq.pruning import counted, told
+from ovtq.evaluate_tables import show, show_head
+from ovtq.pruning import counted
 from ovtq.recheck import passes_of, recheck
 from ovtq.runner import EXACT_PROPERTIES, Runner, check_device
 from ovtq.text import Tokenizer
@@ -111,7 +111,7 @@ def evaluate(options: argparse.Namespace, console: Out, errors: Console) -> int:
     kept = _kept(options, work.results)
     reference = parse("stock", options.model_dir)
     work.read(reference)
-    _show_head(console, work.results, work.text.scored_bytes)
+    show_head(console, work.results, work.text.scored_bytes)
     other = max(min(options.chunk, options.window) // 2, 2)
     rows = work.results["rows"]
     todo = [("reference", reference, options.chunk), ("floor", reference, other)]
@@ -121,7 +121,7 @@ def evaluate(options: argparse.Namespace, console: Out, errors: Console) -> int:
     with contextlib.closing(work.measured(new)) as found:
         for (_, candidate, _), old in zip(todo, olds, strict=True):
             rows.append(old or work.judged(candidate, *next(found)))
-            _show(console, rows[-1], resumed=old is not None)
+            show(console, rows[-1], resumed=old is not None)
             if options.json:
                 _write(options.json, work.results)
     if options.report:
@@ -345,59 +345,3 @@ def _write(path: Path, results: dict[str, Any]) -> None:
     new = path.with_name(f".{path.name}.new")
     new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     new.replace(path)
-
-
-COLUMNS = (("mean KLD", 9), ("median", 9), ("99.9%", 9), ("same top", 8), ("bits/byte", 9), ("bytes/token", 11))
-MORE = (("needles", 7), ("greedy", 11))
-
-
-def _show_head(console: Out, results: dict[str, Any], scored: int) -> None:
-    total = results["windows"] * results["window"]
-    console.print(
-        f"{total:,} tokens ({scored:,} bytes scored) of {results['text']}, in windows of {results['window']:,} and "
-        f"chunks of {results['chunk']}, on {results['device']} at f32; KLD in nats; greedy: tokens until it parts"
-    )
-    console.print("  ".join(f"{name:>{width}}" for name, width in (*COLUMNS, *MORE)))
-
-
-def _show(console: Out, row: dict[str, Any], resumed: bool) -> None:
-    hits, of = (sum(cell[key] for cell in row.get("needles") or []) for key in ("right", "of"))
-    greedy = row.get("greedy")
-    cells = (
-        f"{row['mean_kld']:.2e}",
-        f"{row['median_kld']:.2e}",
-        f"{row['kld_p999']:.2e}",
-        f"{row['same_top']:.2%}",
-        f"{row['bits_per_byte']:.4f}",
-        "–" if row["bytes_per_token"] is None else f"{row['bytes_per_token']:,}",
-        f"{hits}/{of}" if of else "–",
-        f"{greedy['same']:.1f} of {greedy['tokens']}" if greedy else "–",
-    )
-    note = {"reference": "  the reference", "floor": "  the noise floor"}.get(row["role"], "")
-    if row["role"] == "candidate" and row["verdict"] == "equal":
-        note = "  equals the reference to the noise floor"
-    line = "  ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, (*COLUMNS, *MORE), strict=True))
-    console.print(f"{line}  {row['candidate']}  [{row['cache']}]{note}{'  (kept)' if resumed else ''}")
-    if row.get("pruned"):
-        console.print(f"  after a window: {told(row['pruned'])}")
-    if row["verdict"] == "wrong":
-        console.print(f"  WRONG: {row['reason']}", style="bold red")
-    cells_by = {(cell["needles"], cell["length"]) for cell in row.get("needles") or []}
-    if len(cells_by) > 1 or hits < of:
-        console.print(_needle_table(row["needles"]))
-
-
-def _needle_table(cells: list[dict[str, Any]]) -> Table:
-    """Right answers by needles and length (rows) and depth (columns)."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    depths = sorted({cell["depth"] for cell in cells})
-    for name in ("  needles", "tokens", *(f"at {depth:g}" for depth in depths)):
-        table.add_column(name, justify="right")
-    for count, length in sorted({(cell["needles"], cell["length"]) for cell in cells}):
-        found = {cell["depth"]: f"{cell['right']}/{cell['of']}" for cell in cells if _of(cell, count, length)}
-        table.add_row(str(count), f"{length:,}", *(found.get(depth, "–") for depth in depths))
-    return table
-
-
-def _of(cell: dict[str, Any], needles_: int, length: int) -> bool:
-    return (cell["needles"], cell["length"]) == (needles_, length)

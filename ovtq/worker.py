@@ -115,9 +115,11 @@ class Bare:
         self.facts = {"vocabulary": self.subject.vocabulary, "cache": cache.text, "wrong": cache.wrong}
         self.facts |= {"bytes_per_token": cache.per_token, "flat_bytes": cache.flat}
 
-    def read(self, ids: np.ndarray, chunk: int) -> dict[str, Any]:
-        """Prefill `ids` (tokens,) in calls of `chunk`: seconds, and the peak of memory meanwhile."""
+    def read(self, ids: np.ndarray, chunk: int, depth: int = 0) -> dict[str, Any]:
+        """Prefill `ids` (tokens,) in calls of `chunk`, behind `depth` tokens of noise: seconds, and peak memory."""
         self.subject.reset()
+        if depth:
+            self.fill(depth)
         reset_peak()
         started = time.perf_counter()
         for start in range(0, len(ids), chunk):

@@ -64,6 +64,7 @@ def test_what_was_pruned_is_told(pruned: Path, tmp_path: Path, capsys: pytest.Ca
 def test_prefills_and_contexts_in_one_process(exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = tmp_path / "bench.json"
     options = ["--prefill", "48,96", "--runs", "2", "--contexts", "64", "--fill", "--steps", "8", "--one-process"]
+    options += ["--depth", "300", "--chunk", "40"]
     assert main([str(MINI), str(exact), *options, "--output", str(found)]) == 0
     results = json.loads(found.read_text())
     rows = results["prefills"]
@@ -72,6 +73,7 @@ def test_prefills_and_contexts_in_one_process(exact: Path, tmp_path: Path, capsy
     ]
     for row in rows:
         assert 0 < row["prefill_s"]["low"] <= row["prefill_s"]["median"] <= row["prefill_s"]["high"]
+        assert (row["depth"], row["chunk"]) == (300, 40)
     assert [row["prefill_ratio"]["median"] for row in rows[::2]] == [1, 1]
     assert [row["filled"] for row in results["contexts"]] == [True, True]
     assert results["prompts"] == []
@@ -110,6 +112,8 @@ def test_prompts_through_every_runtime(exact: Path, tmp_path: Path) -> None:
         (["--one-process", "--one-at-a-time"], "leave --one-at-a-time out"),
         (["host:k6v4", "--through", "genai", "--one-process"], "can change a cache as host:k6v4 does"),
         (["--fill"], "belongs to --contexts"),
+        (["--depth", "64", "--contexts", "64"], "belongs to --prefill"),
+        (["--chunk", "64"], "belongs to --contexts and --prefill"),
         (["--property", "X"], "write KEY=VALUE"),
         (["--output", "nowhere/x.json"], "no such folder"),
         (["host:k6v4", "--through", "genai"], "can change a cache as host:k6v4 does"),

@@ -20,10 +20,11 @@ PACKAGES = ("ovtq", "passes", "models")
 LAYERS = [
     {"ovtq.cli"},
     {"ovtq.convert", "ovtq.inspect", "ovtq.evaluate", "ovtq.bench", "ovtq.infer"},
+    {"ovtq.inspect_tables", "ovtq.bench_tables", "ovtq.evaluate_tables"},
     {"ovtq.worker", "ovtq.divergence", "ovtq.needles", "ovtq.recheck", "ovtq.report"},
     {"ovtq.candidates"},
     {"ovtq.host", "ovtq.paged", "ovtq.gpu_cache", "ovtq.text", "ovtq.plots"},
-    {"ovtq.pipeline", "ovtq.verify", "ovtq.inspect_tables", "ovtq.roofline_cpu"},
+    {"ovtq.pipeline", "ovtq.verify", "ovtq.roofline_cpu"},
     {"ovtq.passes", "ovtq.extent", "ovtq.packed_check", "ovtq.calibrate"},
     {"ovtq.attend_pruned"},
     {"ovtq.attend_blocks", "ovtq.attend_branches", "ovtq.attend_window"},
