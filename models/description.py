@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import openvino as ov
 from openvino import Node, Output
 
-from ovtq.graph import Port
+from ovtq.graph import Port, redirect
 from ovtq.packed_attention import PackedAttention, Place
 
 
@@ -79,6 +80,16 @@ class AttentionLayer:
     def group(self) -> int:
         """Query heads that share one KV head."""
         return self.query_heads // self.kv_heads
+
+    @property
+    def shape(self) -> tuple[int | None, int, int, int]:
+        """What layers must have in common to be rewritten together: window, query_heads, kv_heads, head_dim."""
+        return self.window, self.query_heads, self.kv_heads, self.head_dim
+
+    def rewritten(self, context: Node, **changes: Any) -> AttentionLayer:
+        """This layer with another cache and attention: what read its context reads `context` from now on."""
+        redirect(self.context, context)
+        return replace(self, context=context.output(0), mask=None, key_path=None, value_path=None, **changes)
 
 
 @dataclass(frozen=True)

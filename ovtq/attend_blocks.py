@@ -17,7 +17,7 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.attend import Columns, Plan, Store, sink_logits
+from ovtq.attend import Columns, Plan, Store, sink_columns, sink_logits
 from ovtq.beams import Beams
 from ovtq.graph import ALL, Port, body, dim, either, f32, i64, precise, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
@@ -62,10 +62,7 @@ class Blocks:
         self.far_masks = iter(self.survivors.masks if self.survivors else [far_mask] * len(plan.layers))
         self.rest = op.subtract(columns.new, self.lead)
         self.near_mask = columns.near_mask(self.near, columns.recent, self.lead, self.rest)
-        behind = op.concat([i64([0] * 5), op.subtract(columns.recent, i64([1]))], 0)
-        sinks = f32(np.stack([sink_logits(layer) for layer in plan.layers]))
-        sinks = op.pad(sinks, i64([0] * 6), behind, "constant", op.constant(np.float32(0)))
-        self.sinks = iter(op.split(sinks, i64(0), len(plan.layers)).outputs())  # (1, 1, H, G, 1, recent) each
+        self.sinks = sink_columns([sink_logits(layer) for layer in plan.layers], columns.recent)
 
     def _stored(self, past: Node) -> Node:
         leaving = op.maximum(op.subtract(past, i64([self.plan.window])), i64([0]))
@@ -88,7 +85,7 @@ class Blocks:
         self.news += new
         far = next(self.far_masks)
         rows = op.reshape(queries, i64([0, H, G, -1, d]), True)
-        sinks = op.squeeze(next(self.sinks), i64([0]))
+        sinks = next(self.sinks)
         store = Store(self.beams, self.plan, layer)
         block = _Block(layer, store, self.plan.rotation)
         history = [held.past for held in store.held]

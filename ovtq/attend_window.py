@@ -6,14 +6,12 @@ shorter way: there it is the number of nodes that costs, and what they copy.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 from openvino import Node
 from openvino import opset15 as op
 
-from ovtq.attend import sink_logits
-from ovtq.graph import ALL, MASKED, Port, dim, f32, i64, redirect, scalar
+from ovtq.attend import sink_columns, sink_logits
+from ovtq.graph import ALL, MASKED, Port, dim, f32, i64, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.ring import PackedRing, Ring
 
@@ -56,10 +54,7 @@ class WindowRows:
         seen = op.logical_or(seen, op.unsqueeze(op.equal(column, i64(0)), i64([0])))  # (batch, rest, columns)
         self.mask = op.unsqueeze(op.select(seen, f32(0), f32(MASKED)), i64([1, 2]))
         # Divided by the scale that is applied behind them
-        logits = np.stack([sink_logits(layer) / layer.scale for layer in layers])
-        behind = op.concat([i64([0] * 5), op.subtract(self.columns, i64([1]))], 0)
-        sinks = op.pad(f32(logits), i64([0] * 6), behind, "constant", op.constant(np.float32(0)))
-        self.sinks = iter(op.split(sinks, i64(0), len(layers)).outputs())  # (1, 1, H, G, 1, columns) each
+        self.sinks = sink_columns([sink_logits(layer) / layer.scale for layer in layers], self.columns)
 
         # Block t has the sink, and the columns from t·BLOCK + slack + 1 on
         begin = op.multiply(op.range(i64(0), scalar(self.trips), i64(1), "i64"), i64(BLOCK))
@@ -85,7 +80,8 @@ class WindowRows:
         keys, values = (op.concat([self.sink, next(self.parts), rows], 2) for rows in new)
         contexts = [self._leading(layer, queries, keys, values), self._last(layer, queries, keys, values)]
         context = op.transpose(op.concat(contexts, 1), i64([0, 2, 1, 3]))  # (batch, H·G, new, d)
-        return _rewritten(layer, *(Port(node, 0) for node in (queries, *new)), context)
+        query, key, value = (Port(node, 0) for node in (queries, *new))
+        return layer.rewritten(context, query=query, key=key, value=value)
 
     def _last(self, layer: AttentionLayer, queries: Node, keys: Node, values: Node) -> Node:
         """The context of the last queries, (batch, rest, query_heads, d)."""
@@ -94,9 +90,8 @@ class WindowRows:
         rows = op.reshape(rows, i64([0, 0, -1, d]), True)  # those that share a KV head
         by_query = op.concat([i64([0, 0, G]), self.rest, i64([-1])], 0)
         scores = op.reshape(op.matmul(rows, keys, False, True), by_query, True)
-        sinks = op.squeeze(next(self.sinks), i64([0]))
         # The scale comes last, for right behind the product the plugin would scale the keys instead
-        scores = op.multiply(op.add(op.add(scores, self.mask), sinks), f32(layer.scale))
+        scores = op.multiply(op.add(op.add(scores, self.mask), next(self.sinks)), f32(layer.scale))
         weights = op.reshape(op.softmax(scores, 4), op.concat([i64([0, 0, -1]), self.columns], 0), True)
         context = op.reshape(op.matmul(weights, values, False, False), i64([0, 0, G, -1, d]), True)
         return op.reshape(op.transpose(context, i64([0, 3, 1, 2, 4])), i64([0, 0, H * G, d]), True)
@@ -197,18 +192,4 @@ class WindowBlocks:
         context = op.slice(context, i64([0]), self.new, i64([1]), i64([2]))  # (batch, H, new, G, d)
         context = op.reshape(op.transpose(context, i64([0, 2, 1, 3, 4])), i64([0, 0, H * G, d]), True)
         context = op.transpose(context, i64([0, 2, 1, 3]))  # (batch, H·G, new, d)
-        return _rewritten(layer, Port(entry, 0), Port(new, 0), Port(new, 1), context)
-
-
-def _rewritten(layer: AttentionLayer, query: Port, key: Port, value: Port, context: Node) -> AttentionLayer:
-    redirect(layer.context, context)
-    return replace(
-        layer,
-        query=query,
-        key=key,
-        value=value,
-        context=context.output(0),
-        mask=None,
-        key_path=None,
-        value_path=None,
-    )
+        return layer.rewritten(context, query=Port(entry, 0), key=Port(new, 0), value=Port(new, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from ovtq.attend import Plan, sink_logits
 from ovtq.attend_blocks import Blocks
 from ovtq.attend_branches import Branches
 from ovtq.coding import BITS, coding, unfit
-from ovtq.graph import rebuild, redirect
+from ovtq.graph import rebuild
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.models.rope import mean_rotated_bias, norms
 from ovtq.packed_attention import PackedAttention, Place
@@ -97,7 +97,7 @@ class QuantizeKv(Pass):
         for layer in layers:
             if len(layer.paths) != 2:
                 raise self.refuse(f"layer {layer.index} no longer has the exported KV states")
-            if _shape(layer) != _shape(layers[0]):
+            if layer.shape != layers[0].shape:
                 raise self.refuse(f"layers {layers[0].index} and {layer.index} differ in heads or head_dim")
         reason = unfit(self.bits, layers[0].head_dim)
         if reason:
@@ -149,18 +149,8 @@ class QuantizeKv(Pass):
     def _rewrite(self, form: Blocks | Branches, plan: Plan, layer: AttentionLayer) -> AttentionLayer:
         new, key, value = form.enter(layer)
         context = form.attend(layer, layer.query.source, new)
-        redirect(layer.context, context)
-        return replace(
-            layer,
-            key=key,
-            value=value,
-            context=context.output(0),
-            mask=None,
-            key_path=None,
-            value_path=None,
-            packed=self._definition(plan, form, layer),
-            places=self._places(form, layer),
-        )
+        packed, places = self._definition(plan, form, layer), self._places(form, layer)
+        return layer.rewritten(context, key=key, value=value, packed=packed, places=places)
 
     def ensures(self, rewrite: Rewrite) -> None:
         """Every layer has a state of packed bytes and one of scales for K and for V, as wide as promised."""
@@ -179,10 +169,6 @@ class QuantizeKv(Pass):
             if bits != "none":
                 found[f"{name}.{what}.scale"] = ("f32", [-1, heads, rows, 1])
         return found
-
-
-def _shape(layer: AttentionLayer) -> tuple[int, int, int]:
-    return layer.query_heads, layer.kv_heads, layer.head_dim
 
 
 def _facts(plan: Plan) -> dict[str, Any]:

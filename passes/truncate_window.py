@@ -84,7 +84,7 @@ class TruncateWindow(Pass):
         for layer in layers:
             if len(layer.paths) != 2:
                 raise self.refuse(f"layer {layer.index} no longer has the exported KV states")
-            if _shape(layer) != _shape(layers[0]):
+            if layer.shape != layers[0].shape:
                 raise self.refuse(f"layers {layers[0].index} and {layer.index} differ in window, heads or head_dim")
         reason = None if self.exact else unfit((self.k_bits, self.v_bits), layers[0].head_dim)
         if reason:
@@ -130,10 +130,6 @@ class TruncateWindow(Pass):
         found = len(rewrite.model.get_variables())
         if found != count:
             raise VerificationFailed(f"{self.name}: expected {count} states, found {found}")
-
-
-def _shape(layer: AttentionLayer) -> tuple[int | None, int, int, int]:
-    return layer.window, layer.query_heads, layer.kv_heads, layer.head_dim
 
 
 def _packed(layer: AttentionLayer, how: Coding) -> PackedAttention:
