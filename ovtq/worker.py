@@ -117,9 +117,10 @@ class Bare:
 
     def read(self, ids: np.ndarray, chunk: int, depth: int = 0) -> dict[str, Any]:
         """Prefill `ids` (tokens,) in calls of `chunk`, behind `depth` tokens of noise: seconds, and peak memory."""
-        self.subject.reset()
         if depth:
             self.fill(depth)
+        else:
+            self.subject.reset()
         reset_peak()
         started = time.perf_counter()
         for start in range(0, len(ids), chunk):
@@ -131,7 +132,7 @@ class Bare:
     def fill(self, tokens: int) -> None:
         """Set the states to noise, as after `tokens` tokens."""
         if not isinstance(self.subject, Runner):
-            raise InputError("--fill: a paged cache can't be filled; leave --fill out")
+            raise InputError("--fill, --depth: a paged cache can't be filled; leave them out")
         self.subject.fill(tokens)
         self.next = np.zeros(1, np.int64)
 

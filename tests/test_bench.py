@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import MINI
 
 from ovtq import infer
 from ovtq.bench import main
+from ovtq.candidates import parse
 from ovtq.runner import Runner
+from ovtq.worker import Bare
 
 pytest.importorskip("openvino_genai", reason="needs the extra [eval]")
 
@@ -79,6 +82,15 @@ def test_prefills_and_contexts_in_one_process(exact: Path, tmp_path: Path, capsy
     assert results["prompts"] == []
     assert results["machine"]["read"] > 1e8
     assert "GB/s" in capsys.readouterr().out
+
+
+def test_a_prefill_stands_behind_its_depth(exact: Path) -> None:
+    """The states are then those of all tokens together."""
+    bare, runner = Bare(parse(str(exact), MINI), "CPU", {}), Runner(exact / "openvino_model.xml", "CPU")
+    for depth in (300, 0):
+        assert bare.read(np.arange(96) % 50, 40, depth)["seconds"] > 0
+        runner.fill(depth + 96)
+        assert bare.state_bytes() == runner.state_bytes()
 
 
 @pytest.mark.slow
