@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import openvino as ov
 import pytest
+from filelock import FileLock
 
 from ovtq import io
 from ovtq.convert import main
@@ -41,16 +43,18 @@ def tiny_copy(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def convert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Convert a model folder with `ovtq-convert` options, once a session for the same options."""
-    done: dict[tuple[Path, tuple[str, ...]], Path] = {}
+    """Convert a model folder with `ovtq-convert` options, once for the same options, whichever worker asks first."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def run(model_dir: Path, *options: str) -> Path:
-        key = (model_dir, options)
-        if key not in done:
-            out = tmp_path_factory.mktemp("converted") / model_dir.name
-            assert main([str(model_dir), str(out), *options]) == 0
-            done[key] = out
-        return done[key]
+        name = hashlib.sha256(repr((model_dir, options)).encode()).hexdigest()[:16]
+        out = shared / f"converted-{name}" / model_dir.name
+        with FileLock(shared / f"converted-{name}.lock"):
+            if not out.exists():
+                out.parent.mkdir(exist_ok=True)
+                assert main([str(model_dir), str(out), *options]) == 0
+        return out
 
     return run
 

@@ -93,7 +93,7 @@ def by_runner(model_dir: Path, *texts: str, tokens: int = 48) -> list[int]:
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("backend", ["default", "SDPA"])
-@pytest.mark.parametrize("preset", ["exact", "rotate"])
+@pytest.mark.parametrize("preset", ["exact", pytest.param("rotate", marks=pytest.mark.slow)])
 def test_greedy(preset: str, backend: str, prompt: str, request: pytest.FixtureRequest) -> None:
     properties = EXACT_PROPERTIES if backend == "default" else STATEFUL
     converted = generate(request.getfixturevalue(preset), properties, PROMPTS[prompt])
@@ -166,7 +166,7 @@ def test_packed_history_still_tells_a_fact(folder: Path) -> None:
     assert genai.Tokenizer(MINI).decode(answers[0]).strip().startswith("40213")
 
 
-@pytest.mark.parametrize("preset", ["exact", "rotate"])
+@pytest.mark.parametrize("preset", ["exact", pytest.param("rotate", marks=pytest.mark.slow)])
 def test_beam_search(preset: str, request: pytest.FixtureRequest) -> None:
     settings = {"num_beams": 4, "num_return_sequences": 3}
     prompt = PROMPTS["longer than the window"]
@@ -175,7 +175,10 @@ def test_beam_search(preset: str, request: pytest.FixtureRequest) -> None:
     )
 
 
-@pytest.mark.parametrize(("preset", "properties"), [("exact", STATEFUL), ("rotate", STATEFUL), ("rotate", PAGED)])
+@pytest.mark.parametrize(
+    ("preset", "properties"),
+    [("exact", STATEFUL), pytest.param("rotate", STATEFUL, marks=pytest.mark.slow), ("rotate", PAGED)],
+)
 def test_a_batch_of_prompts(preset: str, properties: dict[str, str], request: pytest.FixtureRequest) -> None:
     prompts = [TEXT[:1500], TEXT[4000:4300], TEXT[6000:6040]]
     config = genai.GenerationConfig(max_new_tokens=40, ignore_eos=True, apply_chat_template=False)

@@ -50,14 +50,14 @@ def generate(model_dir: Path, texts: list[str], **settings: Any) -> list[list[in
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("preset", ["exact", "rotate"])
+@pytest.mark.parametrize("preset", ["exact", pytest.param("rotate", marks=pytest.mark.slow)])
 def test_one_sequence(preset: str, settings: str, request: pytest.FixtureRequest) -> None:
     converted = generate(request.getfixturevalue(preset), [TEXT[:3000]], **SETTINGS[settings])
     assert converted == generate(MINI, [TEXT[:3000]], **SETTINGS[settings])
 
 
 @pytest.mark.parametrize("settings", ["greedy", "beam search"])
-@pytest.mark.parametrize("preset", ["exact", "rotate"])
+@pytest.mark.parametrize("preset", ["exact", pytest.param("rotate", marks=pytest.mark.slow)])
 def test_a_batch_with_padding(preset: str, settings: str, request: pytest.FixtureRequest) -> None:
     texts = [TEXT[:2000], TEXT[4000:4300], TEXT[6000:6040]]
     converted = generate(request.getfixturevalue(preset), texts, **SETTINGS[settings])
