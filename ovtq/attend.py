@@ -189,8 +189,8 @@ def sink_logits(layer: AttentionLayer) -> np.ndarray:
     return np.asarray(sinks, np.float32).reshape(1, layer.kv_heads, layer.group, 1, 1)
 
 
-def sink_columns(logits: Sequence[np.ndarray], columns: Node) -> Iterator[Output]:
+def sink_columns(logits: Sequence[np.ndarray], columns: Node) -> Iterator[Node]:
     """Each layer's `logits`, as of `sink_logits`, in the first of as many columns, (1, H, G, 1, columns); else zero."""
-    behind = op.concat([i64([0] * 4), op.subtract(columns, i64([1]))], 0)
-    padded = op.pad(f32(np.concatenate(logits)), i64([0] * 5), behind, "constant", op.constant(np.float32(0)))
-    return iter(op.split(padded, i64(0), len(logits)).outputs())
+    behind = op.concat([i64([0] * 5), op.subtract(columns, i64([1]))], 0)
+    padded = op.pad(f32(np.stack(logits)), i64([0] * 6), behind, "constant", op.constant(np.float32(0)))
+    return (op.squeeze(one, i64([0])) for one in op.split(padded, i64(0), len(logits)).outputs())
