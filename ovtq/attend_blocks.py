@@ -17,7 +17,7 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.attend import Columns, Plan, Store, sink_columns, sink_logits
+from ovtq.attend import Columns, Held, Plan, Store, sink_columns, sink_logits
 from ovtq.beams import Beams
 from ovtq.graph import ALL, Port, body, dim, either, f32, i64, precise, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
@@ -39,7 +39,7 @@ class Blocks:
         self.columns = columns = Columns(description, rows)
         self.beams = Beams(description, "cpu")
         self.ring = Ring(description, name, plan.layers, rows, self.beams, plan.sink_rows)
-        self.parts, self.news, self.held = iter(self.ring.parts), [], []
+        self.held: list[list[Held]] = []
 
         # Of `past` tokens the oldest ones are stored, a multiple of `flush`, and at least `window` are not.
         self.older, later = (self._stored(past) for past in (columns.past, columns.total))
@@ -69,20 +69,18 @@ class Blocks:
         return op.multiply(op.divide(leaving, i64([self.flush])), i64([self.flush]))
 
     def enter(self, layer: AttentionLayer) -> tuple[tuple[Node, Node], Port, Port]:
-        """New keys, scaled and centred, and values, (batch, kv_heads, new, d) each, and where they enter."""
+        """Recent keys, scaled and centred, and values, (batch, kv_heads, recent, d) each, and where new ones enter."""
         centre = self.plan.centres[layer.index]
         keys = scaled = op.multiply(layer.key.source, f32(layer.scale))
         if centre.any():
             keys = op.subtract(scaled, f32(centre[None, :, None]))
-        values = op.reshape(layer.value.source, i64([0, layer.kv_heads, -1, layer.head_dim]), True)  # for the Port
-        return (keys, values), Port(scaled, 0), Port(values, 0)
+        recent = self.ring.join(keys), self.ring.join(layer.value.source)  # first the sink's row
+        return recent, Port(scaled, 0), Port(recent[1], 1)
 
-    def attend(self, layer: AttentionLayer, queries: Output, new: tuple[Node, Node]) -> Node:
-        """The context, (batch, query_heads, new, d), of the layers in turn; `new` is what `enter` returned."""
+    def attend(self, layer: AttentionLayer, queries: Output, recent: tuple[Node, Node]) -> Node:
+        """The context, (batch, query_heads, new, d), of the layers in turn; `recent` is what `enter` returned."""
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
         columns = self.columns
-        recent = [op.concat([next(self.parts), rows], 2) for rows in new]  # first the sink's row
-        self.news += new
         far = next(self.far_masks)
         rows = op.reshape(queries, i64([0, H, G, -1, d]), True)
         sinks = next(self.sinks)
@@ -111,7 +109,7 @@ class Blocks:
         rows, assigns = self.survivors.store() if self.survivors else ([None] * len(self.held), [])
         for row, held in zip(rows, self.held, strict=True):
             assigns += [state.assign(row) for state in held]
-        return [*assigns, *self.ring.store(self.news)]
+        return [*assigns, *self.ring.store()]
 
     def _seldom(self, store: Store, block: _Block, sources: Sequence[Node | Output]) -> list[Node]:
         """The context of the leading blocks, (batch, tokens, query_heads, d), and the rows that join the states.

@@ -40,7 +40,7 @@ class Branches:
         # A window of none still has the sink's row, and a state that tells GenAI not to cut the others.
         self.beams = Beams(description, "gpu")
         self.ring = Ring(description, name, plan.layers, plan.window, self.beams, plan.sink_rows)
-        self.parts, self.news, self.assigns = iter(self.ring.parts), [], []
+        self.assigns: list[Node] = []
         self.far_masks = self._far_masks()
         self.near: Output | None = None
 
@@ -76,8 +76,7 @@ class Branches:
 
     def attend(self, layer: AttentionLayer, queries: Output, new: Node) -> Node:
         """The context, (batch, query_heads, new, d), of the layers in turn; `new` is what `enter` returned."""
-        recent = op.concat([next(self.parts), new], 2)  # first the sink's row
-        self.news.append(new)
+        recent = self.ring.join(new)  # first the sink's row
         # recent as a whole: of a Split's outputs the plugin's If reads the wrong half
         shared = [queries, *self._history(layer, new, recent), recent.output(0)]
         far = next(self.far_masks)
@@ -116,7 +115,7 @@ class Branches:
 
     def stores(self) -> list[Node]:
         """The Assigns of all states, once every layer is rewritten."""
-        return [*self.assigns, *self.ring.store(self.news)]
+        return [*self.assigns, *self.ring.store()]
 
     def _decode(
         self,

@@ -68,20 +68,16 @@ class WindowRows:
         padding = op.select(op.gather(shown, self.index, i64(1)), f32(0), f32(MASKED))  # (batch, trips, 1 + width)
         self.block_mask = op.minimum(op.add(op.unsqueeze(padding, i64([1, 3, 4])), within), f32(0))
         self.width = 1 + width
-        self.parts, self.news = iter(ring.parts), []
+        self.ring = ring
 
     def attend(self, layer: AttentionLayer) -> AttentionLayer:
         """Rewrite one layer, in turn."""
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
-        # One node each where a tensor enters
         queries = op.reshape(layer.query.source, i64([0, H, G, -1, d]), True)
-        new = [op.reshape(port.source, i64([0, H, -1, d]), True) for port in (layer.key, layer.value)]
-        self.news += new
-        keys, values = (op.concat([self.sink, next(self.parts), rows], 2) for rows in new)
+        keys, values = (self.ring.join(port.source, self.sink) for port in (layer.key, layer.value))
         contexts = [self._leading(layer, queries, keys, values), self._last(layer, queries, keys, values)]
         context = op.transpose(op.concat(contexts, 1), i64([0, 2, 1, 3]))  # (batch, H·G, new, d)
-        query, key, value = (Port(node, 0) for node in (queries, *new))
-        return layer.rewritten(context, query=query, key=key, value=value)
+        return layer.rewritten(context, query=Port(queries, 0), key=Port(keys, 2), value=Port(values, 2))
 
     def _last(self, layer: AttentionLayer, queries: Node, keys: Node, values: Node) -> Node:
         """The context of the last queries, (batch, rest, query_heads, d)."""
@@ -168,15 +164,13 @@ class WindowBlocks:
         self.sinks = iter(sinks.outputs())
 
         self.zero_rows = op.broadcast(f32(0), op.concat([batch, i64([2 * layer.kv_heads, 1, layer.head_dim])], 0))
-        self.parts = iter(ring.parts)
-        self.news: list[Node] = []
+        self.ring = ring
 
     def attend(self, layer: AttentionLayer) -> AttentionLayer:
         """Rewrite one layer; shapes are noted with H = kv_heads, d = head_dim."""
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
         new = op.concat([layer.key.source, layer.value.source], 1)  # (batch, 2H, new, d)
-        self.news.append(new)
-        tokens = op.concat([next(self.parts), new, self.zero_rows], 2)
+        tokens = self.ring.join(new, last=self.zero_rows)
         keys, values = op.split(op.gather(tokens, self.key_rows, i64(2)), i64(1), 2).outputs()  # (batch, H, nb, w, d)
 
         entry = op.reshape(layer.query.source, i64([0, H, G, -1, d]), True)

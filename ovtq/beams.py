@@ -16,7 +16,7 @@ class Beams:
     def __init__(self, description: ModelDescription, target: str) -> None:
         self.index, self.target = description.beam_idx, target
         self.batch = dim(description.input_ids, 0)
-        self._pairs: dict[int, Node] = {}
+        self._pairs: dict[tuple[int, int], Node] = {}
 
     def in_order(self, state: Node, exact: bool = True) -> Output:
         """(batch, heads, tokens, width): what the state holds for beam_idx[i] in place i.
@@ -32,10 +32,20 @@ class Beams:
         found = op.gather_nd(state, self._beam_and_head(heads), 0)
         return (precise(found) if exact else found).output(0)
 
-    def _beam_and_head(self, heads: int) -> Node:
-        """(batch, heads, 2)."""
-        if heads not in self._pairs:
+    def in_parts(self, state: Node, count: int) -> list[Output]:
+        """What `in_order` is for a CPU, not `exact`: `count` parts (batch, heads/count, tokens, width) of its heads.
+
+        One copy of all of them: the parts of the first axis are where they are.
+        """
+        heads = state.get_output_partial_shape(0)[1].get_length()
+        found = op.gather_nd(state, self._beam_and_head(heads, count), 0)  # (count, batch, heads/count, tokens, width)
+        return [op.squeeze(part, i64([0])).output(0) for part in op.split(found, i64(0), count).outputs()]
+
+    def _beam_and_head(self, heads: int, parts: int = 1) -> Node:
+        """(batch, heads, 2), or (parts, batch, heads/parts, 2)."""
+        if (heads, parts) not in self._pairs:
             beam = op.unsqueeze(op.convert(self.index, "i64"), i64([1, 2]))
-            head = i64(np.stack([np.zeros(heads), np.arange(heads)], 1)[None])
-            self._pairs[heads] = op.add(op.multiply(beam, i64([[[1, 0]]])), head)
-        return self._pairs[heads]
+            head = np.stack([np.zeros(heads), np.arange(heads)], 1)
+            head = head[None] if parts == 1 else head.reshape(parts, 1, -1, 2)
+            self._pairs[heads, parts] = op.add(op.multiply(beam, i64([[[1, 0]]])), i64(head))
+        return self._pairs[heads, parts]

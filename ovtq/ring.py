@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import openvino as ov
@@ -41,8 +42,13 @@ class State:
         # Written in another type than the state's, it would be converted in every step
         self.mark = precise if beams.target == "cpu" and exact else lambda node: node
         self.variable = new_variable(name, [-1, *shape], ov.Type(start.dtype))
-        first = _start(start, beams, shape)
-        self.past = beams.in_order(op.read_value(first, self.variable), exact)
+        self.beams, self.exact = beams, exact
+        self.read = op.read_value(_start(start, beams, shape), self.variable)
+
+    @cached_property
+    def past(self) -> Output:
+        """What it held, beams in order."""
+        return self.beams.in_order(self.read, self.exact)
 
     def store(self, new: Node | Output, rows: Node | None = None) -> Node:
         """The Assign that keeps the last rows; `new` is (batch, heads, tokens, width).
@@ -50,8 +56,11 @@ class State:
         With `rows`, (batch, heads, length), it keeps these of each head instead.
         """
         every = self.mark(op.concat([self.past, new], 2))
-        kept = op.gather(every, self.kept, i64(2)) if rows is None else op.gather(every, rows, i64(2), 2)
-        return op.assign(self.mark(kept), self.variable)
+        return self.keep(op.gather(every, self.kept, i64(2)) if rows is None else op.gather(every, rows, i64(2), 2))
+
+    def keep(self, rows: Node) -> Node:
+        """The Assign of all its rows."""
+        return op.assign(self.mark(rows), self.variable)
 
 
 def _start(start: np.ndarray, beams: Beams, shape: Sequence[int]) -> Node:
@@ -66,17 +75,29 @@ def _start(start: np.ndarray, beams: Beams, shape: Sequence[int]) -> Node:
     )
 
 
-def _parts(past: Node | Output, layers: int, target: str) -> list[Output]:
-    """What each layer reads: keys and values in one; for a CPU keys, then values, for it splits nothing for free."""
-    if target == "cpu":
-        return cut_heads(past, 2 * layers, target)
-    return op.split(past, i64(1), layers).outputs()
+class _Rows:
+    """What layers read of a ring, one after the other, and what they put behind it.
+
+    Keys and values of a layer in one (batch, 2·kv_heads, rows, d); for a CPU, which splits nothing for free, apart.
+    """
+
+    def __init__(self, parts: Sequence[Output]) -> None:
+        self._parts = iter(parts)
+        self.news: list[Node | Output] = []  # (batch, heads, new, d)
+        self.joined: list[Node] = []
+        self.skipped = 0  # rows before what was held
+
+    def join(self, new: Node | Output, first: Node | None = None, last: Node | None = None) -> Node:
+        """What the next layer reads, `new` behind it, and maybe one more row before or after all of them."""
+        self.news.append(new)
+        self.skipped = 0 if first is None else 1
+        rows = [first, next(self._parts), new, last]
+        self.joined.append(op.concat([some for some in rows if some is not None], 2))
+        return self.joined[-1]
 
 
-class Ring:
+class Ring(_Rows):
     """The last `rows` tokens of `layers`, keys then values of each, in one state (batch, layers·2·kv_heads, rows, d).
-
-    `parts` is what each layer reads of them: for a CPU keys and values one by one, for a GPU in one.
 
     Zero before the text begins. `head`, (layers·2·kv_heads, d), becomes a row before all others that stays where it is.
     """
@@ -98,14 +119,22 @@ class Ring:
             start = np.zeros((1, heads, length, d), np.float32)
             start[0, :, 0] = head
         self.state = State(beams, name, [heads, length, d], start, kept, exact=False)
-        self.parts = _parts(self.state.past, len(layers), beams.target)
+        self.on_cpu = beams.target == "cpu"
+        super().__init__(
+            beams.in_parts(self.state.read, 2 * len(layers))
+            if self.on_cpu
+            else op.split(self.state.past, i64(1), len(layers)).outputs()
+        )
 
-    def store(self, news: Sequence[Node | Output]) -> list[Node]:
-        """The Assign that keeps the last tokens; `news` are the new ones of each layer, (batch, 2·kv_heads, new, d)."""
-        return [self.state.store(op.concat(list(news), 1))]
+    def store(self) -> list[Node]:
+        """The Assign that keeps the last tokens, once every layer has joined its own."""
+        if not self.on_cpu:
+            return [self.state.store(op.concat(self.news, 1))]
+        kept = op.add(self.state.kept, i64([self.skipped]))
+        return [self.state.keep(op.gather(op.concat(self.joined, 1), kept, i64(2)))]
 
 
-class PackedRing:
+class PackedRing(_Rows):
     """A Ring whose tokens are packed when they leave the call they came in, and then moved as they are.
 
     Bytes (batch, layers·kv_heads, rows, bytes of a key and a value) i8 and scales (batch, layers·2·kv_heads, rows, 1)
@@ -150,11 +179,14 @@ class PackedRing:
         past = joined([restore(*some, coding.rotation, beams.target) for some in packed], 1)
         if self.order is not None:
             past = op.gather(past, i64(np.argsort(self.order)), i64(1))
-        self.parts = _parts(past, count, beams.target)
+        if beams.target == "cpu":
+            super().__init__(cut_heads(past, 2 * count, beams.target))
+        else:
+            super().__init__(op.split(past, i64(1), count).outputs())
 
-    def store(self, news: Sequence[Node | Output]) -> list[Node]:
-        """The Assigns that keep the last tokens; `news` are the new ones of each layer, (batch, 2·kv_heads, new, d)."""
-        new = op.slice(op.concat(list(news), 1), i64([-self.rows]), i64([ALL]), i64([1]), i64([2]))
+    def store(self) -> list[Node]:
+        """The Assigns that keep the last tokens, once every layer has joined its own."""
+        new = op.slice(op.concat(self.news, 1), i64([-self.rows]), i64([ALL]), i64([1]), i64([2]))
         if self.order is not None:
             new = op.gather(new, i64(self.order), i64(1))
         centred, scales = encode(new, self.codecs, self.coding.rotation)

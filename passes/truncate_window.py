@@ -113,7 +113,7 @@ class TruncateWindow(Pass):
                 for number, layer in enumerate(changed.values())
             }
         old = [path.assign for layer in layers for path in layer.paths]
-        model = rebuild(model, drop=old, add=ring.store(form.news))
+        model = rebuild(model, drop=old, add=ring.store())
         return Rewrite(model, description.with_layers(changed), len(changed), facts)
 
     def ensures(self, rewrite: Rewrite) -> None:
