@@ -20,7 +20,6 @@ from ovtq.beams import Beams
 from ovtq.coding import Coding
 from ovtq.graph import ALL, MASKED, cut_heads, dim, f32, i64, new_variable, numbers, precise, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.packing import Layout
 from ovtq.pruning import Pruning
 from ovtq.quantizer import encode, pack
 
@@ -40,6 +39,11 @@ class Plan(Coding):
     window: int
     pruning: Pruning | None = None
 
+    @property
+    def packed(self) -> int:
+        """How many of a layer's two tensors, keys and values, are."""
+        return sum(layout is not None for layout in self.layouts)
+
     @cached_property
     def sink_rows(self) -> np.ndarray:
         """(layers·2·kv_heads, head_dim): the sink's key, −centre, and value, 0, of each layer."""
@@ -47,27 +51,40 @@ class Plan(Coding):
 
 
 class Held:
-    """A growing state (batch, heads, tokens, width): `past` is what it held, beams in order.
+    """A growing state (batch, heads, tokens, width).
 
-    Once `append` was called, `appended` is that with this call's rows behind it.
+    Once `append` was called, `appended` is what it held, with this call's rows behind it.
     """
 
     def __init__(self, beams: Beams, name: str, heads: int, width: int, kind: ov.Type) -> None:
-        self.beams, self.heads, self.width, self.kind = beams, heads, width, kind
+        self.beams, self.name, self.heads, self.width, self.kind = beams, name, heads, width, kind
         self.variable = new_variable(name, [-1, heads, -1, width], kind)
-        self.past = beams.in_order(op.read_value(self.nothing(beams.batch), self.variable))
+        self.none = self._nothing()
+        self.read = op.read_value(self.none, self.variable)
         self.appended: Output
 
-    def nothing(self, batch: Node | Output) -> Node:
-        """No rows."""
-        return op.broadcast(
-            op.constant(np.zeros((), self.kind.to_dtype())), op.concat([batch, i64([self.heads, 0, self.width])], 0)
-        )
+    @cached_property
+    def past(self) -> Output:
+        """What it held, beams in order."""
+        return self.beams.in_order(self.read)
+
+    def _nothing(self) -> Node:
+        """No rows, (batch, heads, 0, width)."""
+        batch, zero = self.beams.batch, op.constant(np.zeros((), self.kind.to_dtype()))
+        if self.beams.target == "gpu":
+            return op.broadcast(zero, op.concat([batch, i64([self.heads, 0, self.width])], 0))
+        # None of one row: a length that is known, be it 0, is not the Assign's, and the CPU plugin would copy the state
+        row = op.broadcast(zero, op.concat([batch, i64([self.heads * self.width])], 0))
+        row = op.reshape(row, i64([-1, self.heads, 1, self.width]), False)
+        return op.gather(row, op.range(i64(0), scalar(op.subtract(batch, batch)), i64(1), "i64"), i64(2))
 
     def append(self, new: Node | Output) -> None:
         """(batch, heads, new, width)."""
-        rows = op.concat([self.past, new], 2)
-        self.appended = (precise(rows) if self.beams.target == "cpu" else rows).output(0)
+        if self.beams.target == "gpu":
+            self.appended = op.concat([self.past, new], 2).output(0)
+            return
+        # What only ReadValue reads, the CPU plugin takes into it, and then a reset leaves the rows where they are
+        self.appended = precise(op.concat([self.past, self.none, new], 2)).output(0)
 
     def assign(self, rows: Node | Output | None = None) -> Node:
         """The Assign of all it now holds, or, with `rows` (batch, heads, ·), of these rows of each head."""
@@ -75,61 +92,37 @@ class Held:
         return op.assign(kept, self.variable)
 
 
-@dataclass(frozen=True)
-class History:
-    """One tensor's (K or V) stored tokens: bytes (batch, kv_heads, tokens, ·) i8, scales (batch, kv_heads, tokens, 1).
-
-    Without `layout` they are not packed but the tensor itself, (…, head_dim), and have no scales.
-    """
-
-    layout: Layout | None
-    codes: Held
-    scales: Held | None
-
-
 class Store:
-    """The history of one layer, and what becomes of tokens that join it."""
+    """The history of one layer, and what becomes of tokens that join it.
+
+    Bytes (batch, kv_heads, tokens, ·) i8 of keys and of values; what is not packed is there as it is, (…, head_dim).
+    Scales are elsewhere.
+    """
 
     def __init__(self, beams: Beams, plan: Plan, layer: AttentionLayer) -> None:
         self.plan, self.target = plan, beams.target
-        self.keys, self.values = (
-            self._history(beams, f"ovtq.{layer.index}.{what}", where, layer)
+        self.keys, self.values = self.held = [
+            Held(
+                beams, f"ovtq.{layer.index}.{what}", layer.kv_heads,
+                where.bytes if where else layer.head_dim, ov.Type.i8 if where else ov.Type.f32,
+            )
             for what, where in zip(("key", "value"), plan.layouts, strict=True)
-        )
+        ]  # fmt: skip
 
-    def _history(self, beams: Beams, name: str, where: Layout | None, layer: AttentionLayer) -> History:
-        H = layer.kv_heads
-        if where is None:
-            return History(None, Held(beams, name, H, layer.head_dim, ov.Type.f32), None)
-        codes = Held(beams, name, H, where.bytes, ov.Type.i8)
-        return History(where, codes, Held(beams, f"{name}.scale", H, 1, ov.Type.f32))
+    def packed(self, tokens: Node | Output) -> tuple[list[Node | Output], list[Node]]:
+        """Rows for both states, from keys and values (batch, 2·kv_heads, tokens, d) in one tensor.
 
-    @property
-    def held(self) -> list[Held]:
-        """All states: of the keys, then of the values."""
-        return [x for history in (self.keys, self.values) for x in (history.codes, history.scales) if x]
-
-    def packed(self, tokens: Node | Output) -> list[Node | Output]:
-        """Rows for all states, from keys and values (batch, 2·kv_heads, tokens, d) in one tensor."""
+        And the scales of those that are packed, (batch, ·kv_heads, tokens, 1) in one tensor, if there are any.
+        """
         halves = cut_heads(tokens, 2, self.target)
         triples = list(zip(halves, (self.plan.key, self.plan.value), self.plan.layouts, strict=True))
         chosen = [(half, codec, where) for half, codec, where in triples if codec and where]
+        if not chosen:
+            return [*halves], []
         codecs, layouts = [codec for _, codec, _ in chosen], [where for *_, where in chosen]
-        done: Iterator[tuple[Node, Node]] = iter(())
-        if chosen:
-            centred, scales = encode(tokens if len(chosen) == 2 else chosen[0][0], codecs, self.plan.rotation)
-            parts = [scales.output(0)]
-            if len(chosen) == 2:
-                parts = (
-                    cut_heads(scales, 2, self.target) if self.target == "cpu" else op.split(scales, i64(1), 2).outputs()
-                )
-            done = iter(zip(pack(centred, codecs, layouts), parts, strict=True))
-        return [x for half, codec, _ in triples for x in (next(done) if codec else (half,))]
-
-    def append(self, rows: Sequence[Node | Output]) -> None:
-        """What `packed` makes of this call's tokens."""
-        for held, new in zip(self.held, rows, strict=True):
-            held.append(new)
+        centred, scales = encode(tokens if len(chosen) == 2 else chosen[0][0], codecs, self.plan.rotation)
+        done = iter(pack(centred, codecs, layouts))
+        return [next(done) if codec else half for half, codec, _ in triples], [scales]
 
 
 class Columns:

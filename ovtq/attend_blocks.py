@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
@@ -21,12 +22,14 @@ from ovtq.attend import Columns, Held, Plan, Store, sink_columns, sink_logits
 from ovtq.beams import Beams
 from ovtq.graph import ALL, Port, body, dim, either, f32, i64, precise, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.packed_attention import Place
 from ovtq.prune import Survivors
 from ovtq.quantizer import residues, unpack
 from ovtq.ring import Ring
 
 BLOCK = 32  # queries at a time: rows enough in a product to be worth the unpacking before it
 FLUSH = 128  # tokens that join the history at a time
+SCALES = "ovtq.scale"  # the name of the state of all layers' scales
 
 
 class Blocks:
@@ -39,6 +42,7 @@ class Blocks:
         self.columns = columns = Columns(description, rows)
         self.beams = Beams(description, "cpu")
         self.ring = Ring(description, name, plan.layers, rows, self.beams, plan.sink_rows)
+        self.scales = _Scales(self.beams, plan) if plan.packed else None
         self.held: list[list[Held]] = []
 
         # Of `past` tokens the oldest ones are stored, a multiple of `flush`, and at least `window` are not.
@@ -85,15 +89,32 @@ class Blocks:
         rows = op.reshape(queries, i64([0, H, G, -1, d]), True)
         sinks = next(self.sinks)
         store = Store(self.beams, self.plan, layer)
-        block = _Block(layer, store, self.plan.rotation)
-        history = [held.past for held in store.held]
+        block = _Block(layer, self.plan)
+        history = [held.past for held in store.held] + ([self.scales.next()] if self.scales else [])
         leading, *joining = self._seldom(store, block, [rows, *recent, sinks, self.near, *far, *history])
-        store.append(joining)
+        if self.scales:
+            self.scales.join(joining.pop())
+        for held, some in zip(store.held, joining, strict=True):
+            shape = op.concat([columns.batch, i64([held.heads]), self.joining, i64([held.width])], 0)
+            held.append(op.reshape(some, shape, False))
         self.held.append(store.held)
         rest = op.slice(rows, self.lead, i64([ALL]), i64([1]), i64([3]))
-        direct = block(rest, recent, history, far, self.near_mask, sinks, self.stay, columns.recent, self.rest)
+        sizes = columns.batch, self.stay, columns.recent, self.rest
+        direct = block(rest, recent, history, far, self.near_mask, sinks, *sizes)
         direct = op.reshape(op.transpose(direct, i64([0, 3, 1, 2, 4])), i64([0, 0, H * G, d]), True)
+        leading = op.reshape(leading, op.concat([columns.batch, self.lead, i64([H * G, d])], 0), False)
         return op.transpose(op.concat([leading, direct], 1), i64([0, 2, 1, 3]))
+
+    def places(self, layer: AttentionLayer) -> tuple[Place, Place]:
+        """Where keys and values of a layer are."""
+        first = [other.index for other in self.plan.layers].index(layer.index) * self.plan.packed
+        found = []
+        for what, where in zip(("key", "value"), self.plan.layouts, strict=True):
+            heads = slice(first * layer.kv_heads, (first + 1) * layer.kv_heads)
+            found.append(Place(f"ovtq.{layer.index}.{what}", scale_heads=heads, scale_state=SCALES))
+            first += where is not None
+        key, value = found
+        return key, value
 
     @property
     def stored(self) -> dict[str, int]:
@@ -109,34 +130,33 @@ class Blocks:
         rows, assigns = self.survivors.store() if self.survivors else ([None] * len(self.held), [])
         for row, held in zip(rows, self.held, strict=True):
             assigns += [state.assign(row) for state in held]
+        if self.scales:
+            assigns.append(self.scales.store(self.joining, rows))
         return [*assigns, *self.ring.store()]
 
     def _seldom(self, store: Store, block: _Block, sources: Sequence[Node | Output]) -> list[Node]:
-        """The context of the leading blocks, (batch, tokens, query_heads, d), and the rows that join the states.
+        """As vectors, the context of the leading blocks, batch first, and the rows that join the states, scales last.
 
         In most decode steps there are neither, and nothing runs: the other branch holds constants, which is why results
         are vectors. One If for both: with a second one for the rows, calls longer than all before them stored wrong
         numbers.
         """
         read = [x.output(0) if isinstance(x, Node) else x for x in (self.lead, self.leave, self.left, *sources)]
-        layer, batch = block.layer, self.columns.batch
+        layer = block.layer
 
         def some(inside: Sequence[Output]) -> list[Node]:
             lead, leave, left, *inside = inside
             leaving = op.concat([op.slice(rows, leave, left, i64([1]), i64([2])) for rows in inside[1:3]], 1)
             shape = op.concat([lead, dim(inside[0], 0), i64([layer.query_heads, layer.head_dim])], 0)
             leading = op.reshape(self._loop(block, lead, inside), shape, False)
-            results = [op.transpose(leading, i64([1, 0, 2, 3])), *store.packed(leaving)]
-            return [op.reshape(x, i64([-1]), False) for x in results]
+            rows, scales = store.packed(leaving)
+            return [op.reshape(x, i64([-1]), False) for x in (op.transpose(leading, i64([1, 0, 2, 3])), *rows, *scales)]
 
         def none(_: Sequence[Output]) -> list[Node]:
-            kinds = [np.float32, *(held.kind.to_dtype() for held in store.held)]
-            return [op.constant(np.zeros(0, kind)) for kind in kinds]
+            kinds = [np.float32, *(held.kind.to_dtype() for held in store.held), np.float32]
+            return [op.constant(np.zeros(0, kind)) for kind in kinds[: 4 if self.scales else 3]]
 
-        leading, *joining = either(self.seldom, (read, some), ([], none), ("seldom", "usually"))
-        shapes = [op.concat([batch, self.lead, i64([layer.query_heads, layer.head_dim])], 0)]
-        shapes += [op.concat([batch, i64([x.heads]), self.joining, i64([x.width])], 0) for x in store.held]
-        return [op.reshape(*pair, False) for pair in zip([leading, *joining], shapes, strict=True)]
+        return either(self.seldom, (read, some), ([], none), ("seldom", "usually"))
 
     def _loop(self, block: _Block, lead: Output, sources: Sequence[Output]) -> Node:
         """The context of the leading blocks, as a vector, tokens first."""
@@ -150,7 +170,7 @@ class Blocks:
         queries, keys, values, sinks, near, *more = sources
         masks, history = more[: -block.states], more[-block.states :]
         outer = [cut(queries, 3, lead), cut(keys, 2), cut(values, 2), cut(sinks, 4), cut(near, 2)]
-        outer += [*(cut(x, 3) for x in masks), *(cut(x, 2) for x in history)]
+        outer += [*(cut(x, 3) for x in masks), *(cut(x, axis) for x, axis in zip(history, (2, 2, 3), strict=False))]
         inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in outer]
         queries, keys, values, sinks, near, *more = (x.output(0) for x in inner)
         masks, history = more[: -block.states], more[-block.states :]
@@ -160,7 +180,7 @@ class Blocks:
         width = dim(near, 2)
         mask = self.columns.near_mask(near, width, first, i64([BLOCK]))
         recent = [keys, values]
-        context = block(some, recent, history, masks, mask, sinks, dim(masks[0], 3), width, i64([BLOCK]))
+        context = block(some, recent, history, masks, mask, sinks, dim(some, 0), dim(masks[0], 3), width, i64([BLOCK]))
         results = [op.result(op.constant(np.array(True))), op.result(op.unsqueeze(_flat(context), i64([0])))]
         loop = op.loop(scalar(trips), op.constant(np.array(True)))
         loop.set_function(body(results, [turn, *inner], "blocks"))
@@ -178,12 +198,45 @@ def _flat(context: Node) -> Node:
     return op.reshape(op.transpose(context, i64([3, 0, 1, 2, 4])), i64([-1]), False)
 
 
+class _Scales:
+    """Those of all layers' packed keys and values, in one state (batch, layers·tensors·kv_heads, tokens, 1) f32.
+
+    Of each layer the keys' come first. A state a tensor would be five nodes each.
+    """
+
+    def __init__(self, beams: Beams, plan: Plan) -> None:
+        self.layers, self.parts, self.kv_heads = len(plan.layers), plan.packed, plan.layers[0].kv_heads
+        self.held = Held(beams, SCALES, self.layers * self.parts * self.kv_heads, 1, ov.Type.f32)
+        self.groups = iter(beams.in_groups(self.held.read, self.layers, self.parts))
+        self.joined: list[Output] = []
+
+    def next(self) -> Output:
+        """What the next layer reads: (tensors, batch, kv_heads, tokens, 1)."""
+        return next(self.groups)
+
+    def join(self, rows: Output) -> None:
+        """Put a layer's new ones behind them: (batch, tensors·kv_heads, joining, 1) as a vector."""
+        self.joined.append(rows)
+
+    def store(self, joining: Node, rows: Sequence[Output | None]) -> Node:
+        """The Assign, once every layer joined: of all, or of `rows` of each layer's heads, (batch, kv_heads, ·)."""
+        of_layer = self.parts * self.kv_heads
+        shape = op.concat([i64([self.layers]), self.held.beams.batch, i64([of_layer]), joining], 0)
+        new = op.transpose(op.reshape(op.concat(self.joined, 0), shape, False), i64([1, 0, 2, 3]))
+        shape = op.concat([self.held.beams.batch, i64([self.held.heads]), joining, i64([1])], 0)
+        self.held.append(op.reshape(new, shape, False))
+        some = [row for row in rows for _ in range(self.parts) if row is not None]
+        return self.held.assign(op.concat(some, 1) if some else None)
+
+
 class _Block:
     """The attention of some queries of one layer, in the Loop or outside of it."""
 
-    def __init__(self, layer: AttentionLayer, store: Store, rotation: np.ndarray) -> None:
-        self.layer, self.keys, self.values, self.rotation = layer, store.keys, store.values, rotation
-        self.states = len(store.held)
+    def __init__(self, layer: AttentionLayer, plan: Plan) -> None:
+        self.layer, self.rotation = layer, plan.rotation
+        self.keys, self.values = plan.layouts
+        self.parts = plan.packed
+        self.states = 3 if plan.packed else 2
 
     def __call__(
         self,
@@ -193,6 +246,7 @@ class _Block:
         far_masks: Sequence[Node | Output],
         near_mask: Node | Output,
         sinks: Node | Output,
+        batch: Node,
         past: Node,
         columns: Node,
         count: Node,
@@ -203,10 +257,9 @@ class _Block:
 
         `far_masks`: what is added to scores of the history, and, maybe, what they and the weights are multiplied by.
         """
-        H, G, d = self.layer.kv_heads, self.layer.group, self.layer.head_dim
-        held = iter(history)
-        key_bytes, key_scales = next(held), next(held) if self.keys.layout else None
-        value_bytes, value_scales = next(held), next(held) if self.values.layout else None
+        G, d = self.layer.group, self.layer.head_dim
+        key_bytes, value_bytes, *scales = history
+        key_scales, value_scales = self._columns(scales, batch, past)
         key_rows, value_rows = recent
         rows = op.reshape(queries, i64([0, 0, -1, d]), True)  # (batch, H, G·count, d)
         by_query = op.concat([i64([0, 0, G]), count, i64([-1])], 0)
@@ -215,7 +268,7 @@ class _Block:
         near = op.reshape(near, op.concat([i64([0, 0, -1]), columns], 0), True)
         far = self._products(rows, key_bytes)
         if key_scales is not None:
-            far = op.multiply(far, op.reshape(key_scales, i64([0, H, 1, -1]), True))
+            far = op.multiply(far, key_scales)
         mask, *zeroed = far_masks
         for factor in zeroed:
             far = op.multiply(far, factor)
@@ -225,13 +278,22 @@ class _Block:
         for factor in zeroed:
             far = op.multiply(far, factor)
         if value_scales is not None:
-            far = op.multiply(far, op.reshape(value_scales, i64([0, H, 1, -1]), True))
+            far = op.multiply(far, value_scales)
         context = op.add(self._sums(far, value_bytes), op.matmul(near, value_rows, False, False))
         return op.reshape(context, i64([0, 0, G, -1, d]), True)
 
+    def _columns(self, scales: Sequence[Output], batch: Node, past: Node) -> list[Node | None]:
+        """Those of keys and of values, (batch, kv_heads, 1, past); None for what is not packed."""
+        if not scales:
+            return [None, None]
+        shape = op.concat([batch, i64([self.layer.kv_heads, 1]), past], 0)
+        parts = op.split(scales[0], i64(0), self.parts).outputs() if self.parts > 1 else scales
+        found = iter([op.reshape(part, shape, False) for part in parts])
+        return [next(found) if layout else None for layout in (self.keys, self.values)]
+
     def _products(self, rows: Node, keys: Output) -> Node:
         """rows · (K̂ without its scales)ᵀ: rotated and decoded on the rows' side, in one product."""
-        layout = self.keys.layout
+        layout = self.keys
         if layout is None:
             return op.matmul(rows, keys, False, True)
         rows = op.matmul(rows, f32(residues(layout) @ self.rotation.T), False, True)
@@ -239,7 +301,7 @@ class _Block:
 
     def _sums(self, weights: Output | Node, values: Output) -> Node:
         """weights · (V̂ without its scales), decoded and rotated back behind the sum, in one product."""
-        layout = self.values.layout
+        layout = self.values
         if layout is None:
             return op.matmul(weights, values, False, False)
         sums = op.matmul(weights, unpack(values, layout), False, False)

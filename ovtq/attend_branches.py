@@ -13,14 +13,16 @@ from collections.abc import Iterator
 from itertools import repeat
 
 import numpy as np
+import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
-from ovtq.attend import NEVER, Columns, History, Plan, Store, sink_logits
+from ovtq.attend import NEVER, Columns, Held, Plan, Store, sink_logits
 from ovtq.beams import Beams
 from ovtq.graph import ALL, MASKED, Port, either, f32, i64, joined, numbers
 from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.packed_attention import Place
 from ovtq.packing import Layout
 from ovtq.quantizer import interleaved, look_up
 from ovtq.ring import Ring
@@ -51,17 +53,25 @@ class Branches:
     def _history(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
         """Keys and values of the history, looked up; `recent` are the sink's row, recent tokens and the new ones."""
         store = Store(self.beams, self.plan, layer)
-        store.append(store.packed(new))
-        self.assigns += [state.assign() for state in store.held]
-        return self._dense(store.keys), self._dense(store.values)
+        rows, scales = store.packed(new)
+        parts = iter(op.split(scales[0], i64(1), self.plan.packed).outputs() if self.plan.packed > 1 else scales)
+        return tuple(self._dense(*some, parts) for some in zip(store.held, rows, self.plan.layouts, strict=True))
 
-    def _dense(self, history: History) -> Output:
-        """What was looked up. What is not packed is multiplied by 1, or 0 for padding: as it lies in a cache with room
-        behind it, an If reads wrong rows of it."""
-        if history.scales:
-            return looked_up(history.layout, history.codes.appended, history.scales.appended)
+    def _dense(
+        self, codes: Held, rows: Node | Output, layout: Layout | None, scales: Iterator[Node | Output]
+    ) -> Output:
+        """What was looked up. What is not packed is multiplied by 1, or 0 for padding: as
+        it lies in a cache with room behind it, an If reads wrong rows of it.
+        """
+        codes.append(rows)
+        self.assigns.append(codes.assign())
+        if layout:
+            held = Held(self.beams, f"{codes.name}.scale", codes.heads, 1, ov.Type.f32)
+            held.append(next(scales))
+            self.assigns.append(held.assign())
+            return looked_up(layout, codes.appended, held.appended)
         shown = op.unsqueeze(op.greater(self.columns.shown, i64([0])), i64([1, 3]))
-        return op.multiply(history.codes.appended, op.select(shown, f32(1), f32(0))).output(0)
+        return op.multiply(codes.appended, op.select(shown, f32(1), f32(0))).output(0)
 
     def enter(self, layer: AttentionLayer) -> tuple[Node, Port, Port]:
         """New keys, scaled and centred, and values, (batch, 2·kv_heads, new, d), and where they enter."""
@@ -107,6 +117,11 @@ class Branches:
             else:
                 self.near = _near(limits).output(0)
         return self.near, [self.near] if alike else [self.limits.output(0), self.query.output(0), far]
+
+    def places(self, layer: AttentionLayer) -> tuple[Place, Place]:
+        """Where keys and values of a layer are."""
+        key, value = (Place(f"ovtq.{layer.index}.{what}") for what in ("key", "value"))
+        return key, value
 
     @property
     def stored(self) -> dict[str, int]:

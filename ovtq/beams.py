@@ -41,6 +41,12 @@ class Beams:
         found = op.gather_nd(state, self._beam_and_head(heads, count), 0)  # (count, batch, heads/count, tokens, width)
         return [op.squeeze(part, i64([0])).output(0) for part in op.split(found, i64(0), count).outputs()]
 
+    def in_groups(self, state: Node, groups: int, parts: int) -> list[Output]:
+        """What `in_order` is for a CPU, `groups` times (parts, batch, heads/groups/parts, tokens, width)."""
+        heads = state.get_output_partial_shape(0)[1].get_length()
+        index = op.split(self._beam_and_head(heads, groups * parts), i64(0), groups)
+        return [precise(op.gather_nd(state, some, 0)).output(0) for some in index.outputs()]
+
     def _beam_and_head(self, heads: int, parts: int = 1) -> Node:
         """(batch, heads, 2), or (parts, batch, heads/parts, 2)."""
         if (heads, parts) not in self._pairs:

@@ -98,6 +98,17 @@ def cut(model: ov.Model, extent: Scope) -> ov.Model:
     return ov.Model([op.result(end.output(0))], sinks, model.get_parameters())
 
 
+def rooted(model: ov.Model) -> ov.Model:
+    """`model` with the Broadcasts that one ReadValue alone reads as further results.
+
+    The CPU plugin takes such a node into the ReadValue, and a growing state then keeps its rows at a reset. Of the GPU
+    plugin's form it merges those of several layers, but the only packed layer, or the only one verified, has its own.
+    """
+    starts = [node.input_value(0) for node in model.get_ops() if node.get_type_name() == "ReadValue"]
+    alone = [x for x in starts if x.get_node().get_type_name() == "Broadcast" and len(x.get_target_inputs()) == 1]
+    return ov.Model([*model.get_results(), *map(op.result, alone)], model.get_sinks(), model.get_parameters())
+
+
 def _states(output: Output) -> set[str]:
     """Names of the states that a tensor depends on."""
     return {x.get_attributes()["variable_id"] for x in ancestors(output) if x.get_type_name() == "ReadValue"}

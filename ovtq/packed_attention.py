@@ -12,19 +12,26 @@ from ovtq.coding import UNIT, whole_scale
 
 
 class Place(NamedTuple):
-    """Where a layer's packed keys or values are in the states: codes in one, scales in that named `….scale`."""
+    """Where a layer's packed keys or values are in the states: codes in one, scales in another, or in `….scale`."""
 
     state: str
     heads: slice = slice(None)
     row: slice = slice(None)
     scale_heads: slice = slice(None)
+    scale_state: str = ""
+
+    @property
+    def states(self) -> tuple[str, str]:
+        """The names of that with the codes and of that with the scales."""
+        return self.state, self.scale_state or f"{self.state}.scale"
 
     def read(self, states: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Bytes (batch, kv_heads, tokens, ·) i8 and scales (batch, kv_heads, tokens, 1)."""
-        scales = states[f"{self.state}.scale"][:, self.scale_heads]
+        codes, scales = (states[name] for name in self.states)
+        codes, scales = codes[:, self.heads, :, self.row], scales[:, self.scale_heads]
         if np.issubdtype(scales.dtype, np.integer):
             scales = ((scales / UNIT) ** 2).astype(np.float32)
-        return states[self.state][:, self.heads, :, self.row], scales
+        return codes, scales
 
 
 class PackedAttention:

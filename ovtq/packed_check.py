@@ -26,8 +26,8 @@ class PackedCheck:
         self.names = [[(tap.get_node().get_friendly_name(), tap.get_index()) for tap in some] for some in taps]
         self.largest, self.exact_codes = 0.0, False
         self.pruned, self.miscounted = 0, ""  # tokens, at most, of a head; what is wrong with the graph's own count
-        codes = {place.state for layer in self.layers for place in layer.places if place}
-        self.read = {*codes, *(f"{name}.scale" for name in codes), SCORE, POSITION, PRUNED}  # of the states
+        packed = {name for layer in self.layers for place in layer.places if place for name in place.states}
+        self.read = {*packed, SCORE, POSITION, PRUNED}  # of the states
         self.states: dict[str, np.ndarray] = {}  # these, before the next call
 
     def tapped(self, model: ov.Model) -> ov.Model:

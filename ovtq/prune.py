@@ -177,9 +177,6 @@ class Survivors(Scores):
         self.recent = State(beams, f"{SCORE}.recent", [self.heads, rows, 1], start, kept)
         leaving = op.slice(op.concat([self.recent.past, self.arrived], 2), *span, i64([1]), i64([2]))
         self.scores = Held(beams, SCORE, self.heads, 1, ov.Type.i32)
-        if not self.evicts:
-            # After reset_state the CPU plugin goes on to read this one with its old rows: those that should be are cut
-            self.scores.past = op.slice(self.scores.past, i64([0]), older, i64([1]), i64([2])).output(0)
         self.scores.append(leaving)
         self.stay = op.minimum(older, i64([pruning.room])) if self.evicts else older
         self.masks = self._masks()

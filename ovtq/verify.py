@@ -16,7 +16,7 @@ from scipy.special import log_softmax
 from ovtq.attend_blocks import BLOCK
 from ovtq.cache import compiled_precisions, mark, marked
 from ovtq.errors import VerificationFailed
-from ovtq.extent import Scope, cut, shortened
+from ovtq.extent import Scope, cut, rooted, shortened
 from ovtq.graph import constant_of
 from ovtq.models import AttentionLayer
 from ovtq.packed_check import PackedCheck
@@ -82,11 +82,11 @@ class PackedDifference:
 def schedule(window: int) -> list[Call]:
     """Calls that reach every case of the cache: empty, growing, longer than the window in one call and in chunks,
     decode across the window's edge, then a batch of two with left padding, then its sequences swapped by beam_idx; then
-    once more in calls so short that no token is old enough to be quantised."""
+    again, forgotten with the batch as it is, and in calls so short that no token is old enough to be quantised."""
     one = [Call(window + 37), Call(1), Call(1), Call(7), Call(2 * window + 5), Call(1)]
     two = [Call(24, 2, pad=9, reset=True), Call(1, 2, beams=(1, 0)), Call(window, 2), Call(1, 2, beams=(1, 1))]
-    new = [Call(2 * window + 5, reset=True), Call(20, 2, pad=5, reset=True), Call(1, 2, beams=(1, 0)), Call(7, 2)]
-    return one + two + new
+    new = [Call(2 * window + 5, reset=True), Call(1), Call(9, reset=True)]
+    return [*one, *two, *new, Call(20, 2, pad=5, reset=True), Call(1, 2, beams=(1, 0)), Call(7, 2)]
 
 
 @dataclass(frozen=True)
@@ -301,7 +301,7 @@ def _verify(
         if part is parts[0]:
             model, chosen = with_routers(model)
         elif check.layers:
-            model = check.tapped(model)
+            model = rooted(check.tapped(model))
         held = check if part is parts[1] and check.layers else None
         runner = Runner(model, device, EXACT_PROPERTIES)
         results.append(play(runner, calls, vocabulary, seed, tick, chosen, held))

@@ -18,7 +18,7 @@ from ovtq.coding import BITS
 from ovtq.errors import InputError
 from ovtq.models.attention import projected
 from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.packed_attention import PackedAttention, Place
+from ovtq.packed_attention import PackedAttention
 from ovtq.passes.base import Rewrite, option
 from ovtq.passes.quantize_kv import QuantizeKv
 from ovtq.pruning import MODES, POSITION, PRUNED, SCORE, SCORES, PrunedAttention, Pruning
@@ -162,9 +162,6 @@ class PruneKv(QuantizeKv):
         if self.target == "cpu":
             return Blocks(description, plan, name)
         return (Evicting if self.mode == "evict" else Masking)(description, plan, name)
-
-    def _places(self, form: Blocks | Branches, layer: AttentionLayer) -> tuple[Place, ...]:
-        return form.places(layer) if isinstance(form, Evicting) else super()._places(form, layer)
 
     def _definition(self, plan: Plan, form: Blocks | Branches, layer: AttentionLayer) -> PackedAttention:
         held = super()._definition(plan, form, layer)

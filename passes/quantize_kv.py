@@ -10,18 +10,19 @@ import numpy as np
 import openvino as ov
 
 from ovtq.attend import Plan, sink_logits
-from ovtq.attend_blocks import Blocks
+from ovtq.attend_blocks import SCALES, Blocks
 from ovtq.attend_branches import Branches
 from ovtq.coding import BITS, coding, unfit
 from ovtq.graph import rebuild
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.models.rope import mean_rotated_bias, norms
-from ovtq.packed_attention import PackedAttention, Place
+from ovtq.packed_attention import PackedAttention
 from ovtq.packing import packed_bytes
 from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.passes.decouple_length import shape_readers
 
-# The form that is right on a plugin and fast there. Each also runs on the other, where it is verified too.
+# The form that is right on a plugin and fast there. Each also runs on the other, where it is verified too; but on a CPU
+# the GPU's with a single packed layer can't be reset (see `extent.rooted`).
 FORMS = {"gpu": Branches, "cpu": Blocks}
 RECENT = "ovtq.recent"  # the name of the state of all residual windows
 
@@ -129,9 +130,6 @@ class QuantizeKv(Pass):
         codecs = plan.key, plan.value
         return PackedAttention(codecs, plan.rotation, centre, sinks, layer.scale, plan.window, form.flush)
 
-    def _places(self, form: Blocks | Branches, layer: AttentionLayer) -> tuple[Place, ...]:
-        return tuple(Place(f"ovtq.{layer.index}.{what}") for what in ("key", "value"))
-
     @property
     def bits(self) -> tuple[str, str]:
         """Of keys and values."""
@@ -149,15 +147,19 @@ class QuantizeKv(Pass):
     def _rewrite(self, form: Blocks | Branches, plan: Plan, layer: AttentionLayer) -> AttentionLayer:
         new, key, value = form.enter(layer)
         context = form.attend(layer, layer.query.source, new)
-        packed, places = self._definition(plan, form, layer), self._places(form, layer)
+        packed, places = self._definition(plan, form, layer), form.places(layer)
         return layer.rewritten(context, key=key, value=value, packed=packed, places=places)
 
     def ensures(self, rewrite: Rewrite) -> None:
-        """Every layer has a state of packed bytes and one of scales for K and for V, as wide as promised."""
+        """Every layer has states of packed bytes for K and for V, as wide as promised, and their scales are there."""
         layers = self.chosen(rewrite.description)
         expected: dict[str, tuple[str, list[int]]] = {}
         for layer in layers:
             expected |= self._caches(f"ovtq.{layer.index}", layer.kv_heads, -1, layer.head_dim)
+        if self.target == "cpu":
+            each = [name for name in expected if name.endswith(".scale")]
+            heads = sum(expected.pop(name)[1][1] for name in each)
+            expected |= {SCALES: ("f32", [-1, heads, -1, 1])} if each else {}
         self.expect(rewrite.model, expected)
 
     def _caches(self, name: str, heads: int, rows: int, head_dim: int) -> dict[str, tuple[str, list[int]]]:

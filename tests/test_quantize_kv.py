@@ -82,11 +82,10 @@ def as_stored(model: Tapped, index: int, packed: PackedAttention, which: int, x:
     codec = packed.codecs[which]
     if codec is None:
         return x
-    states, name = (
-        {s.name: s.state.data for s in model.request.query_state()},
-        f"ovtq.{index}.{('key', 'value')[which]}",
-    )
-    codes, scale = unpack(states[name], codec.bits), states[f"{name}.scale"]
+    states = {s.name: s.state.data for s in model.request.query_state()}
+    name = f"ovtq.{index}.{('key', 'value')[which]}"
+    codes, (scale, heads) = unpack(states[name], codec.bits), scales_of(states, index, packed, which)
+    scale = scale[:, heads]
     count = codes.shape[2]
     assert count == (x.shape[2] if packed.flush == 1 else max(x.shape[2] - packed.window, 0) // FLUSH * FLUSH)
     y = x[:, :, :count] @ packed.rotation
@@ -99,6 +98,19 @@ def as_stored(model: Tapped, index: int, packed: PackedAttention, which: int, x:
     assert np.allclose(scale[clear], expected_scale[clear], rtol=64 * EPS, atol=0)
     decoded = codec.decode(codes, scale).astype(np.float64) @ packed.rotation.T
     return np.concatenate([decoded, x[:, :, count:]], 2)
+
+
+def scales_of(
+    states: dict[str, np.ndarray], index: int, packed: PackedAttention, which: int
+) -> tuple[np.ndarray, slice]:
+    """The state that holds them, and at which heads: for a CPU, whose flush is above 1, one state has all of them."""
+    if packed.flush == 1:
+        return states[f"ovtq.{index}.{('key', 'value')[which]}.scale"], slice(None)
+    description = load(TINY["5.5"])[1]
+    H, parts = description.layers[index].kv_heads, sum(codec is not None for codec in packed.codecs)
+    number = [layer.index for layer in description.full].index(index)
+    first = (number * parts + (which if parts == 2 else 0)) * H
+    return states["ovtq.scale"], slice(first, first + H)
 
 
 WHOLE = ("K6V4", "no window")  # these in every schedule, the others in one
@@ -195,6 +207,13 @@ def test_protected_layers_stay_as_they_are() -> None:
     }
     assert {name for name in names if name.startswith("ovtq.3.")} == {
         "ovtq.3.key", "ovtq.3.key.scale", "ovtq.3.value", "ovtq.3.value.scale"
+    }  # fmt: skip
+    rewrite = applied(MINI, *EXACT, QuantizeKv(protect="last:1", target="cpu"))
+    infos = [variable.get_info() for variable in rewrite.model.get_variables()]
+    shapes = {info.variable_id: str(info.data_shape) for info in infos if info.variable_id.startswith("ovtq.")}
+    assert shapes == {
+        "ovtq.window": "[?,12,127,64]", "ovtq.recent": "[?,8,192,64]", "ovtq.scale": "[?,8,?,1]",
+        **{f"ovtq.{i}.key": "[?,2,?,48]" for i in (1, 3)}, **{f"ovtq.{i}.value": "[?,2,?,32]" for i in (1, 3)},
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,12 +16,13 @@ import pytest
 from conftest import MINI, TINY, load
 
 import ovtq.attend
+import ovtq.attend_blocks
 import ovtq.attend_window
 import ovtq.packing
 import ovtq.passes.rotate_heads
 import ovtq.ring
 from ovtq import io
-from ovtq.attend import Columns, Plan
+from ovtq.attend import Columns, Held, Plan
 from ovtq.attend_blocks import BLOCK
 from ovtq.beams import Beams
 from ovtq.convert import main
@@ -186,6 +188,64 @@ def test_a_broken_packed_cache_is_refused(
     options = ["--preset", "k6v4", "--residual-window", "16", "--target", target]
     assert main([str(TINY["5.5"]), str(tmp_path / "out"), *options]) == 2
     assert "the converted model is wrong on CPU: " in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def _scales_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes follow their beams, what layers read of the scales does not."""
+    groups = Beams.in_groups
+
+    def deaf(self: Beams, *some: object) -> list[ov.Output]:
+        other = copy.copy(self)
+        other.index, other._pairs = ov.opset15.multiply(self.index, np.int32(0)), {}
+        return groups(other, *some)
+
+    monkeypatch.setattr(Beams, "in_groups", deaf)
+
+
+def _scales_of_another_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = Beams.in_groups
+    monkeypatch.setattr(Beams, "in_groups", lambda self, *some: groups(self, *some)[::-1])
+
+
+def _scales_joined_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = ovtq.attend_blocks._Scales.store
+
+    def late(self: ovtq.attend_blocks._Scales, *rest: object) -> ov.Node:
+        self.joined.reverse()
+        return store(self, *rest)
+
+    monkeypatch.setattr(ovtq.attend_blocks._Scales, "store", late)
+
+
+@pytest.mark.parametrize(
+    "harm", [_scales_stay_where_they_are, _scales_of_another_layer, _scales_joined_in_another_order]
+)
+def test_scales_of_all_layers_that_are_mixed_up_are_refused(
+    harm: Callable[[pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    harm(monkeypatch)
+    options = ["--preset", "k6v4", "--residual-window", "16", "--target", "cpu"]
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), *options]) == 2
+    assert "the converted model is wrong on CPU: " in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_rows_that_outlive_a_reset_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As they do if nothing but ReadValue reads what a growing state starts from."""
+
+    def append(self: Held, new: ov.Output) -> None:
+        self.appended = ov.opset15.concat([self.past, new], 2).output(0)
+
+    monkeypatch.setattr(Held, "append", append)
+    options = ["--preset", "k6v4", "--residual-window", "16", "--target", "cpu"]
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), *options]) == 2
+    assert re.search("a step of . tokens failed|the converted model is wrong", capsys.readouterr().err)
     assert not any(tmp_path.iterdir())
 
 
@@ -385,4 +445,7 @@ def test_the_schedule_reaches_every_case(window: int) -> None:
     assert any(call.tokens > 2 * window for call in calls[1:])
     assert any(call.pad for call in calls)
     assert any(call.beams and call.beams != tuple(range(call.batch)) for call in calls)
+    # a reset behind a call that read what it found, without a change of batch
+    triples = zip(calls, calls[1:], calls[2:], strict=False)
+    assert any(c.reset and not b.reset and a.batch == b.batch == c.batch for a, b, c in triples)
     assert all(isinstance(call, Call) and call.tokens > call.pad for call in calls)
