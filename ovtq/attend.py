@@ -93,15 +93,14 @@ class Held:
 
 
 class Store:
-    """The history of one layer, and what becomes of tokens that join it.
+    """The history of one layer but for its scales, and what becomes of tokens that join it.
 
-    Bytes (batch, kv_heads, tokens, ·) i8 of keys and of values; what is not packed is there as it is, (…, head_dim).
-    Scales are elsewhere.
+    `held` are bytes (batch, kv_heads, tokens, ·) i8 of keys and of values; what is not packed is there as it is.
     """
 
     def __init__(self, beams: Beams, plan: Plan, layer: AttentionLayer) -> None:
         self.plan, self.target = plan, beams.target
-        self.keys, self.values = self.held = [
+        self.held = [
             Held(
                 beams, f"ovtq.{layer.index}.{what}", layer.kv_heads,
                 where.bytes if where else layer.head_dim, ov.Type.i8 if where else ov.Type.f32,

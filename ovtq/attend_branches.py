@@ -55,13 +55,16 @@ class Branches:
         store = Store(self.beams, self.plan, layer)
         rows, scales = store.packed(new)
         parts = iter(op.split(scales[0], i64(1), self.plan.packed).outputs() if self.plan.packed > 1 else scales)
-        return tuple(self._dense(*some, parts) for some in zip(store.held, rows, self.plan.layouts, strict=True))
+        keys, values = (self._dense(*some, parts) for some in zip(store.held, rows, self.plan.layouts, strict=True))
+        return keys, values
 
     def _dense(
         self, codes: Held, rows: Node | Output, layout: Layout | None, scales: Iterator[Node | Output]
     ) -> Output:
-        """What was looked up. What is not packed is multiplied by 1, or 0 for padding: as
-        it lies in a cache with room behind it, an If reads wrong rows of it.
+        """What is held, `rows` behind it, looked up.
+
+        What is not packed is multiplied by 1, or 0 for padding: as it lies in a cache with room behind it, an If reads
+        wrong rows of it.
         """
         codes.append(rows)
         self.assigns.append(codes.assign())

@@ -16,7 +16,7 @@ class Beams:
     def __init__(self, description: ModelDescription, target: str) -> None:
         self.index, self.target = description.beam_idx, target
         self.batch = dim(description.input_ids, 0)
-        self._pairs: dict[tuple[int, int], Node] = {}
+        self._pairs: dict[tuple[int, int | None], Node] = {}
 
     def in_order(self, state: Node, exact: bool = True) -> Output:
         """(batch, heads, tokens, width): what the state holds for beam_idx[i] in place i.
@@ -47,11 +47,11 @@ class Beams:
         index = op.split(self._beam_and_head(heads, groups * parts), i64(0), groups)
         return [precise(op.gather_nd(state, some, 0)).output(0) for some in index.outputs()]
 
-    def _beam_and_head(self, heads: int, parts: int = 1) -> Node:
+    def _beam_and_head(self, heads: int, parts: int | None = None) -> Node:
         """(batch, heads, 2), or (parts, batch, heads/parts, 2)."""
         if (heads, parts) not in self._pairs:
             beam = op.unsqueeze(op.convert(self.index, "i64"), i64([1, 2]))
             head = np.stack([np.zeros(heads), np.arange(heads)], 1)
-            head = head[None] if parts == 1 else head.reshape(parts, 1, -1, 2)
+            head = head[None] if parts is None else head.reshape(parts, 1, -1, 2)
             self._pairs[heads, parts] = op.add(op.multiply(beam, i64([[[1, 0]]])), i64(head))
         return self._pairs[heads, parts]
