@@ -234,6 +234,14 @@ def test_scales_of_all_layers_that_are_mixed_up_are_refused(
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("target", ["gpu", "cpu"])
+@pytest.mark.parametrize("bits", [(), ("--v-bits", "none")])
+def test_a_single_packed_layer_is_right_and_forgets(target: str, bits: tuple[str, ...], tmp_path: Path) -> None:
+    """Its states have no others of their shape."""
+    flags = ["--preset", "k6v4", "--residual-window", "16", "--protect", "last:1", "--target", target, *bits]
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), *flags]) == 0
+
+
 def test_rows_that_outlive_a_reset_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
