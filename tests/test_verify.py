@@ -173,6 +173,16 @@ def _sink_not_centred(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Plan, "sink_rows", property(lambda self: 0 * np.concatenate(2 * list(self.centres.values()))))
 
 
+WRONG = "the converted model is wrong on CPU: "
+
+
+def refusal(tmp_path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    """What a conversion says that fails, and leaves nothing behind."""
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), *options]) == 2
+    assert not any(tmp_path.iterdir())
+    return capsys.readouterr().err
+
+
 @pytest.mark.parametrize("target", ["gpu", "cpu"])
 @pytest.mark.parametrize(
     "harm", [_scales_too_large, _packed_in_another_order, _tokens_counted_twice, _not_causal, _sink_not_centred]
@@ -185,10 +195,7 @@ def test_a_broken_packed_cache_is_refused(
     tmp_path: Path,
 ) -> None:
     harm(monkeypatch)
-    options = ["--preset", "k6v4", "--residual-window", "16", "--target", target]
-    assert main([str(TINY["5.5"]), str(tmp_path / "out"), *options]) == 2
-    assert "the converted model is wrong on CPU: " in capsys.readouterr().err
-    assert not any(tmp_path.iterdir())
+    assert WRONG in refusal(tmp_path, capsys, "--preset", "k6v4", "--residual-window", "16", "--target", target)
 
 
 def _scales_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,10 +235,7 @@ def test_scales_of_all_layers_that_are_mixed_up_are_refused(
     tmp_path: Path,
 ) -> None:
     harm(monkeypatch)
-    options = ["--preset", "k6v4", "--residual-window", "16", "--target", "cpu"]
-    assert main([str(TINY["5.5"]), str(tmp_path / "out"), *options]) == 2
-    assert "the converted model is wrong on CPU: " in capsys.readouterr().err
-    assert not any(tmp_path.iterdir())
+    assert WRONG in refusal(tmp_path, capsys, "--preset", "k6v4", "--residual-window", "16", "--target", "cpu")
 
 
 @pytest.mark.parametrize("target", ["gpu", "cpu"])
@@ -251,10 +255,8 @@ def test_rows_that_outlive_a_reset_are_refused(
         self.appended = ov.opset15.concat([self.past, new], 2).output(0)
 
     monkeypatch.setattr(Held, "append", append)
-    options = ["--preset", "k6v4", "--residual-window", "16", "--target", "cpu"]
-    assert main([str(TINY["5.5"]), str(tmp_path / "out"), *options]) == 2
-    assert re.search("a step of . tokens failed|the converted model is wrong", capsys.readouterr().err)
-    assert not any(tmp_path.iterdir())
+    said = refusal(tmp_path, capsys, "--preset", "k6v4", "--residual-window", "16", "--target", "cpu")
+    assert re.search(f"a step of . tokens failed|{WRONG}", said)
 
 
 def _window_scales_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,10 +322,7 @@ def test_a_broken_packed_window_is_refused(
     tmp_path: Path,
 ) -> None:
     harm(monkeypatch)
-    options = ["--preset", "exact", "--window-bits", "8,4", "--target", "cpu"]
-    assert main([str(TINY["5.5"]), str(tmp_path / "out"), *options]) == 2
-    assert "the converted model is wrong on CPU: " in capsys.readouterr().err
-    assert not any(tmp_path.iterdir())
+    assert WRONG in refusal(tmp_path, capsys, "--preset", "exact", "--window-bits", "8,4", "--target", "cpu")
 
 
 @pytest.mark.parametrize(("layers", "packed"), [(1, 1), (2, 1), (3, 2)])
