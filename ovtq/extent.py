@@ -88,7 +88,7 @@ def cut(model: ov.Model, extent: Scope) -> ov.Model:
         kept[name] = sink = sinks[name]
         # a state that layers share is written by later ones too: let an earlier one write in their stead
         for step in list(ancestors(sink.input_value(0))):
-            if step.get_type_name() == "Concat" and step.get_attributes()["axis"] == 1:  # of heads
+            if step.get_type_name() == "Concat" and step.get_attributes()["axis"] in (0, 1):  # of vectors, heads
                 inside = [value for value in step.input_values() if id_of(value.get_node()) not in later]
                 for index, value in enumerate(step.input_values()):
                     if inside and id_of(value.get_node()) in later and _alike(value, inside[0]):

@@ -379,6 +379,8 @@ def test_the_first_packed_layers_alone(target: str, tmp_path: Path) -> None:
     assert main([str(TINY["5.5"]), str(tmp_path / "out"), *flags]) == 0
     found = json.loads((tmp_path / "out" / io.RECORD).read_text())["verified"]
     assert (found["layers"], found["packed"]["layers"]) == (2, 1)
+    kinds = [node.get_type_name() for node in cut(io.load(tmp_path / "out"), scope(load(TINY["5.5"])[1], 2)).get_ops()]
+    assert kinds.count("TopK") == 1  # else all of a big model would be run
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
