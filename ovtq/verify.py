@@ -85,7 +85,7 @@ def schedule(window: int) -> list[Call]:
     again, forgotten with the batch as it is, and in calls so short that no token is old enough to be quantised."""
     one = [Call(window + 37), Call(1), Call(1), Call(7), Call(2 * window + 5), Call(1)]
     two = [Call(24, 2, pad=9, reset=True), Call(1, 2, beams=(1, 0)), Call(window, 2), Call(1, 2, beams=(1, 1))]
-    new = [Call(2 * window + 5, reset=True), Call(1), Call(9, reset=True)]
+    new = [Call(window + 37, reset=True), Call(1), Call(9, reset=True)]
     return [*one, *two, *new, Call(20, 2, pad=5, reset=True), Call(1, 2, beams=(1, 0)), Call(7, 2)]
 
 
