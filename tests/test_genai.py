@@ -117,7 +117,7 @@ def test_packed_greedy_in_every_host(folder: Path, backend: str, prompt: str) ->
     assert len(set(said)) > 8
 
 
-@pytest.mark.parametrize("preset", NATIVE)
+@pytest.mark.parametrize("preset", [NATIVE[0], pytest.param(NATIVE[1], marks=pytest.mark.slow)])
 def test_the_plugins_own_cache_in_every_host(preset: str, folder: Path) -> None:
     """No host sets a property: all follow the mark in the file, and say the same."""
     prompt = PROMPTS["longer than the window"]
@@ -177,7 +177,7 @@ def test_beam_search(preset: str, request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize(
     ("preset", "properties"),
-    [("exact", STATEFUL), pytest.param("rotate", STATEFUL, marks=pytest.mark.slow), ("rotate", PAGED)],
+    [("exact", STATEFUL), *(pytest.param("rotate", how, marks=pytest.mark.slow) for how in (STATEFUL, PAGED))],
 )
 def test_a_batch_of_prompts(preset: str, properties: dict[str, str], request: pytest.FixtureRequest) -> None:
     prompts = [TEXT[:1500], TEXT[4000:4300], TEXT[6000:6040]]
@@ -240,7 +240,7 @@ def chat(model_dir: Path, turns: list[str]) -> tuple[list[str], list[str]]:
     return going, scratch
 
 
-@pytest.mark.parametrize("preset", [*TRUNCATED, NATIVE[0]])
+@pytest.mark.parametrize("preset", [*TRUNCATED, pytest.param(NATIVE[0], marks=pytest.mark.slow)])
 def test_chat_whose_history_diverges(preset: str, folder: Path) -> None:
     turns = [TEXT[:800], TEXT[3000:3300], "Question: what did Congress say?"]
     going, scratch = chat(folder, turns)
@@ -249,7 +249,7 @@ def test_chat_whose_history_diverges(preset: str, folder: Path) -> None:
         assert chat(MINI, turns)[1] == scratch
 
 
-@pytest.mark.parametrize("preset", [*TRUNCATED, NATIVE[0]])
+@pytest.mark.parametrize("preset", [*TRUNCATED, pytest.param(NATIVE[0], marks=pytest.mark.slow)])
 def test_chat_that_goes_back_and_changes_its_past(folder: Path) -> None:
     """The second history shares only its first words with the first: the states can't be cut back, so GenAI resets."""
     pipe = pipeline(folder, STATEFUL)

@@ -239,7 +239,7 @@ def test_scales_of_all_layers_that_are_mixed_up_are_refused(
 
 
 @pytest.mark.parametrize("target", ["gpu", "cpu"])
-@pytest.mark.parametrize("bits", [(), ("--v-bits", "none")])
+@pytest.mark.parametrize("bits", [(), pytest.param(("--v-bits", "none"), marks=pytest.mark.slow)])
 def test_a_single_packed_layer_is_right_and_forgets(target: str, bits: tuple[str, ...], tmp_path: Path) -> None:
     """Its states have no others of their shape."""
     flags = ["--preset", "k6v4", "--residual-window", "16", "--protect", "last:1", "--target", target, *bits]
