@@ -379,8 +379,6 @@ def test_the_first_packed_layers_alone(target: str, tmp_path: Path) -> None:
     assert main([str(TINY["5.5"]), str(tmp_path / "out"), *flags]) == 0
     found = json.loads((tmp_path / "out" / io.RECORD).read_text())["verified"]
     assert (found["layers"], found["packed"]["layers"]) == (2, 1)
-    kinds = [node.get_type_name() for node in cut(io.load(tmp_path / "out"), scope(load(TINY["5.5"])[1], 2)).get_ops()]
-    assert kinds.count("TopK") == 1  # else all of a big model would be run
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -412,6 +410,26 @@ def test_a_cut_model_holds_no_later_layers(layers: int, tiny: Path, convert: Cal
         assert kinds.count("Assign") == (2 * layers if folder == tiny else 1 + 2 * (layers // 2))
     xml = "openvino_model.xml"
     assert verify(tiny / xml, converted / xml, load(tiny)[1].layers, "CPU", 0, extent).relative <= TOLERANCE
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["k6v4"],
+        ["k6v4", "--target", "cpu"],
+        ["k6v4", "--target", "cpu", "--budget", "128"],
+        ["k4v4", "--target", "cpu"],
+        ["exact", "--target", "cpu", "--window-bits", "6,4"],
+    ],
+    ids=" ".join,
+)
+def test_nor_does_one_whose_layers_share_packed_states(
+    options: list[str], layers: int, convert: Callable[..., Path]
+) -> None:
+    converted = convert(TINY["5.5"], "--preset", *options, "--no-verify")
+    model = cut(io.load(converted), scope(load(TINY["5.5"])[1], layers))
+    assert [node.get_type_name() for node in model.get_ops()].count("TopK") == layers - 1
 
 
 def test_ties_in_a_router_are_no_difference(exact: Path) -> None:
