@@ -115,7 +115,8 @@ def _states(output: Output) -> set[str]:
 
 
 def _alike(a: Output, b: Output) -> bool:
-    return str(a.get_partial_shape()) == str(b.get_partial_shape())
+    """Whether both are rows of tokens, of one shape: what shapes are made of is static."""
+    return a.get_partial_shape().is_dynamic and str(a.get_partial_shape()) == str(b.get_partial_shape())
 
 
 def shortened(model: ov.Model, vocabulary: int) -> int:

@@ -427,6 +427,7 @@ def test_a_cut_model_holds_no_later_layers(layers: int, tiny: Path, convert: Cal
 def test_nor_does_one_whose_layers_share_packed_states(
     options: list[str], layers: int, convert: Callable[..., Path]
 ) -> None:
+    """Scales of all layers are joined as vectors, rings by their heads."""
     converted = convert(TINY["5.5"], "--preset", *options, "--no-verify")
     model = cut(io.load(converted), scope(load(TINY["5.5"])[1], layers))
     assert [node.get_type_name() for node in model.get_ops()].count("TopK") == layers - 1
