@@ -39,7 +39,8 @@ def report() -> int:
 
 
 def _command(module: str, interrupted: str = "interrupted", name: str | None = None) -> int:
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    # KeyboardInterrupt even where SIGINT is ignored, as in what a script runs in the background
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a pipe that takes ASCII only still gets the text
     try:

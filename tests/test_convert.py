@@ -380,9 +380,17 @@ def test_a_write_that_fails_halfway(tmp_path: Path) -> None:
 
 
 def _interrupted(out: Path, number: int, *options: str) -> subprocess.CompletedProcess[str]:
-    """Start a conversion and send it a signal once it has begun to write."""
+    """Start a conversion and send it a signal once it has begun to write.
+
+    As in the background of a script, where SIGINT is ignored, but for that signal itself.
+    """
+    how = signal.SIG_DFL if number == signal.SIGINT else signal.SIG_IGN
     process = subprocess.Popen(
-        [*COMMAND, MINI, out, *options], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*COMMAND, MINI, out, *options],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, how),
     )
     deadline = time.monotonic() + 60
     while not any(out.parent.glob(f".{out.name}.ovtq-*/openvino_model.xml")):
