@@ -46,12 +46,12 @@ class WindowRows:
         )
         before = op.subtract(self.columns, dim(shown, 1))
         shown = op.pad(shown, op.concat([i64([0]), before], 0), i64([0, 0]), "constant", i64(0))
-        shown = op.not_equal(shown, i64(0))  # (batch, columns)
         query = op.unsqueeze(op.range(scalar(self.lead), scalar(new), i64(1), "i64"), i64([1]))
         column = op.unsqueeze(op.range(i64(0), scalar(self.columns), i64(1), "i64"), i64([0]))
-        band = op.unsqueeze(_between(query, column, slack, 1 + rows), i64([0]))
-        seen = op.logical_and(band, op.unsqueeze(shown, i64([1])))
-        seen = op.logical_or(seen, op.unsqueeze(op.equal(column, i64(0)), i64([0])))  # (batch, rest, columns)
+        sink = op.equal(column, i64(0))
+        shown = op.logical_or(op.not_equal(shown, i64(0)), sink)  # (batch, columns)
+        band = op.logical_or(_between(query, column, slack, 1 + rows), sink)
+        seen = op.logical_and(op.unsqueeze(band, i64([0])), op.unsqueeze(shown, i64([1])))  # (batch, rest, columns)
         self.mask = op.unsqueeze(op.select(seen, f32(0), f32(MASKED)), i64([1, 2]))
         # Divided by the scale that is applied behind them
         self.sinks = sink_columns([sink_logits(layer) / layer.scale for layer in layers], self.columns)
@@ -63,10 +63,12 @@ class WindowRows:
         zero = op.broadcast(i64(0), op.concat([self.trips, i64([1])], 0))
         self.index = op.concat([zero, own], 1)  # (trips, 1 + width)
         i, j = np.arange(BLOCK)[:, None], np.arange(width)[None]
-        within = np.where((i <= j) & (j < i + window), 0, MASKED)
-        within = f32(np.concatenate([np.full((BLOCK, 1), -MASKED), within], 1))  # outweighs that the sink is no token
-        padding = op.select(op.gather(shown, self.index, i64(1)), f32(0), f32(MASKED))  # (batch, trips, 1 + width)
-        self.block_mask = op.minimum(op.add(op.unsqueeze(padding, i64([1, 3, 4])), within), f32(0))
+        # Whether a column is seen is told by booleans, never by masks that cancel: at bf16 the plugin rounds what a Select
+        # gives, -65504 to -65536, but not a constant, so the two sums of one number would differ by 32
+        within = np.concatenate([np.full((BLOCK, 1), True), (i <= j) & (j < i + window)], 1)
+        padding = op.unsqueeze(op.gather(shown, self.index, i64(1)), i64([2]))  # (batch, trips, 1, 1 + width)
+        seen = op.logical_and(padding, op.constant(within))  # (batch, trips, BLOCK, 1 + width)
+        self.block_mask = op.unsqueeze(op.select(seen, f32(0), f32(MASKED)), i64([1, 3]))
         self.width = 1 + width
         self.ring = ring
 
@@ -147,14 +149,15 @@ class WindowBlocks:
 
         # Query i of a block sees key rows i … i + window − 1 of it, and always the sink.
         i, j = np.arange(window)[:, None], np.arange(-1, 2 * window - 1)[None]
-        visible = np.where((i <= j) & (j < i + window), 0, MASKED)
-        visible[:, 0] = -MASKED  # outweighs the padding of a row that is no token; cut to 0 below
-        band = op.slice(f32(visible), i64([0, 0]), op.concat([m, w], 0), i64([1, 1]), i64([0, 1]))
+        # Counted in ones, which every inference precision holds exactly: two masks that cancel might be rounded apart.
+        hidden = np.where((i <= j) & (j < i + window), 0, 1)
+        hidden[:, 0] = -1  # outweighs the padding of a row that is no token
+        band = op.slice(f32(hidden), i64([0, 0]), op.concat([m, w], 0), i64([1, 1]), i64([0, 1]))
         shown = op.pad(description.attention_mask, i64([0, rows]), i64([0, 1]), "constant", i64(0))
         shown = op.slice(shown, op.negative(op.add(zero_row, one)), i64([FAR]), one, one)  # (batch, rows + new + 1)
         shown = op.unsqueeze(op.gather(shown, self.key_rows, i64(1)), i64(2))  # (batch, nb, 1, w)
-        padding = op.select(op.equal(shown, i64(0)), f32(MASKED), f32(0))
-        mask = op.minimum(op.add(padding, band), f32(0))  # (batch, nb, m, w)
+        padding = op.select(op.equal(shown, i64(0)), f32(1), f32(0))
+        mask = op.multiply(op.clamp(op.add(padding, band), 0, 1), f32(MASKED))  # (batch, nb, m, w)
         self.mask = op.reshape(mask, op.concat([i64([0, 1, -1, 1]), w], 0), True)  # (batch, 1, nb·m, 1, w)
 
         # The sink logits of all layers in the sink's column, divided by the scale that is applied behind them.
