@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import openvino as ov
 from openvino import Node, Output
+from openvino import opset15 as op
 
-from ovtq.graph import Port, redirect
+from ovtq.graph import Port, dim, i64, redirect
 from ovtq.packed_attention import PackedAttention, Place
 
 
@@ -43,6 +44,22 @@ class KVPath:
 
 
 @dataclass(frozen=True)
+class TokenRows:
+    """A tensor that tells how many past tokens there are: (batch, heads, rows, ·), a row for each, beams in order.
+
+    Before them may be `extra` rows, which are there once any token is.
+    """
+
+    tensor: Output
+    extra: int = 0
+
+    def count(self) -> Node:
+        """How many past tokens there are, an i64 vector of one element."""
+        rows = dim(self.tensor, 2)
+        return op.maximum(op.subtract(rows, i64([self.extra])), i64([0])) if self.extra else rows
+
+
+@dataclass(frozen=True)
 class AttentionLayer:
     """One attention layer.
 
@@ -70,11 +87,17 @@ class AttentionLayer:
     value_path: KVPath | None
     packed: PackedAttention | None = None  # what it should compute once its cache is quantised
     places: tuple[Place, ...] = ()  # then: where its keys and values are
+    rows: TokenRows | None = None  # what tells the past length, once its cache is another than exported
 
     @property
     def paths(self) -> tuple[KVPath, ...]:
         """The K and V paths as exported; empty once a pass replaced them."""
         return tuple(path for path in (self.key_path, self.value_path) if path is not None)
+
+    @property
+    def token_rows(self) -> TokenRows | None:
+        """What of this layer's cache tells how many past tokens there are; None if nothing does."""
+        return TokenRows(self.key_path.past) if self.key_path else self.rows
 
     @property
     def group(self) -> int:
@@ -94,13 +117,24 @@ class AttentionLayer:
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """A stateful language model as the passes see it; inputs have shape (batch, tokens), beam_idx (batch,)."""
+    """A stateful language model as the passes see it; inputs have shape (batch, tokens), beam_idx (batch,).
+
+    `attention_mask` is the input, or, once decouple-length has run, its columns of past and new tokens; then `past`
+    is how many past tokens there are, an i64 vector of one element.
+    """
 
     architecture: str
     input_ids: Node
     attention_mask: Node
     beam_idx: Node
     layers: tuple[AttentionLayer, ...]
+    past: Node | None = None
+    total: Node | None = None  # past and new tokens together, likewise
+
+    @property
+    def length(self) -> Node:
+        """How many past and new tokens there are, an i64 vector of one element."""
+        return dim(self.attention_mask, 1) if self.total is None else self.total
 
     @property
     def sliding(self) -> tuple[AttentionLayer, ...]:

@@ -133,7 +133,7 @@ class Columns:
     def __init__(self, description: ModelDescription, rows: int) -> None:
         self.rows, self.shown = rows, description.attention_mask
         self.batch, self.new = (dim(description.input_ids, axis) for axis in (0, 1))
-        self.total = dim(description.attention_mask, 1)
+        self.total = description.length
         self.past = op.subtract(self.total, self.new)
         self.recent = op.add(self.new, i64([1 + rows]))
 

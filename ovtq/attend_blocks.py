@@ -116,6 +116,9 @@ class Blocks:
         key, value = found
         return key, value
 
+    def rows(self, layer: AttentionLayer) -> None:
+        """What tells the past length: nothing, for tokens join the history some at a time."""
+
     @property
     def stored(self) -> dict[str, int]:
         """After t tokens the growing states hold max(t − window, 0) of them, less the rest modulo multiple.

@@ -21,7 +21,7 @@ from openvino.utils.node_factory import NodeFactory
 from ovtq.attend import NEVER, Columns, Held, Plan, Store, sink_logits
 from ovtq.beams import Beams
 from ovtq.graph import ALL, MASKED, Port, either, f32, i64, joined, numbers
-from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.models.description import AttentionLayer, ModelDescription, TokenRows
 from ovtq.packed_attention import Place
 from ovtq.packing import Layout
 from ovtq.quantizer import interleaved, look_up
@@ -43,6 +43,7 @@ class Branches:
         self.beams = Beams(description, "gpu")
         self.ring = Ring(description, name, plan.layers, plan.window, self.beams, plan.sink_rows)
         self.assigns: list[Node] = []
+        self.histories: dict[int, Output] = {}  # what was held of each layer's keys
         self.far_masks = self._far_masks()
         self.near: Output | None = None
 
@@ -53,6 +54,7 @@ class Branches:
     def _history(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
         """Keys and values of the history, looked up; `recent` are the sink's row, recent tokens and the new ones."""
         store = Store(self.beams, self.plan, layer)
+        self.histories[layer.index] = store.held[0].past
         rows, scales = store.packed(new)
         parts = iter(op.split(scales[0], i64(1), self.plan.packed).outputs() if self.plan.packed > 1 else scales)
         keys, values = (self._dense(*some, parts) for some in zip(store.held, rows, self.plan.layouts, strict=True))
@@ -125,6 +127,10 @@ class Branches:
         """Where keys and values of a layer are."""
         key, value = (Place(f"ovtq.{layer.index}.{what}") for what in ("key", "value"))
         return key, value
+
+    def rows(self, layer: AttentionLayer) -> TokenRows | None:
+        """What tells the past length: the history of a layer."""
+        return TokenRows(self.histories[layer.index])
 
     @property
     def stored(self) -> dict[str, int]:

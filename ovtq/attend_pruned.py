@@ -78,6 +78,9 @@ class Evicting(Branches):
         key, value = (Place(f"{self.kept}.{what}", heads, slice(None), heads) for what in ("key", "value"))
         return key, value
 
+    def rows(self, layer: AttentionLayer) -> None:
+        """What tells the past length: nothing."""
+
     def stores(self) -> list[Node]:
         """The Assigns of all states, once every layer is rewritten."""
         assigns = [*super().stores(), *self.residents.store()]

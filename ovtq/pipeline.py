@@ -19,6 +19,7 @@ from ovtq.models import ModelDescription
 from ovtq.passes import (
     PASSES,
     CachePrecision,
+    CheckCall,
     DecoupleLength,
     Pass,
     PruneKv,
@@ -54,6 +55,7 @@ def _packed(bits: str, purpose: str) -> Preset:
             QuantizeKv(k_bits=bits, v_bits="4"),
             # a full layer that is protected is left as by `exact`
             RotateHeads(layers="left", tensors="v"),
+            CheckCall(),
         ),
         purpose=purpose,
     )
@@ -68,6 +70,8 @@ EXACT: tuple[Pass, ...] = (
     # Values alone, of the layers whose cache the runtime may quantise: with the CPU's default u8 cache that loses a
     # third less than the exported model does, and rotated keys would lose more again.
     RotateHeads(layers="full", tensors="v"),
+    # last: what tells the past length is what the other passes made of the caches
+    CheckCall(),
 )
 
 
@@ -80,6 +84,7 @@ def _native(precision: str, purpose: str) -> Preset:
             SimplifyMask(),
             SinkRow(),
             CachePrecision(precision),
+            CheckCall(),
         ),
         purpose=purpose,
         cpu=(*EXACT, CachePrecision(precision)),
@@ -107,7 +112,7 @@ PRESETS: dict[str, Preset] = {
         "small: keys and values in 4 bits; 6,528 bytes a token of GPT-OSS-20B, mean KLD 8.2e-4 on the bundled model",
     ),
     "f16": Preset(
-        passes=(DecoupleLength(), TruncateWindow(), SimplifyMask(), SinkRow()),
+        passes=(DecoupleLength(), TruncateWindow(), SimplifyMask(), SinkRow(), CheckCall()),
         purpose="lossless, for a GPU: moves a thirteenth of the bytes that `exact` moves for a token of history, for a "
         "quarter more memory; 30,720 bytes a token of GPT-OSS-20B",
         cpu=EXACT,
@@ -185,7 +190,8 @@ def _name_new_nodes(model: ov.Model, known: set[str], prefix: str) -> None:
     """Name nodes by the pass that made them: to be found in a profile, and so that equal runs write equal files."""
     new = [node for node in model.get_ordered_ops() if id_of(node) not in known]
     for number, node in enumerate(new):
-        node.set_friendly_name(f"ovtq/{prefix}/{node.get_type_name()}_{number}")
+        if node.get_friendly_name() == node.get_name():  # a pass may have named one itself
+            node.set_friendly_name(f"ovtq/{prefix}/{node.get_type_name()}_{number}")
 
 
 def parse_passes(text: str) -> tuple[Pass, ...]:

@@ -5,6 +5,7 @@ if __name__ != "ovtq.passes":
 
 from ovtq.passes.base import Pass, Rewrite
 from ovtq.passes.cache_precision import CachePrecision
+from ovtq.passes.check_call import CheckCall
 from ovtq.passes.decouple_length import DecoupleLength
 from ovtq.passes.prune_kv import PruneKv
 from ovtq.passes.quantize_kv import QuantizeKv
@@ -15,12 +16,15 @@ from ovtq.passes.truncate_window import TruncateWindow
 
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
-    for cls in (DecoupleLength, TruncateWindow, SimplifyMask, RotateHeads, QuantizeKv, PruneKv, SinkRow, CachePrecision)
+    for cls in (
+        DecoupleLength, TruncateWindow, SimplifyMask, RotateHeads, QuantizeKv, PruneKv, SinkRow, CachePrecision, CheckCall
+    )
 }
 
 __all__ = [
     "PASSES",
     "CachePrecision",
+    "CheckCall",
     "DecoupleLength",
     "Pass",
     "PruneKv",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import openvino as ov
@@ -21,8 +21,8 @@ class DecoupleLength(Pass):
 
     Exported graphs take the past length of every mask and every head broadcast from layer 0's key state. That layer
     is a sliding one: as soon as its state is cut, every length in the model would be wrong. The attention mask must be
-    as long as past and new tokens together, which is how all consumers (optimum-intel, openvino_genai) pass it; a
-    longer or shorter one, which an exported model tolerates, is an error or another length from here on.
+    as long as past and new tokens together, which is how all consumers (optimum-intel, openvino_genai) pass it;
+    check-call, the last pass, takes the past length from a state again, and then it may be longer.
 
     Rewrites every ShapeOf of a state's past or appended tokens. Refuses if there is none.
     """
@@ -44,8 +44,9 @@ class DecoupleLength(Pass):
         """Replace each ShapeOf by the lengths of the inputs and the (constant) heads and head_dim."""
         readers = shape_readers(description)
         batch, new = (dim(description.input_ids, axis) for axis in (0, 1))
-        total = dim(description.attention_mask, 1)
-        past = op.subtract(total, new)
+        past = op.subtract(dim(description.attention_mask, 1), new)
+        total = op.add(past, new)
+        mask = op.slice(description.attention_mask, i64([0]), total, i64([1]), i64([1]))
         for reader, kv_heads, head_dim, appended in readers:
             axes = [batch, i64([kv_heads]), total if appended else past, i64([head_dim])]
             for node in consumers(reader.output(0)):
@@ -57,7 +58,7 @@ class DecoupleLength(Pass):
                 else:
                     redirect(reader.output(0), _typed(op.concat(axes, 0), reader.output(0)))
                     break
-        return Rewrite(model, description, len(readers))
+        return Rewrite(model, replace(description, attention_mask=mask, past=past, total=total), len(readers))
 
     def ensures(self, rewrite: Rewrite) -> None:
         """No live node asks a KV state for its shape."""

@@ -58,7 +58,7 @@ class SimplifyMask(Pass):
 
 def _mask(description: ModelDescription, window: int | None) -> Node:
     """Additive mask, (batch, 1, new tokens, all tokens)."""
-    new, total = scalar(dim(description.input_ids, 1)), scalar(dim(description.attention_mask, 1))
+    new, total = scalar(dim(description.input_ids, 1)), scalar(description.length)
     key = op.range(i64(0), total, i64(1), "i64")
     query = op.unsqueeze(op.range(op.subtract(total, new), total, i64(1), "i64"), i64(1))
     visible = op.less_equal(key, query)

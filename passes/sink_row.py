@@ -12,7 +12,7 @@ from openvino import opset15 as op
 
 from ovtq.errors import VerificationFailed
 from ovtq.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
-from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.models.description import AttentionLayer, ModelDescription, TokenRows
 from ovtq.models.rope import mean_rotated_bias, norms
 from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.passes.decouple_length import shape_readers
@@ -140,7 +140,7 @@ class _Rows:
         self.into, self.back = f32(np.ascontiguousarray(self.frame.T)), f32(self.frame)
         self.description = description
         self.batch, new = (dim(description.input_ids, axis) for axis in (0, 1))
-        past = op.subtract(dim(description.attention_mask, 1), new)
+        past = op.subtract(description.length, new)
         self.first = op.subtract(i64([1]), op.minimum(past, i64([1])))  # rows before the new ones: the sink's, once
         self.masks: dict[tuple[str, int], Node] = {}
         self.assigns: list[Node] = []
@@ -158,7 +158,9 @@ class _Rows:
         context = op.scaled_dot_product_attention(query, keys, values, mask, f32(layer.scale), False)
         real = op.slice(context, self.first, i64([ALL]), i64([1]), i64([2]))
         redirect(layer.context, op.matmul(real, self.back, False, True))
-        return replace(layer, context=context.output(0), mask=None, key_path=None, value_path=None)
+        return replace(
+            layer, context=context.output(0), mask=None, key_path=None, value_path=None, rows=TokenRows(self.past, 1)
+        )
 
     def _rotate(self, source: Output) -> Node:
         return op.matmul(source, self.into, False, True)
@@ -179,6 +181,7 @@ class _Rows:
         variable = new_variable(f"ovtq.{layer.index}.{what}", [-1, H, -1, w], ov.Type.f32)
         empty = op.broadcast(f32(0), op.concat([self.batch, i64([H, 0, w])], 0))
         past = op.gather(op.read_value(empty, variable), self.description.beam_idx, i64(0))
+        self.past = past.output(0)
         rows = op.concat([past, self._behind_sink(new, H, sink)], 2)
         self.assigns.append(op.assign(rows, variable))
         # in the exported form, which no plugin carries out
