@@ -143,7 +143,7 @@ def of_command(name: str, p: argparse.ArgumentParser) -> Iterator[str]:
 
 def written(action: argparse.Action) -> str:
     """An argument as one types it."""
-    value = action.metavar or (action.dest if action.option_strings else action.dest.upper())
+    value = action.metavar or action.dest.upper()
     if action.choices is not None and action.metavar is None:
         value = "{" + ",".join(map(str, action.choices)) + "}"
     several = {"+": f"{value} [{value} …]", "*": f"[{value} …]", "?": f"[{value}]"}.get(str(action.nargs), str(value))
