@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import runpy
 import shlex
@@ -183,6 +184,8 @@ def _command(words: list[str], fenced: bool) -> Iterator[str]:
     elif name in PYTHONS and rest and not rest[0].startswith("-"):
         yield from _script(rest[0], rest[1:])
     elif first.startswith(("tools/", "tests/")) and first != "tools/test":
+        if rest and (ROOT / first).is_file() and not os.access(ROOT / first, os.X_OK):
+            yield f"{first} can't be run; write python {first}"
         yield from _script(first, rest)
     elif first.startswith("--"):
         yield from _flags(words, [parser(command) for command in DOCS["COMMANDS"]], tool_flags())
@@ -267,6 +270,7 @@ def test_what_a_page_names_is_there(page: Path) -> None:
         ("```bash\nFAKE_GPU=lnl tools/gpu/emulated python tools/gpu/prob.py A\n```", "there is no tools/gpu/prob.py"),
         ("`tools/gpu/ledger.py A --chips lnl`", "no flag --chips"),
         ("`python tools/docs.py --chek`", "no flag --chek"),
+        ("`tools/measure_loss.py A B`", "tools/measure_loss.py can't be run"),
         ("`ovtq/attend_tpu.py`", "there is no ovtq/attend_tpu.py"),
         ("`tests/test_gpu.py::test_nothing`", "has no test_nothing"),
         ("`ovtq.pruning.prund(request)`", "there is no ovtq.pruning.prund"),
