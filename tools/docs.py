@@ -160,7 +160,10 @@ def explained(action: argparse.Action, p: argparse.ArgumentParser) -> str:
     known["choices"] = ", ".join(map(str, action.choices or ()))
     if isinstance(action, argparse._VersionAction):
         return "print the versions of ovtq and OpenVINO"
-    return flowing((action.help or "") % known)
+    text = action.help or ""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        text = text.removesuffix(" (default: %(default)s)")  # which some versions of Python add
+    return flowing(text % known)
 
 
 def of_pass(name: str, cls: type[Pass]) -> Iterator[str]:
