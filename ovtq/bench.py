@@ -63,13 +63,17 @@ def parser() -> Parser:
     p.add_argument("model_dir", type=Path, help="the model as exported: what ratios are to")
     p.add_argument("others", nargs="*", metavar="CANDIDATE", help="see above")
     p.add_argument("--candidate", action="append", default=[], metavar="CANDIDATE", help="the same; may be repeated")
-    p.add_argument("--prompt", "--prompts", nargs="+", default=list(PROMPTS), metavar="TEXT", dest="prompts")
-    p.add_argument("--max-new-tokens", type=positive, default=200, metavar="N", help="(default: %(default)s)")
+    p.add_argument(
+        "--prompt", "--prompts", nargs="+", default=list(PROMPTS), metavar="TEXT", dest="prompts", help="to answer"
+    )
+    p.add_argument(
+        "--max-new-tokens", type=positive, default=200, metavar="N", help="per prompt (default: %(default)s)"
+    )
     p.add_argument(
         "--runs", type=positive, default=3, metavar="N", help="of each prompt, or prefill (default: %(default)s)"
     )
     p.add_argument("--contexts", type=listed(positive, "numbers"), metavar="TOKENS,…", help="such as 256,2k,8k,32k")
-    p.add_argument("--steps", type=positive, default=64, metavar="N", help="a context, in blocks of 8 (default: 64)")
+    p.add_argument("--steps", type=positive, default=64, metavar="N", help="per context, in blocks of 8 (default: 64)")
     p.add_argument("--fill", action="store_true", help="fill the states with noise instead of prefilling them")
     p.add_argument("--prefill", type=listed(positive, "numbers"), metavar="TOKENS,…", help="from empty, such as 2k,8k")
     p.add_argument(
@@ -80,10 +84,10 @@ def parser() -> Parser:
         help="of noise before --prefill, such as 0,8k,32k",
     )
     p.add_argument(
-        "--chunk", type=positive, metavar="N", help="tokens a prefill call (default: all; 512 with --contexts)"
+        "--chunk", type=positive, metavar="N", help="tokens per prefill call (default: all; 512 with --contexts)"
     )
     p.add_argument("--through", default="openvino", metavar="RUNTIME,…", help=f"of {', '.join(THROUGH)}")
-    p.add_argument("--device", default="CPU", help="(default: %(default)s)")
+    p.add_argument("--device", default="CPU", help="where to run all (default: %(default)s)")
     p.add_argument("--property", action="append", default=[], metavar="KEY=VALUE", help="of the plugin, for all")
     p.add_argument(
         "--one-process", action="store_true", help="all candidates in this one, which then holds the memory of all"

@@ -78,22 +78,42 @@ def parser() -> Parser:
     p.add_argument("others", nargs="*", metavar="CANDIDATE", help="see above")
     p.add_argument("--candidate", action="append", default=[], metavar="CANDIDATE", help="the same; may be repeated")
     p.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8; <|endoftext|> between documents")
-    p.add_argument("--device", default="CPU", help="(default: %(default)s)")
-    p.add_argument("--windows", type=positive, default=5, metavar="N", help="at most (default: %(default)s)")
-    p.add_argument("--window", type=positive, default=1024, metavar="TOKENS", help="(default: %(default)s)")
-    p.add_argument("--chunk", type=positive, default=64, metavar="TOKENS", help="tokens a call (default: %(default)s)")
+    p.add_argument("--device", default="CPU", help="where to run all (default: %(default)s)")
+    p.add_argument(
+        "--windows", type=positive, default=5, metavar="N", help="of the text, at most (default: %(default)s)"
+    )
+    p.add_argument(
+        "--window", type=positive, default=1024, metavar="TOKENS", help="length of one (default: %(default)s)"
+    )
+    p.add_argument(
+        "--chunk", type=positive, default=64, metavar="TOKENS", help="tokens per call (default: %(default)s)"
+    )
     p.add_argument("--max-kld", type=float, metavar="NATS", help="fail candidates whose mean KLD is above it")
-    p.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True, help="converted folders (default)")
+    p.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True, help="verify converted folders first (on)"
+    )
     stacks = p.add_argument_group("needles in a haystack (--trials 0: none)")
-    stacks.add_argument("--lengths", type=listed(positive, "numbers"), default="4k", metavar="TOKENS,…")
-    stacks.add_argument("--depths", type=listed(share, "shares"), default="0.1,0.3,0.5,0.7,0.9", metavar="0…1,…")
+    stacks.add_argument(
+        "--lengths", type=listed(positive, "numbers"), default="4k", metavar="TOKENS,…", help="of a haystack"
+    )
+    stacks.add_argument(
+        "--depths", type=listed(share, "shares"), default="0.1,0.3,0.5,0.7,0.9", metavar="0…1,…", help="of the fact"
+    )
     stacks.add_argument("--needles", type=listed(positive, "numbers"), default="1", metavar="N,…", help="facts in one")
-    stacks.add_argument("--trials", type=int, default=4, metavar="N", help="of each kind (default: %(default)s)")
-    stacks.add_argument("--answer-tokens", type=positive, default=8, metavar="N", help="(default: %(default)s)")
-    stacks.add_argument("--read-chunk", type=positive, default=256, metavar="N", help="a call (default: %(default)s)")
+    stacks.add_argument(
+        "--trials", type=int, default=4, metavar="N", help="haystacks of each kind (default: %(default)s)"
+    )
+    stacks.add_argument(
+        "--answer-tokens", type=positive, default=8, metavar="N", help="read of an answer (default: %(default)s)"
+    )
+    stacks.add_argument(
+        "--read-chunk", type=positive, default=256, metavar="N", help="tokens per call (default: %(default)s)"
+    )
     stacks.add_argument("--seed", type=int, default=0, metavar="N", help="of the haystacks (default: 0)")
     p.add_argument("--greedy", type=int, default=8, metavar="N", help="texts continued greedily (default: 8; 0: none)")
-    p.add_argument("--greedy-tokens", type=positive, default=64, metavar="N", help="(default: %(default)s)")
+    p.add_argument(
+        "--greedy-tokens", type=positive, default=64, metavar="N", help="of each text (default: %(default)s)"
+    )
     p.add_argument(
         "--jobs", type=positive, default=1, metavar="N", help="rows at a time, each with its share of the cores (CPU)"
     )

@@ -29,9 +29,9 @@ def parser() -> Parser:
     """The command line."""
     p = Parser("ovtq-infer", __doc__)
     p.add_argument("model_dir", type=Path, help="a model folder, converted or not")
-    p.add_argument("--prompt", required=True, metavar="TEXT", help="- reads it from stdin")
-    p.add_argument("--device", default="CPU", help="(default: %(default)s)")
-    p.add_argument("--max-new-tokens", type=positive, default=200, metavar="N", help="(default: %(default)s)")
+    p.add_argument("--prompt", required=True, metavar="TEXT", help="what to answer; - reads it from stdin")
+    p.add_argument("--device", default="CPU", help="where to run it (default: %(default)s)")
+    p.add_argument("--max-new-tokens", type=positive, default=200, metavar="N", help="at most (default: %(default)s)")
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
     p.add_argument("--raw", action="store_true", help="do not use the model's chat template")

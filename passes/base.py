@@ -98,7 +98,9 @@ class Pass(ABC):
     def option_help(cls) -> dict[str, str]:
         """Each option's name with its default and meaning, for the help text."""
         return {
-            option.name: f"{option.metadata.get('help', '')} (default {option.default})"
+            option.name: f"{option.metadata.get('help', '')}"
+            + (f": {', '.join(choices)}" if (choices := option.metadata.get("choices")) else "")
+            + f" (default {'none' if option.default == '' else option.default})"
             for option in dataclasses.fields(cls)
         }
 

@@ -29,7 +29,7 @@ class CachePrecision(Pass):
     exact: ClassVar[bool] = False
     paged_attention: ClassVar[bool] = True
 
-    precision: str = option("u8", "of keys and values", choices=("u8", "u4"))
+    precision: str = option("u8", "of keys and values in the plugin's cache", choices=("u8", "u4"))
 
     def sites(self, description: ModelDescription) -> int:
         """One per full layer."""

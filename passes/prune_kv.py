@@ -52,23 +52,23 @@ class PruneKv(QuantizeKv):
 
     name: ClassVar[str] = "prune-kv"
 
-    k_bits: str = option("none", "of a key's coordinate", choices=BITS)
-    v_bits: str = option("none", "of a value's coordinate", choices=BITS)
+    k_bits: str = option("none", "bits per coordinate of a key", choices=BITS)
+    v_bits: str = option("none", "bits per coordinate of a value", choices=BITS)
     residual_window: int = option(0, "recent tokens kept at full precision, with bits")
-    centre: str = option("none", "what to take from the keys, with bits", choices=("bias", "none"))
+    centre: str = option("none", "what is subtracted from all keys, with bits", choices=("bias", "none"))
     budget: int = option(1024, "tokens kept in each full layer")
     recent_window: int = option(32, "last tokens that always stay")
     prefix: int = option(4, "first tokens that always stay")
-    score: str = option("keydiff", "what tokens are kept for", choices=SCORES)
-    mode: str = option("evict", "what becomes of the others", choices=MODES)
+    score: str = option("keydiff", "score that tokens are kept by", choices=SCORES)
+    mode: str = option("evict", "what becomes of tokens that are not kept", choices=MODES)
     slack: int = option(
-        AUTO, f"tokens over the budget that are waited for; {AUTO}: {SLACK['cpu']} for a CPU, none for a GPU"
+        AUTO, f"tokens over the budget before any leaves; {AUTO}: {SLACK['cpu']} for a CPU, none for a GPU"
     )
     heads: str = option(
         "each", "whether each KV head keeps tokens of its own, or all the same", choices=("each", "shared")
     )
     target: str = option("gpu", "whose plugin the graph is made for", choices=("gpu", "cpu"))
-    score_seed: int = option(0, "of random scores")
+    score_seed: int = option(0, "seed of random scores")
     stats: str = option("", "file of tools/calibrate_triattention.py; without: triattention.npz in the model's folder")
 
     def __post_init__(self) -> None:

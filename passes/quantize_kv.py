@@ -50,12 +50,12 @@ class QuantizeKv(Pass):
     exact: ClassVar[bool] = False
     paged_attention: ClassVar[bool] = False
 
-    k_bits: str = option("6", "of a key's coordinate", choices=BITS)
-    v_bits: str = option("4", "of a value's coordinate", choices=BITS)
+    k_bits: str = option("6", "bits per coordinate of a key", choices=BITS)
+    v_bits: str = option("4", "bits per coordinate of a value", choices=BITS)
     residual_window: int = option(64, "recent tokens kept at full precision")
     protect: str = option("", "full layers left alone: first:N, last:N or indices, separated by commas")
-    centre: str = option("bias", "what to take from the keys", choices=("bias", "none"))
-    seed: int = option(0, "of the rotation's random signs")
+    centre: str = option("bias", "what is subtracted from all keys", choices=("bias", "none"))
+    seed: int = option(0, "seed of the rotation's random signs")
     target: str = option("gpu", "whose plugin the graph is made for", choices=tuple(FORMS))
 
     def __post_init__(self) -> None:

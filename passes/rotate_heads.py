@@ -36,7 +36,7 @@ class RotateHeads(Pass):
     exact: ClassVar[bool] = True
     paged_attention: ClassVar[bool] = True
 
-    seed: int = option(0, "of the random signs")
+    seed: int = option(0, "seed of the random signs")
     tensors: str = option("qkv", "what to rotate: queries and keys, values, or both", choices=("qkv", "qk", "v"))
     layers: str = option("all", "which layers; left: full ones not packed, if any", choices=("all", "full", "left"))
 

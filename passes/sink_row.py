@@ -56,9 +56,9 @@ class SinkRow(Pass):
     exact: ClassVar[bool] = True
     paged_attention: ClassVar[bool] = False
 
-    seed: int = option(0, "of the rotation's random rows and signs")
+    seed: int = option(0, "seed of the rotation's random rows and signs")
     rotate: bool = option(True, "spread vectors over all coordinates, those for the sink included")
-    centre: str = option("bias", "what to take from the keys", choices=("bias", "none"))
+    centre: str = option("bias", "what is subtracted from all keys", choices=("bias", "none"))
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:

@@ -54,9 +54,9 @@ class TruncateWindow(Pass):
     paged_attention: ClassVar[bool] = False
 
     slack: int = option(0, "tokens to keep beyond those that can be seen")
-    k_bits: str = option("none", "of a key's coordinate", choices=BITS)
-    v_bits: str = option("none", "of a value's coordinate", choices=BITS)
-    seed: int = option(0, "of the random signs of the rotation before packing")
+    k_bits: str = option("none", "bits per coordinate of a key", choices=BITS)
+    v_bits: str = option("none", "bits per coordinate of a value", choices=BITS)
+    seed: int = option(0, "seed of the rotation before packing")
     target: str = option("gpu", "whose plugin the graph is made for", choices=("gpu", "cpu"))
 
     def __post_init__(self) -> None:
