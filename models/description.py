@@ -88,6 +88,7 @@ class AttentionLayer:
     packed: PackedAttention | None = None  # what it should compute once its cache is quantised
     places: tuple[Place, ...] = ()  # then: where its keys and values are
     rows: TokenRows | None = None  # what tells the past length, once its cache is another than exported
+    lengths: tuple[int, ...] = ()  # of calls or texts beyond which its new form takes another way
 
     @property
     def paths(self) -> tuple[KVPath, ...]:

@@ -120,6 +120,12 @@ class Blocks:
         """What tells the past length: nothing, for tokens join the history some at a time."""
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of calls or texts beyond which it takes another way: a block, a flush, the window, all that may stay."""
+        room = self.plan.pruning.room if self.plan.pruning else 0
+        return tuple(filter(None, (BLOCK, self.flush, self.plan.window, self.columns.rows, room)))
+
+    @property
     def stored(self) -> dict[str, int]:
         """After t tokens the growing states hold max(t − window, 0) of them, less the rest modulo multiple.
 

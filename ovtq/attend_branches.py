@@ -133,6 +133,12 @@ class Branches:
         return TokenRows(self.histories[layer.index])
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of calls or texts beyond which it takes another way: one token, the window, all that may stay."""
+        room = self.plan.pruning.room if self.plan.pruning else 0
+        return tuple(filter(None, (1, self.plan.window, room)))
+
+    @property
     def stored(self) -> dict[str, int]:
         """After t tokens the growing states hold all of them."""
         return {"window": 0, "multiple": 1}

@@ -63,14 +63,15 @@ class WindowRows:
         zero = op.broadcast(i64(0), op.concat([self.trips, i64([1])], 0))
         self.index = op.concat([zero, own], 1)  # (trips, 1 + width)
         i, j = np.arange(BLOCK)[:, None], np.arange(width)[None]
-        # Whether a column is seen is told by booleans, never by masks that cancel: at bf16 the plugin rounds what a Select
-        # gives, -65504 to -65536, but not a constant, so the two sums of one number would differ by 32
+        # Whether a column is seen is told by booleans, never by masks that cancel: at bf16 the plugin rounds what a
+        # Select gives, -65504 to -65536, but not a constant, so that 32 would be left of their sum
         within = np.concatenate([np.full((BLOCK, 1), True), (i <= j) & (j < i + window)], 1)
         padding = op.unsqueeze(op.gather(shown, self.index, i64(1)), i64([2]))  # (batch, trips, 1, 1 + width)
         seen = op.logical_and(padding, op.constant(within))  # (batch, trips, BLOCK, 1 + width)
         self.block_mask = op.unsqueeze(op.select(seen, f32(0), f32(MASKED)), i64([1, 3]))
         self.width = 1 + width
         self.ring = ring
+        self.lengths = (BLOCK, window, rows)
 
     def attend(self, layer: AttentionLayer) -> AttentionLayer:
         """Rewrite one layer, in turn."""
@@ -79,7 +80,8 @@ class WindowRows:
         keys, values = (self.ring.join(port.source, self.sink) for port in (layer.key, layer.value))
         contexts = [self._leading(layer, queries, keys, values), self._last(layer, queries, keys, values)]
         context = op.transpose(op.concat(contexts, 1), i64([0, 2, 1, 3]))  # (batch, H·G, new, d)
-        return layer.rewritten(context, query=Port(queries, 0), key=Port(keys, 2), value=Port(values, 2))
+        ports = {"query": Port(queries, 0), "key": Port(keys, 2), "value": Port(values, 2)}
+        return layer.rewritten(context, **ports, lengths=self.lengths)
 
     def _last(self, layer: AttentionLayer, queries: Node, keys: Node, values: Node) -> Node:
         """The context of the last queries, (batch, rest, query_heads, d)."""
@@ -168,6 +170,7 @@ class WindowBlocks:
 
         self.zero_rows = op.broadcast(f32(0), op.concat([batch, i64([2 * layer.kv_heads, 1, layer.head_dim])], 0))
         self.ring = ring
+        self.lengths = (window, rows)
 
     def attend(self, layer: AttentionLayer) -> AttentionLayer:
         """Rewrite one layer; shapes are noted with H = kv_heads, d = head_dim."""
@@ -189,4 +192,5 @@ class WindowBlocks:
         context = op.slice(context, i64([0]), self.new, i64([1]), i64([2]))  # (batch, H, new, G, d)
         context = op.reshape(op.transpose(context, i64([0, 2, 1, 3, 4])), i64([0, 0, H * G, d]), True)
         context = op.transpose(context, i64([0, 2, 1, 3]))  # (batch, H·G, new, d)
-        return layer.rewritten(context, query=Port(entry, 0), key=Port(new, 0), value=Port(new, 1))
+        ports = {"query": Port(entry, 0), "key": Port(new, 0), "value": Port(new, 1)}
+        return layer.rewritten(context, **ports, lengths=self.lengths)

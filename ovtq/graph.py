@@ -13,6 +13,7 @@ from openvino import opset15 as op
 from openvino.op.util import Variable, VariableInfo
 
 ALL = 2**31 - 1  # the end of any axis
+PAST = "ovtq.past"  # the name of the state, (batch, 1) i32, that counts tokens where no cache tells how many there are
 MASKED = np.float32(-65504)  # what exporters write for "not visible": the lowest finite f16
 
 

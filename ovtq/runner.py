@@ -9,6 +9,7 @@ import numpy as np
 import openvino as ov
 
 from ovtq.errors import InputError
+from ovtq.graph import PAST
 from ovtq.io import last_line, refuse_mismatch, stamp_of
 
 # f32 everywhere, so that what remains is rounding: no f16 inference, no compressed cache, no quantised activations.
@@ -116,6 +117,8 @@ class Runner:
                 raise InputError(f"fill: state {state.name} is {shape} {kind}; only axes 0 and 2 may be dynamic")
             if kind in (np.int8, np.uint8):
                 value = np.frombuffer(draw.bytes(int(np.prod(sizes))), kind).reshape(sizes)
+            elif state.name == PAST:
+                value = np.full(sizes, tokens, kind)
             elif kind == np.int32:
                 value = draw.integers(400, 1300, sizes, kind)
             elif state.name.endswith(".scale"):

@@ -17,7 +17,15 @@ from ovtq.passes.truncate_window import TruncateWindow
 PASSES: dict[str, type[Pass]] = {
     cls.name: cls
     for cls in (
-        DecoupleLength, TruncateWindow, SimplifyMask, RotateHeads, QuantizeKv, PruneKv, SinkRow, CachePrecision, CheckCall
+        DecoupleLength,
+        TruncateWindow,
+        SimplifyMask,
+        RotateHeads,
+        QuantizeKv,
+        PruneKv,
+        SinkRow,
+        CachePrecision,
+        CheckCall,
     )
 }
 

@@ -148,7 +148,9 @@ class QuantizeKv(Pass):
         new, key, value = form.enter(layer)
         context = form.attend(layer, layer.query.source, new)
         packed, places = self._definition(plan, form, layer), form.places(layer)
-        return layer.rewritten(context, key=key, value=value, packed=packed, places=places, rows=form.rows(layer))
+        return layer.rewritten(
+            context, key=key, value=value, packed=packed, places=places, rows=form.rows(layer), lengths=form.lengths
+        )
 
     def ensures(self, rewrite: Rewrite) -> None:
         """Every layer has states of packed bytes for K and for V, as wide as promised, and their scales are there."""

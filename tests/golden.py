@@ -12,13 +12,14 @@ from conftest import TINY, load
 
 from ovtq.dump import dump
 from ovtq.graph import Port, consumers
-from ovtq.passes import PASSES, Pass, PruneKv, TruncateWindow
+from ovtq.passes import PASSES, CheckCall, Pass, PruneKv, TruncateWindow
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
 
 SUBJECTS: dict[str, Pass] = {name: cls() for name, cls in PASSES.items()}
 SUBJECTS["prune-kv-cpu"] = PruneKv(target="cpu")
+SUBJECTS["check-call-cpu"] = CheckCall(target="cpu")
 SUBJECTS["truncate-window-cpu"] = TruncateWindow(target="cpu")
 SUBJECTS["truncate-window-packed"] = TruncateWindow(k_bits="6", v_bits="4")
 

@@ -44,6 +44,7 @@ BEFORE: dict[str, tuple[Pass, ...]] = {
     "prune-kv": (DecoupleLength(),),
     "sink-row": (DecoupleLength(), TruncateWindow()),
     "cache-precision": (),
+    "check-call": (DecoupleLength(),),
 }
 
 
@@ -73,7 +74,7 @@ def test_golden(name: str) -> None:
 @pytest.mark.parametrize("name", PASSES)
 def test_a_second_run_refuses_or_is_a_rewrite_of_its_own(name: str) -> None:
     once = applied(TINY["5.5"], *BEFORE[name], PASSES[name]())
-    if name in ("decouple-length", "truncate-window", "quantize-kv", "prune-kv", "sink-row"):
+    if name in ("decouple-length", "truncate-window", "quantize-kv", "prune-kv", "sink-row", "check-call"):
         with pytest.raises(PreconditionFailed, match=name):
             PASSES[name]().apply(once.model, once.description)
         return
