@@ -20,6 +20,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ovtq import __version__, cache, io, pipeline, verify
+from ovtq.closeness import STRETCH
 from ovtq.command import Out, Parser, phase, progress, run
 from ovtq.dump import dump
 from ovtq.errors import InputError
@@ -229,7 +230,7 @@ def _write(
             for item in passes:
                 item.leave(folder)
             if options.verify:  # while the rest of the weights is copied
-                with phase(bars, "verify", verify.calls_of(layers, device)) as checked:
+                with phase(bars, "verify", verify.calls_of(layers)) as checked:
                     xml, seed, ready = folder / source.name, options.verify_seed, written.wait_for
                     found = verify.verify(source, xml, layers, device, seed, extent, checked, ready)
                     precision = verify.kept_precision(xml, layers, device, extent, ready)
@@ -346,19 +347,20 @@ def _report(console: Console, options: argparse.Namespace, record: dict[str, Any
         console.print(
             f"verified on {found['device']} at f32, {'all' if every else 'the first'} {found['layers']} layers"
             f"{'' if found['experts'] else ' without their experts'}: "
-            f"largest difference {found['largest']:.3g} ({found['relative']:.2g} of the largest "
-            f"{'logit' if every and found['experts'] else 'result'}, allowed {found['tolerance']:.2g}), same top at "
+            f"largest difference {found['largest']:.3g} ({found['relative']:.2g} of the scale of "
+            f"{'logits' if every and found['experts'] else 'results'}, allowed {found['tolerance']:.2g}), same top at "
             f"{found['same_top']:.2%} of {found['positions']} positions"
             + (f"; {found['skipped']} behind a tie in a router left out" if found["skipped"] else ""),
         )
         if found["packed"]:
             console.print(_packed_line(found))
-        if found["own"]:
-            own = found["own"]
-            console.print(
-                f"at {own['precision']}, the device's own precision, results are {own['converted']:.2g} away from "
-                f"those at f32; the original's are {own['original']:.2g}",
-            )
+        host, lost = found["host"], found["host"]["converted"]
+        console.print(
+            f"as hosts load it, with no property ({host['precision']}, KV cache {host['cache']}), in calls of up to "
+            f"{host['longest']:,} tokens, results are {lost['mean']:.2g} away from those at f32, the original's "
+            f"{host['original']['mean']:.2g}; at the worst {STRETCH} positions in a row {lost['stretch']:.2g}, "
+            f"the original's {host['original']['stretch']:.2g}",
+        )
         if found["cache_precision"]:
             console.print(
                 f"the plugin's own cache: {found['cache_precision']} in the model as compiled for {found['device']} "

@@ -103,6 +103,13 @@ class PackedAttention:
         """The vectors of some codes, turned back."""
         return codec.decode(codes, scale).astype(np.float64) @ self.rotation.T
 
+    def remember(self, k: np.ndarray, v: np.ndarray, beams: np.ndarray) -> int:
+        """Take in a call's keys and values, (batch, kv_heads, new, d); returns how many tokens there were before."""
+        new = self.scale * k.astype(np.float64) - self.centre, v.astype(np.float64)
+        old = tuple(x[beams] for x in self.tokens) if self.tokens else tuple(x[:, :, :0] for x in new)
+        self.tokens = tuple(np.concatenate(pair, 2) for pair in zip(old, new, strict=True))
+        return old[0].shape[2]
+
     def step(
         self,
         query: np.ndarray,
@@ -117,10 +124,7 @@ class PackedAttention:
         query (batch, query_heads, new, d), k and v (batch, kv_heads, new, d), shown (batch, past + new), beams
         (batch,). `stored` may say what a graph has stored of the older ones at least, in place of this object's.
         """
-        new = self.scale * k.astype(np.float64) - self.centre, v.astype(np.float64)
-        old = tuple(x[beams] for x in self.tokens) if self.tokens else tuple(x[:, :, :0] for x in new)
-        self.tokens = tuple(np.concatenate(pair, 2) for pair in zip(old, new, strict=True))
-        past, count = old[0].shape[2], k.shape[2]
+        past, count = self.remember(k, v, beams), k.shape[2]
         keys, values = (self._read(i, past, stored or self.stored) for i in (0, 1))
         keys, values, kept = self.forget(keys, values, past, shown)
         batch, kv_heads, total, d = keys.shape

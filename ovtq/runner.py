@@ -52,6 +52,13 @@ class Runner:
         """Length of the logits' last axis."""
         return int(self.request.model_outputs[0].partial_shape[2].get_length())
 
+    def precisions(self) -> tuple[str, str]:
+        """What the device computes in, and what it keeps the caches of attention in that it knows."""
+        compiled = self.request.get_compiled_model()
+        names = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")
+        computes, keeps = (compiled.get_property(name).to_string() for name in names)
+        return {"dynamic": "f32"}.get(computes, computes), keeps
+
     def reset(self) -> None:
         """Forget everything."""
         self.request.reset_state()

@@ -5,42 +5,29 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
-from scipy.special import log_softmax
 
-from ovtq.attend_blocks import BLOCK
 from ovtq.cache import compiled_precisions, mark, marked
-from ovtq.errors import VerificationFailed
+from ovtq.closeness import Loss, Played, divergence, loss, lost, played, relative, too_lossy
+from ovtq.errors import InputError, VerificationFailed
 from ovtq.extent import Scope, cut, rooted, shortened
-from ovtq.graph import constant_of
 from ovtq.models import AttentionLayer
 from ovtq.packed_check import PackedCheck
-from ovtq.pruning import PrunedAttention
+from ovtq.passes.check_call import REFUSAL
+from ovtq.routers import undecided, with_routers
 from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.schedule import Call, calls_for
 
 ATTEMPTS = 5  # seeds
-ROUTER_TIE = 32 * float(np.finfo(np.float32).eps)  # of the largest router logit of a position
 TIES_UNSEEN = 0.02  # of the largest element, where the device does not show its codes: a code may be off by one
-# How much of a result may change at a device's own inference precision: OWN_FACTOR times as much as in the original
-# and OWN_FLOOR besides, for a code may turn out otherwise. What a plugin gets wrong is off by much more.
-OWN_FACTOR, OWN_FLOOR = 4, 0.05
-TOLERANCE = 128 * float(np.finfo(np.float32).eps)  # of the largest logit: 24 layers of f32 sums in another order
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the model: `tokens` new tokens a sequence, `pad` of the first ones masked in sequence 1."""
-
-    tokens: int
-    batch: int = 1
-    pad: int = 0
-    beams: tuple[int, ...] = ()
-    reset: bool = False
+TOLERANCE = 128 * float(np.finfo(np.float32).eps)  # of the scale of results: 24 layers of f32 sums in another order
+SAME_TEXT = 1e-6  # nats, the mean divergence of logits that differ by rounding alone
+COLUMNS = 4096  # of a vocabulary's logits that are kept of a call, where there are more
 
 
 @dataclass(frozen=True)
@@ -49,22 +36,25 @@ class Difference:
 
     layers: int  # how many layers were run
     largest: float  # absolute, of any logit (of the last layer's attention output, if not all layers were run)
-    relative: float  # the largest as a share of the largest |logit|
+    relative: float  # the largest as a share of the scale of results (see `closeness.relative`)
     same_top: float  # share of positions with the same largest element
     positions: int
     skipped: int  # positions behind a tie in a router, where rounding decides which expert answers
     seed: int
+    kld: float | None = None  # of logits, mean, in nats
     packed: PackedDifference | None = None  # of layers whose cache is quantised
-    own: OwnPrecision | None = None  # where a CPU does not compute in f32 by itself
+    host: HostDifference | None = None  # as a host loads them
 
 
 @dataclass(frozen=True)
-class OwnPrecision:
-    """How far results at the device's own inference precision are from those at f32: the mean of ‖Δ‖/‖result‖."""
+class HostDifference:
+    """What results lose when no property is set, against those of the same model at f32."""
 
-    precision: str
-    original: float
-    converted: float
+    precision: str  # what the device computes in then
+    cache: str  # in what it keeps the caches of the original
+    longest: int  # tokens of the longest call
+    original: Loss
+    converted: Loss
 
 
 @dataclass(frozen=True)
@@ -79,42 +69,9 @@ class PackedDifference:
     pruned: int  # tokens that a head had lost at the end of a text, at most
 
 
-def schedule(window: int) -> list[Call]:
-    """Calls that reach every case of the cache: empty, growing, longer than the window in one call and in chunks,
-    decode across the window's edge, then a batch of two with left padding, then its sequences swapped by beam_idx; then
-    again, forgotten with the batch as it is, and in calls so short that no token is old enough to be quantised."""
-    one = [Call(window + 37), Call(1), Call(1), Call(7), Call(2 * window + 5), Call(1)]
-    two = [Call(24, 2, pad=9, reset=True), Call(1, 2, beams=(1, 0)), Call(window, 2), Call(1, 2, beams=(1, 1))]
-    new = [Call(window + 37, reset=True), Call(1), Call(9, reset=True)]
-    return [*one, *two, *new, Call(20, 2, pad=5, reset=True), Call(1, 2, beams=(1, 0)), Call(7, 2)]
-
-
-@dataclass(frozen=True)
-class Played:
-    """One call's results (batch, tokens, width); which positions (batch, tokens) are no padding, which to compare."""
-
-    results: np.ndarray
-    shown: np.ndarray
-    usable: np.ndarray
-
-
-def with_routers(model: ov.Model) -> tuple[ov.Model, list[int]]:
-    """`model` with the logits of its experts' routers as further results, and how many experts each one chooses."""
-    routers = [node for node in model.get_ordered_ops() if node.get_type_name() == "TopK"]
-    taps = [ov.opset15.result(node.input_value(0)) for node in routers]
-    chosen = [int(constant_of(node.input_value(1))) for node in routers]
-    return ov.Model([*model.get_results(), *taps], model.get_sinks(), model.get_parameters()), chosen
-
-
-def undecided(router: np.ndarray, chosen: int) -> np.ndarray:
-    """Where the last expert chosen and the first one left out, of (positions, experts), are within rounding."""
-    ordered = np.sort(router, axis=-1)[:, ::-1]
-    return ordered[:, chosen - 1] - ordered[:, chosen] <= ROUTER_TIE * np.abs(router).max(-1)
-
-
 def play(
     runner: Runner,
-    calls: list[Call],
+    calls: Sequence[Call],
     vocabulary: int,
     seed: int,
     tick: Callable[[], None] = lambda: None,
@@ -126,16 +83,14 @@ def play(
     `chosen` belongs to a model of `with_routers`. A tie makes its position unusable, those after it in its sequence,
     and all later calls up to the next reset.
     """
-    random, played, tied = np.random.RandomState(seed), [], False
-    for call in calls:
+    tied, done = False, []
+    columns = _columns(runner.vocabulary)
+    for call, ids, shown in texts(calls, vocabulary, seed):
         if call.reset:
             runner.reset()
             tied = False
-        if check and (call.reset or not played):
+        if check and (call.reset or not done):
             check.reset()
-        ids = random.randint(0, vocabulary, (call.batch, call.tokens)).astype(np.int64)
-        shown = np.ones(ids.shape, np.int64)
-        shown[1:, : call.pad] = 0
         results = runner.step(ids, shown, np.asarray(call.beams, np.int32) if call.beams else None)
         visible = shown.astype(bool)
         if check:
@@ -149,9 +104,45 @@ def play(
             ties = undecided(router.reshape(-1, router.shape[-1]), experts).reshape(ids.shape) & visible
             usable &= ~np.logical_or.accumulate(ties, axis=1)
             tied = tied or bool(ties.any())
-        played.append(Played(results, visible, usable))
+        done.append(played(results, visible, usable, columns))
         tick()
-    return played
+    return done
+
+
+def losses(
+    runner: Runner,
+    calls: Sequence[Call],
+    vocabulary: int,
+    seed: int,
+    at_f32: Sequence[Played],
+    tick: Callable[[], None] = lambda: None,
+) -> Loss:
+    """Run the calls that `at_f32` has the results of, and say what these lose."""
+    columns, found = _columns(runner.vocabulary), []
+    for (call, ids, shown), exact in zip(texts(calls, vocabulary, seed), at_f32, strict=True):
+        if call.reset:
+            runner.reset()
+        results = runner.step(ids, shown, np.asarray(call.beams, np.int32) if call.beams else None)
+        found.append(lost(exact.results, results if columns is None else results[..., columns]))
+        tick()
+    return loss(calls, found, [exact.shown for exact in at_f32])
+
+
+def texts(calls: Sequence[Call], vocabulary: int, seed: int) -> Iterator[tuple[Call, np.ndarray, np.ndarray]]:
+    """Each call with its random tokens and which of them are shown, (batch, tokens) i64."""
+    random = np.random.RandomState(seed)
+    for call in calls:
+        ids = random.randint(0, vocabulary, (call.batch, call.tokens)).astype(np.int64)
+        shown = np.ones(ids.shape, np.int64)
+        shown[1:, : call.pad] = 0
+        yield call, ids, shown
+
+
+def _columns(vocabulary: int) -> np.ndarray | None:
+    """Which logits are kept of a vocabulary: a random choice of a large one, None for all."""
+    if vocabulary <= COLUMNS:
+        return None
+    return np.sort(np.random.RandomState(0).permutation(vocabulary)[:COLUMNS])
 
 
 def _trim() -> None:
@@ -161,15 +152,35 @@ def _trim() -> None:
         trim(0)
 
 
-def compare(reference: list[Played], other: list[Played], layers: int, seed: int = 0) -> Difference:
-    """The difference of two runs of the same calls, at the positions usable in the reference."""
-    pairs = [(a.results[a.usable], b.results[a.usable]) for a, b in zip(reference, other, strict=True)]
-    expected, got = (np.concatenate(side) for side in zip(*pairs, strict=True))
-    largest = float(np.abs(expected - got).max(initial=0)) if np.isfinite(got).all() else float("inf")
-    scale = float(np.abs(expected).max(initial=np.finfo(np.float32).tiny))
-    same = float((expected.argmax(-1) == got.argmax(-1)).mean()) if len(got) else 0.0
-    total = sum(int(played.shown.sum()) for played in reference)
-    return Difference(layers, largest, largest / scale, same, len(got), total - len(got), seed)
+def compare(
+    reference: Sequence[Played], other: Sequence[Played], layers: int, seed: int = 0, logits: bool = True
+) -> Difference:
+    """The difference of two runs of the same calls, at the positions usable in the reference.
+
+    Raises VerificationFailed if the reference gives the same results whatever it reads.
+    """
+    expected, got = (_chosen(reference, side) for side in (reference, other))
+    if len(expected) > 1 and (expected == expected[:1]).all():
+        raise VerificationFailed("the original gives the same results for all tokens; there is nothing to compare")
+    with np.errstate(invalid="ignore"):
+        largest = float(np.where(expected == got, 0, np.abs(expected - got)).max(initial=0))
+    tops, others = (_chosen(reference, side, "top") for side in (reference, other))
+    total = sum(int(call.shown.sum()) for call in reference)
+    some = slice(None, None, -(-len(got) // 512) or 1)  # more say nothing more of a mean
+    return Difference(
+        layers,
+        largest if np.isfinite(largest) else float("inf"),
+        float(relative(expected, got).max(initial=0)),
+        float((tops == others).mean()) if len(got) else 0.0,
+        len(got),
+        total - len(got),
+        seed,
+        float(divergence(expected[some], got[some]).mean()) if logits and len(got) else None,
+    )
+
+
+def _chosen(reference: Sequence[Played], side: Sequence[Played], what: str = "results") -> np.ndarray:
+    return np.concatenate([getattr(b, what)[a.usable] for a, b in zip(reference, side, strict=True)])
 
 
 def verify(
@@ -184,25 +195,15 @@ def verify(
 ) -> Difference:
     """Compare two IRs as files, one after the other so that one is in memory at a time; `layers` are of the converted.
 
-    Where no token that is read was quantised, results must be equal to f32 rounding. Layers that read codes are held
-    to `PackedAttention` besides. Where ties in the routers leave less than half of the positions, the next seeds are
-    tried. A CPU that computes in less than f32 by itself also runs both so: the converted model must not lose much more
-    by it than the original. `ready` returns once the weights of a part of the converted model can be read. Raises
-    VerificationFailed if it does or they differ by more, InputError if the device can't run them.
+    At f32, where no token that is read was quantised, results must be equal to rounding. Layers that read codes are
+    held to `PackedAttention` besides. Where ties in the routers leave less than half of the positions, the next seeds
+    are tried. Then the same calls as a host makes them, with no property set: position by position, the converted model
+    must not lose much more by that than the original does; and a call that it must refuse leaves nothing behind.
+    `ready` returns once the weights of a part of the converted model can be read. Raises VerificationFailed if it does
+    or they differ by more, InputError if the device can't run them.
     """
     for attempt in range(seed, seed + ATTEMPTS):
         difference = _verify(original, converted, layers, device, attempt % 2**32, extent, tick, ready)
-        if not difference.relative <= TOLERANCE:
-            raise VerificationFailed(
-                f"the converted model is wrong on {device}: its results differ by {difference.largest:.3g} "
-                f"({difference.relative:.2g} of the largest, allowed {TOLERANCE:.2g}); nothing was written"
-            )
-        own = difference.own
-        if own and not own.converted <= OWN_FACTOR * own.original + OWN_FLOOR:
-            raise VerificationFailed(
-                f"the converted model is wrong on {device} at {own.precision}, its own precision: results are "
-                f"{own.converted:.2g} away from those at f32, the original's {own.original:.2g}; nothing was written"
-            )
         if difference.positions > difference.skipped:
             return difference
     raise VerificationFailed(
@@ -240,45 +241,19 @@ def kept_precision(
     return precision
 
 
-def calls_for(layers: Sequence[AttentionLayer]) -> list[Call]:
-    """The schedule that reaches every case of these layers."""
-    calls = schedule(_longest(layers))
-    limits = [x.packed.room + x.packed.window + x.packed.flush for x in layers if isinstance(x.packed, PrunedAttention)]
-    return [*calls, *overflow(max(limits))] if limits else calls
-
-
-def own_precision(device: str) -> str:
-    """In what a CPU computes if nothing is asked of it; f32 for other devices, where that is not tried."""
-    return ov.Core().get_property(device, "INFERENCE_PRECISION_HINT").to_string() if device == "CPU" else "f32"
-
-
-def even(layers: Sequence[AttentionLayer]) -> list[Call]:
-    """A text in chunks of one length, beyond all windows: what a plugin keeps from a call, it then uses in the next.
-
-    Each takes the way of a prefill. The text is shorter than most budgets: what those leave is not tried here.
-    """
-    return [Call(max(_longest(layers) // 3, BLOCK + 1))] * 8
-
-
-def calls_of(layers: Sequence[AttentionLayer], device: str) -> int:
+def calls_of(layers: Sequence[AttentionLayer]) -> int:
     """How many calls a verification makes."""
-    return 2 * len(calls_for(layers)) + (4 * len(even(layers)) if own_precision(device) != "f32" else 0)
+    return 4 * len(calls_for(layers))
 
 
-def _longest(layers: Sequence[AttentionLayer]) -> int:
-    """Tokens of the longest window, of sliding layers or of what is kept at full precision."""
-    packed = [layer.packed.window + layer.packed.flush for layer in layers if layer.packed]
-    return max([*(layer.window or 0 for layer in layers), *packed]) or 128
+@dataclass(frozen=True)
+class _Side:
+    """What one of the two models said: at f32, and what it lost as a host loads it."""
 
-
-def overflow(limit: int) -> list[Call]:
-    """Calls that reach every case of a cache that holds no more than `limit` tokens: filled and overfull in chunks, by
-    single tokens, in a batch with padding whose sequences are then swapped."""
-    step = min(256, limit)
-    chunks = [step] * (limit // step + 1)
-    one = [Call(chunks[0], reset=True), *map(Call, chunks[1:]), Call(1), Call(1), Call(7), Call(1)]
-    two = [Call(chunks[0], 2, pad=9, reset=True), *(Call(tokens, 2) for tokens in chunks[1:]), Call(1, 2, beams=(1, 0))]
-    return [*one, *two, Call(step, 2), Call(1, 2, beams=(1, 1))]
+    played: list[Played]
+    lost: Loss
+    precision: str
+    cache: str
 
 
 def _verify(
@@ -291,36 +266,63 @@ def _verify(
     tick: Callable[[], None],
     ready: Callable[[ov.Model], None],
 ) -> Difference:
-    calls, results, own = calls_for(layers), [], own_precision(device)
-    chunks, chunked, rounded = even(layers) if own != "f32" else [], [], []
+    calls = calls_for(layers)
     check = PackedCheck([layer for layer in layers if layer.index < extent.layers])
-    parts = (functools.partial(_part, original, extent), functools.partial(_part, converted, extent, ready))
-    for part in parts:
+    sides, chooses = [], False
+    for part in (functools.partial(_part, original, extent), functools.partial(_part, converted, extent, ready)):
         model, vocabulary = part()
         chosen: list[int] = []
-        if part is parts[0]:
+        if not sides:
             model, chosen = with_routers(model)
+            chooses = bool(chosen)
         elif check.layers:
             model = rooted(check.tapped(model))
-        held = check if part is parts[1] and check.layers else None
         runner = Runner(model, device, EXACT_PROPERTIES)
-        results.append(play(runner, calls, vocabulary, seed, tick, chosen, held))
-        runner.reset()
-        chunked.append(play(runner, chunks, vocabulary, seed, tick))
+        exact = play(runner, calls, vocabulary, seed, tick, chosen, check if sides and check.layers else None)
         runner.close()
         del runner, model
         gc.collect()
-    for part, played in zip(parts, chunked, strict=True) if chunks else ():
-        runner = Runner(part()[0], device, EXACT_PROPERTIES | {"INFERENCE_PRECISION_HINT": own})
-        rounded.append(_apart(played, play(runner, chunks, vocabulary, seed, tick)))
+        if sides:  # what is wrong at f32 is said first
+            difference = _at_f32(calls, sides[0].played, exact, check, extent, device, seed)
+        model = part()[0]
+        checked = any(node.get_friendly_name() == REFUSAL for node in model.get_ops())
+        runner = Runner(model, device)
+        found = losses(runner, calls, vocabulary, seed, exact, tick)
+        sides.append(_Side(exact, found, *runner.precisions()))
+        if checked:
+            _refuse(runner, vocabulary, device)
         runner.close()
-        del runner
+        del runner, model
         gc.collect()
+    reason = too_lossy(sides[0].lost, sides[1].lost, chooses)
+    if reason:
+        raise VerificationFailed(
+            f"the converted model is wrong on {device} as hosts load it, with no property ({sides[1].precision}): "
+            f"{reason}; nothing was written"
+        )
+    first, second = sides
+    host = HostDifference(second.precision, first.cache, max(call.tokens for call in calls), first.lost, second.lost)
+    return replace(difference, host=host)
+
+
+def _at_f32(
+    calls: Sequence[Call],
+    original: list[Played],
+    converted: list[Played],
+    check: PackedCheck,
+    extent: Scope,
+    device: str,
+    seed: int,
+) -> Difference:
+    """How far apart they are at f32. Raises VerificationFailed if that is too far."""
     lossy = _reads_codes(calls, check)
-    exact = [[played for played, old in zip(side, lossy, strict=True) if not old] for side in results]
-    difference = compare(*exact, extent.layers, seed)
-    if rounded:
-        difference = replace(difference, own=OwnPrecision(own, *rounded))
+    same = [[call for call, old in zip(side, lossy, strict=True) if not old] for side in (original, converted)]
+    difference = compare(*same, extent.layers, seed, logits=extent.end is None)
+    if not difference.relative <= TOLERANCE or (difference.kld or 0) > SAME_TEXT:
+        raise VerificationFailed(
+            f"the converted model is wrong on {device}: its results differ by {difference.largest:.3g} "
+            f"({difference.relative:.2g} of their scale, allowed {TOLERANCE:.2g}); nothing was written"
+        )
     if not check.layers:
         return difference
     allowed = TOLERANCE if check.exact_codes else TIES_UNSEEN
@@ -331,12 +333,39 @@ def _verify(
         )
     if check.miscounted:
         raise VerificationFailed(f"the converted model is wrong on {device}: {check.miscounted}; nothing was written")
-    rest = [[played for played, old in zip(side, lossy, strict=True) if old] for side in results]
-    kld, same_top = _divergence(*rest) if extent.end is None else (None, None)
-    positions = sum(int(played.usable.sum()) for played in rest[0])
-    return replace(
-        difference, packed=PackedDifference(len(check.layers), check.largest, positions, kld, same_top, check.pruned)
-    )
+    rest = [[call for call, old in zip(side, lossy, strict=True) if old] for side in (original, converted)]
+    kld = same_top = None
+    if extent.end is None:
+        kld = float(divergence(*(_chosen(rest[0], side) for side in rest)).mean())
+        tops = [_chosen(rest[0], side, "top") for side in rest]
+        same_top = float((tops[0] == tops[1]).mean())
+    positions = sum(int(call.usable.sum()) for call in rest[0])
+    packed = PackedDifference(len(check.layers), check.largest, positions, kld, same_top, check.pruned)
+    return replace(difference, packed=packed)
+
+
+def _refuse(runner: Runner, vocabulary: int, device: str) -> None:
+    """Make a call that check-call must refuse, twice, and see that what follows is as before."""
+    ids = np.random.RandomState(1).randint(0, vocabulary, (1, 65)).astype(np.int64)
+    said = []
+    for _ in range(2):
+        runner.reset()
+        said.append(runner.step(ids))
+        runner.reset()
+        runner.mask = np.ones((1, 0), np.int64)
+        try:
+            runner.step(ids, np.ones((1, 64), np.int64))
+        except InputError:
+            continue
+        raise VerificationFailed(
+            f"the converted model is wrong on {device}: it takes a call whose attention_mask is too short; "
+            "nothing was written"
+        )
+    if not np.array_equal(*said):
+        raise VerificationFailed(
+            f"the converted model is wrong on {device}: after a call that it refuses it says something else; "
+            "nothing was written"
+        )
 
 
 def _part(xml: Path, extent: Scope, ready: Callable[[ov.Model], None] = lambda model: None) -> tuple[ov.Model, int]:
@@ -346,19 +375,12 @@ def _part(xml: Path, extent: Scope, ready: Callable[[ov.Model], None] = lambda m
     if extent.end is None:
         ready(model)
         return model, vocabulary
+    precision = marked(model)
     model = cut(model, extent)
+    if precision:
+        mark(model, precision)
     ready(model)
     return model, shortened(model, vocabulary)
-
-
-def _apart(reference: Sequence[Played], other: Sequence[Played]) -> float:
-    """The mean of ‖b − a‖/‖a‖ over all positions."""
-    apart = []
-    for a, b in zip(reference, other, strict=True):
-        length = np.linalg.norm(a.results, axis=-1)
-        apart.append(np.linalg.norm(b.results - a.results, axis=-1) / np.maximum(length, np.finfo(np.float32).tiny))
-    found = float(np.concatenate(apart, axis=None).mean())
-    return found if np.isfinite(found) else float("inf")
 
 
 def _reads_codes(calls: Sequence[Call], check: PackedCheck) -> list[bool]:
@@ -369,11 +391,3 @@ def _reads_codes(calls: Sequence[Call], check: PackedCheck) -> list[bool]:
         found.append(check.lossy(past))
         past += call.tokens
     return found
-
-
-def _divergence(reference: list[Played], other: list[Played]) -> tuple[float, float]:
-    """Mean KLD of the logits in nats, and the share of positions with the same top, where the reference is usable."""
-    pairs = [[b.results[a.usable] for a, b in zip(reference, side, strict=True)] for side in (reference, other)]
-    expected, got = (log_softmax(np.concatenate(side).astype(np.float64), -1) for side in pairs)
-    kld = (np.exp(expected) * (expected - got)).sum(-1).mean()
-    return float(kld), float((expected.argmax(-1) == got.argmax(-1)).mean())
