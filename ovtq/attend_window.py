@@ -62,10 +62,9 @@ class WindowRows:
         own = op.add(op.unsqueeze(begin, i64([1])), i64(slack + 1 + np.arange(width)[None]))
         zero = op.broadcast(i64(0), op.concat([self.trips, i64([1])], 0))
         self.index = op.concat([zero, own], 1)  # (trips, 1 + width)
-        i, j = np.arange(BLOCK)[:, None], np.arange(width)[None]
         # Whether a column is seen is told by booleans, never by masks that cancel: at bf16 the plugin rounds what a
         # Select gives, -65504 to -65536, but not a constant, so that 32 would be left of their sum
-        within = np.concatenate([np.full((BLOCK, 1), True), (i <= j) & (j < i + window)], 1)
+        within = np.concatenate([np.full((BLOCK, 1), True), _seen(BLOCK, width, window)], 1)
         padding = op.unsqueeze(op.gather(shown, self.index, i64(1)), i64([2]))  # (batch, trips, 1, 1 + width)
         seen = op.logical_and(padding, op.constant(within))  # (batch, trips, BLOCK, 1 + width)
         self.block_mask = op.unsqueeze(op.select(seen, f32(0), f32(MASKED)), i64([1, 3]))
@@ -115,6 +114,12 @@ class WindowRows:
         return op.reshape(context, op.concat([i64([0]), self.lead, i64([H * G, d])], 0), True)
 
 
+def _seen(queries: int, keys: int, window: int) -> np.ndarray:
+    """Which keys of its block each query sees, (queries, keys): key rows i … i + window − 1 the i-th."""
+    query, key = np.arange(queries)[:, None], np.arange(keys)[None]
+    return (query <= key) & (key < query + window)
+
+
 def _between(query: Node, column: Node, above: int, last: int) -> Node:
     """query + above < column ≤ query + last."""
     return op.logical_and(
@@ -150,10 +155,9 @@ class WindowBlocks:
         self.key_rows = op.minimum(op.add(start, keys), zero_row)  # (nb, w)
 
         # Query i of a block sees key rows i … i + window − 1 of it, and always the sink.
-        i, j = np.arange(window)[:, None], np.arange(-1, 2 * window - 1)[None]
         # Counted in ones, which every inference precision holds exactly: two masks that cancel might be rounded apart.
-        hidden = np.where((i <= j) & (j < i + window), 0, 1)
-        hidden[:, 0] = -1  # outweighs the padding of a row that is no token
+        hidden = np.where(_seen(window, 2 * window - 1, window), 0, 1)
+        hidden = np.concatenate([np.full((window, 1), -1), hidden], 1)  # outweighs that the sink's row is no token
         band = op.slice(f32(hidden), i64([0, 0]), op.concat([m, w], 0), i64([1, 1]), i64([0, 1]))
         shown = op.pad(description.attention_mask, i64([0, rows]), i64([0, 1]), "constant", i64(0))
         shown = op.slice(shown, op.negative(op.add(zero_row, one)), i64([FAR]), one, one)  # (batch, rows + new + 1)

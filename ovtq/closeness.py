@@ -133,17 +133,18 @@ def _middle(parts: Sequence[np.ndarray]) -> float:
     return float(np.median(np.concatenate(parts))) if parts else 0.0
 
 
-def too_lossy(original: Loss, converted: Loss, chooses: bool) -> str | None:
-    """What a conversion loses more than it may, as a phrase; None if nothing.
+def too_lossy(original: Loss, converted: Loss, quantised: Loss, chooses: bool) -> str | None:
+    """What a conversion loses more by its precision than it may, as a phrase; None if nothing.
 
-    `chooses`: experts are chosen in the model, and at another precision others, here and there: then the largest loss
-    of single positions says nothing.
+    It may lose as much again as its quantising costs, `quantised`, for with inputs rounded otherwise codes fall
+    otherwise. `chooses`: experts are chosen in the model, and at another precision others, here and there: then the
+    largest loss of single positions says nothing.
     """
     bounds = {"mean": FLOOR, "often": ALONE, "stretch": FLOOR, "first": FLOOR, "last": FLOOR, "step": FLOOR}
     bounds |= {} if chooses else {"largest": ALONE}
     for name, floor in bounds.items():
-        before, after = getattr(original, name), getattr(converted, name)
-        if not after <= FACTOR * before + floor:
+        before, after, codes = (getattr(some, name) for some in (original, converted, quantised))
+        if not after <= FACTOR * before + codes + floor:
             return f"{WORDS[name]} results are {after:.2g} away from those at f32, the original's {before:.2g}"
     return None
 

@@ -38,7 +38,9 @@ def scope(description: ModelDescription, layers: int | None = None, experts: boo
     Experts are most of a model's weights, and no pass touches them.
     """
     count = len(description.layers)
-    some = count if layers is None else min(layers, count)
+    # never without the first layer whose cache holds all tokens: that tells the past length
+    least = 1 + next((layer.index for layer in description.layers if layer.window is None), 0)
+    some = count if layers is None else min(max(layers, least), count)
     if some == count and experts:
         return Scope(count)
     last = _output_projection(description.layers[some - 1]).get_friendly_name()

@@ -284,7 +284,7 @@ def _verify(
         gc.collect()
         if sides:  # what is wrong at f32 is said first
             difference = _at_f32(calls, sides[0].played, exact, check, extent, device, seed)
-        model = part()[0]
+        model = rooted(part()[0]) if sides and check.layers else part()[0]
         checked = any(node.get_friendly_name() == REFUSAL for node in model.get_ops())
         runner = Runner(model, device)
         found = losses(runner, calls, vocabulary, seed, exact, tick)
@@ -294,13 +294,15 @@ def _verify(
         runner.close()
         del runner, model
         gc.collect()
-    reason = too_lossy(sides[0].lost, sides[1].lost, chooses)
+    first, second = sides
+    pairs = list(zip(first.played, second.played, strict=True))
+    codes = loss(calls, [lost(a.results, b.results) for a, b in pairs], [a.shown for a, _ in pairs])
+    reason = too_lossy(first.lost, second.lost, codes, chooses)
     if reason:
         raise VerificationFailed(
-            f"the converted model is wrong on {device} as hosts load it, with no property ({sides[1].precision}): "
+            f"the converted model is wrong on {device} as hosts load it, with no property ({second.precision}): "
             f"{reason}; nothing was written"
         )
-    first, second = sides
     host = HostDifference(second.precision, first.cache, max(call.tokens for call in calls), first.lost, second.lost)
     return replace(difference, host=host)
 
