@@ -12,10 +12,7 @@ from ovtq.schedule import Call
 
 ORDINARY = 64  # times the spread of a position's results: what is farther from their middle does not set the scale
 LARGE = 16  # a number that many times the scale may differ by as much of itself as one of the scale of the scale
-STRETCH = 16  # positions in a row
-FLOOR = 0.02  # of a result, what may be lost at a device's own properties whatever the original loses there
-FACTOR = 3  # and how many times as much as the original
-ALONE = 0.1  # the floor where one position counts, not the middle of some
+STRETCH, BLOCK = 16, 64  # positions in a row
 
 
 @dataclass(frozen=True)
@@ -87,7 +84,8 @@ def lost(expected: np.ndarray, got: np.ndarray) -> np.ndarray:
         apart, away = got - expected, expected - middle
         far = ~(np.abs(away) <= scale)
         if far.any():
-            strange = far & ~((got == expected) | (np.abs(apart) <= np.abs(expected) / LARGE))
+            alike = np.isfinite(expected) & (np.abs(apart) <= np.abs(expected) / LARGE)
+            strange = far & ~((got == expected) | alike)
             apart[far] = away[far] = 0
             apart[strange] = np.inf
         found = np.linalg.norm(apart, axis=-1) / np.maximum(np.linalg.norm(away, axis=-1), np.finfo(np.float32).tiny)
@@ -99,14 +97,15 @@ class Loss:
     """What a model's results lose at a device's own properties, by position: shares of a result, as of `lost`.
 
     `largest` is that of any one position, `often` that of one in a hundred. The others are middles, which an expert
-    that rounding chose does not move: `stretch` of 16 positions in a row, the worst; `first` and `last` of the first
-    and the last positions of calls, `step` of calls of one token.
+    that rounding chose does not move: `stretch` and `block` of 16 and 64 positions in a row, the worst; `first` and
+    `last` of the first and the last positions of calls, `step` of calls of one token.
     """
 
     mean: float
     often: float
     largest: float
     stretch: float
+    block: float
     first: float
     last: float
     step: float
@@ -116,17 +115,23 @@ def loss(calls: Sequence[Call], losses: Sequence[np.ndarray], shown: Sequence[np
     """Summarise losses (batch, tokens) of each call; hidden positions are left out."""
     long = [(some, seen) for call, some, seen in zip(calls, losses, shown, strict=True) if call.tokens > 1]
     every = np.concatenate([some[seen] for some, seen in zip(losses, shown, strict=True)])
-    runs = [every] if len(every) < STRETCH else np.lib.stride_tricks.sliding_window_view(every, STRETCH)
     steps = [some.reshape(-1) for call, some in zip(calls, losses, strict=True) if call.tokens == 1]
     return Loss(
         mean=float(every.mean()),
         often=float(np.quantile(every, 0.99)),
         largest=float(every.max()),
-        stretch=float(np.median(runs, axis=-1).max()),
+        stretch=_worst(every, STRETCH),
+        block=_worst(every, BLOCK),
         first=_middle([some[seen[:, 0], 0] for some, seen in long]),
         last=_middle([some[seen[:, -1], -1] for some, seen in long]),
         step=_middle(steps),
     )
+
+
+def _worst(losses: np.ndarray, count: int) -> float:
+    """The largest middle of so many in a row."""
+    runs = np.lib.stride_tricks.sliding_window_view(losses, min(count, len(losses)))
+    return float(np.median(runs, axis=-1).max())
 
 
 def _middle(parts: Sequence[np.ndarray]) -> float:
@@ -140,19 +145,25 @@ def too_lossy(original: Loss, converted: Loss, quantised: Loss, chooses: bool) -
     otherwise. `chooses`: experts are chosen in the model, and at another precision others, here and there: then the
     largest loss of single positions says nothing.
     """
-    bounds = {"mean": FLOOR, "often": ALONE, "stretch": FLOOR, "first": FLOOR, "last": FLOOR, "step": FLOOR}
-    bounds |= {} if chooses else {"largest": ALONE}
-    for name, floor in bounds.items():
+    for name, (factor, floor) in BOUNDS.items():
+        if chooses and name == "largest":
+            continue
         before, after, codes = (getattr(some, name) for some in (original, converted, quantised))
-        if not after <= FACTOR * before + codes + floor:
+        if not after <= factor * before + codes + floor:
             return f"{WORDS[name]} results are {after:.2g} away from those at f32, the original's {before:.2g}"
     return None
 
 
+# How many times as much as the original, and how much of a result besides, a conversion may lose of each
+BOUNDS = {
+    "mean": (3, 0.02), "often": (3, 0.1), "stretch": (3, 0.02), "block": (2, 0.01), "first": (3, 0.02),
+    "last": (3, 0.02), "step": (3, 0.02), "largest": (3, 0.1),
+}  # fmt: skip
 WORDS = {
     "mean": "on average",
     "often": "at one position in a hundred",
     "stretch": f"at {STRETCH} positions in a row",
+    "block": f"at {BLOCK} positions in a row",
     "first": "at the first position of a call",
     "last": "at the last position of a call",
     "step": "in calls of one token",
