@@ -114,6 +114,7 @@ def bench(options: argparse.Namespace, console: Out, errors: Console) -> None:
         "model": str(options.model_dir),
         "device": options.device,
         "machine": _machine(options.device),
+        "properties": properties,
         "prompts": [],
         "contexts": [],
         "prefills": [],
@@ -140,6 +141,9 @@ def bench(options: argparse.Namespace, console: Out, errors: Console) -> None:
     machine = results["machine"]
     read = f"read {machine['read'] / 1e9:.1f} GB/s"
     console.print(f"{machine['cpu']}, {machine['cores']} cores, {read}; on {options.device}")
+    console.print(
+        f"properties: {', '.join(f'{name}={value}' for name, value in properties.items())}; all else as it is"
+    )
     shows = {"contexts": show_contexts, "prefills": show_prefills, "prompts": show_prompts}
     for kind, some in found.items():
         results[kind] = [_row(row, some) for row in some]
@@ -282,7 +286,7 @@ def _prefills(options: argparse.Namespace, workers: list[Worker | Here], bars: A
 
 
 def _facts(worker: Worker | Here) -> dict[str, Any]:
-    names = ("cache", "wrong", "bytes_per_token", "flat_bytes")
+    names = ("cache", "computes", "wrong", "bytes_per_token", "flat_bytes")
     facts = {name: worker.facts[name] for name in names}
     return {"candidate": worker.candidate.label, "through": worker.through, **facts}
 

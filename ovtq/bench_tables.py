@@ -56,7 +56,7 @@ def show_contexts(console: Out, rows: list[dict[str, Any]]) -> None:
             _number(row["state_bytes"]),
             _megabytes(row["rss_prefill"]),
             _megabytes(row["rss_decode"]),
-            f"{row['candidate']}  [{row['cache']}]",
+            f"{row['candidate']}  [{row['computes']}; {row['cache']}]",
         )
     console.print(table)
     _show_pruned(console, rows)
@@ -80,7 +80,7 @@ def show_prefills(console: Out, rows: list[dict[str, Any]]) -> None:
             f"{row['prefill_s']['median']:.3f}",
             *_ratio(row["prefill_ratio"]),
             _megabytes(row["rss_prefill"]),
-            f"{row['candidate']}  [{row['cache']}]",
+            f"{row['candidate']}  [{row['computes']}; {row['cache']}]",
         )
     console.print(table)
 

@@ -9,7 +9,7 @@ paged:DIR[,KEY=VALUE]…    a model folder under paged attention (CPU)
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -23,12 +23,13 @@ from ovtq.errors import InputError
 from ovtq.gpu_cache import as_gpu_stores
 from ovtq.io import load, model_xml, stamp_of
 from ovtq.paged import PagedRunner
-from ovtq.runner import Runner
+from ovtq.runner import Runner, computes_in
 
 BITS = {"f32": 32, "f16": 16, "bf16": 16, "u8": 8, "i8": 8, "u4": 4, "u3": 3}
 GRIDS = {"u4": 15, "u8": 255}  # steps between a row's smallest and largest element
 TURBO_BESIDE = 4  # bytes of a row's norm in the CPU plugin's TURBO cache
 PROBE = 40  # tokens after which a cache is looked at
+HOSTS = ("INFERENCE_NUM_THREADS", "ENABLE_CPU_PINNING", "PERFORMANCE_HINT")  # what changes no number
 PLUGIN_CACHE = (".key", ".value")  # how the names of states end that a plugin may compress
 
 
@@ -54,6 +55,7 @@ class Candidate:
     paged: bool = False
     change: host.Quantize | host.ZeroLowNorms | None = None
     gpu_cache: str | None = None  # the GPU plugin's compressed cache as arithmetic, on a CPU
+    as_hosts: bool = False  # loaded as hosts do, with no property but its own
 
     @property
     def xml(self) -> Path:
@@ -79,6 +81,11 @@ def parse(text: str, reference: Path) -> Candidate:
     return candidate
 
 
+def as_hosts_load(candidate: Candidate) -> Candidate:
+    """The same, loaded with no property but its own."""
+    return replace(candidate, label=f"{candidate.label}, as hosts load it", as_hosts=True)
+
+
 def _properties(text: str, settings: list[str]) -> dict[str, str]:
     if any("=" not in setting for setting in settings):
         raise InputError(f"{text}: write DIR,KEY=VALUE,… or stock:KEY=VALUE,…")
@@ -102,6 +109,8 @@ def open_candidate(candidate: Candidate, device: str, defaults: Mapping[str, str
 
     Raises InputError if it can't be run so.
     """
+    if candidate.as_hosts:
+        defaults = {name: value for name, value in defaults.items() if name in HOSTS}
     properties = with_defaults(candidate.properties, defaults)
     if marked(load(candidate.folder)) and not _names_a_cache(candidate.properties):
         properties.pop("KV_CACHE_PRECISION", None)  # the model itself asks for one
@@ -128,6 +137,7 @@ class Cache:
     per_token: int | None  # bytes
     flat: int | None
     wrong: str = ""  # why it is not what was asked for; empty if it is
+    computes: str = ""  # the precision of all else, as the device tells it
 
 
 def look(candidate: Candidate, subject: Subject, device: str) -> Cache:
@@ -137,7 +147,8 @@ def look(candidate: Candidate, subject: Subject, device: str) -> Cache:
     A TURBO cache is one that the plugin gives out no values of.
     """
     if isinstance(subject, PagedRunner):
-        return Cache(f"paged, {subject.form}", round(sum(size for _, size in subject.caches.values())), 0)
+        size = round(sum(size for _, size in subject.caches.values()))
+        return Cache(f"paged, {subject.form}", size, 0, computes=computes_in(subject.request.get_compiled_model()))
     draw = np.random.default_rng(0)
     subject.reset()
     subject.step(draw.integers(0, subject.vocabulary, (1, PROBE)))
@@ -161,7 +172,7 @@ def look(candidate: Candidate, subject: Subject, device: str) -> Cache:
         kept = dict.fromkeys(kept, f"{candidate.gpu_cache} by the GPU's arithmetic")
         per_token, flat = _bytes(infos, dict.fromkeys(kept, candidate.gpu_cache), "GPU")
     subject.reset()
-    return Cache(_text(candidate, infos, kept, fused), per_token, flat, "; ".join(wrong))
+    return Cache(_text(candidate, infos, kept, fused), per_token, flat, "; ".join(wrong), computes_in(compiled))
 
 
 def _asked(given: Mapping[str, str], which: str) -> str | None:

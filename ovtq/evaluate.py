@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ovtq import __version__, io, needles, report
-from ovtq.candidates import Candidate, Subject, look, open_candidate, parse
+from ovtq.candidates import Candidate, Subject, as_hosts_load, look, open_candidate, parse
 from ovtq.command import Out, Parser, listed, phase, positive, progress, run
 from ovtq.divergence import Reference, cut
 from ovtq.errors import InputError, VerificationFailed
@@ -88,6 +88,13 @@ def parser() -> Parser:
     p.add_argument(
         "--chunk", type=positive, default=64, metavar="TOKENS", help="tokens per call (default: %(default)s)"
     )
+    p.add_argument(
+        "--at",
+        choices=("f32", "hosts", "both"),
+        default="f32",
+        help="compute in f32, which says what a cache loses and nothing else; or as hosts load a model, with no "
+        "property, the exported one among them; or both, a row each (default: %(default)s)",
+    )
     p.add_argument("--max-kld", type=float, metavar="NATS", help="fail candidates whose mean KLD is above it")
     p.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, default=True, help="verify converted folders first (on)"
@@ -127,6 +134,7 @@ def evaluate(options: argparse.Namespace, console: Out, errors: Console) -> int:
     """Do what the command line asks; returns the exit code."""
     candidates = [parse(text, options.model_dir) for text in (*options.others, *options.candidate)]
     _check(options, candidates)
+    candidates = _at(options, candidates)
     work = Evaluation(options, errors)
     kept = _kept(options, work.results)
     reference = parse("stock", options.model_dir)
@@ -179,6 +187,7 @@ class Evaluation:
             "greedy": [options.greedy, options.greedy_tokens],
             "verified": options.verify,
             "max_kld": options.max_kld,
+            "at": options.at,
             "rows": [],
         }
         self.results: dict[str, Any] = json.loads(json.dumps(results))  # as read from a file: lists, no tuples
@@ -216,7 +225,8 @@ class Evaluation:
             wrong = self._verified(candidate) if role == "candidate" else ""
             subject = open_candidate(candidate, self.options.device, self.properties, self.options.window)
             cache = look(candidate, subject, self.options.device)
-            row |= {"cache": cache.text, "bytes_per_token": cache.per_token, "flat_bytes": cache.flat}
+            row |= {"cache": cache.text, "computes": cache.computes}
+            row |= {"bytes_per_token": cache.per_token, "flat_bytes": cache.flat}
             with phase(bars, f"{name}: text", self._calls(chunk)) as tick:
                 row |= self.expected.compare(subject, chunk, tick, name)
             row |= {"pruned": counted(subject.request) if isinstance(subject, Runner) else None, "needles": None}
@@ -295,6 +305,15 @@ def _measure(task: Task) -> Measured:
     return _WORK[0].measure(*task)
 
 
+def _at(options: argparse.Namespace, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates at each precision that is asked for; as hosts load them, the exported model first."""
+    if options.at == "f32":
+        return list(candidates)
+    stock = parse("stock", options.model_dir)
+    hosts = [as_hosts_load(item) for item in (stock, *(some for some in candidates if some.label != "stock"))]
+    return hosts if options.at == "hosts" else [*candidates, *hosts]
+
+
 def _check(options: argparse.Namespace, candidates: Sequence[Candidate]) -> None:
     """Raise InputError for what would only fail after minutes."""
     check_device(options.device)
@@ -334,7 +353,8 @@ def _prompts(tokens: Any, tokenizer: Tokenizer, count: int) -> list[Any]:
 def _lossless(candidate: Candidate) -> bool:
     """Whether every pass it was made with is lossless, and nothing else was asked of the plugin."""
     passes = passes_of(candidate.folder)
-    as_it_is = not candidate.properties and not candidate.change and not candidate.gpu_cache
+    changed = candidate.properties, candidate.change, candidate.gpu_cache, candidate.as_hosts
+    as_it_is = not any(changed)
     return bool(passes) and as_it_is and all(item.exact for item in passes)
 
 

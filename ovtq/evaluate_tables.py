@@ -18,7 +18,8 @@ def show_head(console: Out, results: dict[str, Any], scored: int) -> None:
     total = results["windows"] * results["window"]
     console.print(
         f"{total:,} tokens ({scored:,} bytes scored) of {results['text']}, in windows of {results['window']:,} and "
-        f"chunks of {results['chunk']}, on {results['device']} at f32; KLD in nats; greedy: tokens until it parts"
+        f"chunks of {results['chunk']}, on {results['device']}, against the exported model at f32; KLD in nats; "
+        "greedy: tokens until it parts; in brackets what it was computed in, and the cache"
     )
     console.print("  ".join(f"{name:>{width}}" for name, width in (*COLUMNS, *MORE)))
 
@@ -41,7 +42,9 @@ def show(console: Out, row: dict[str, Any], resumed: bool) -> None:
     if row["role"] == "candidate" and row["verdict"] == "equal":
         note = "  equals the reference to the noise floor"
     line = "  ".join(f"{cell:>{width}}" for cell, (_, width) in zip(cells, (*COLUMNS, *MORE), strict=True))
-    console.print(f"{line}  {row['candidate']}  [{row['cache']}]{note}{'  (kept)' if resumed else ''}")
+    console.print(
+        f"{line}  {row['candidate']}  [{row['computes']}; {row['cache']}]{note}{'  (kept)' if resumed else ''}"
+    )
     if row.get("pruned"):
         console.print(f"  after a window: {told(row['pruned'])}")
     if row["verdict"] == "wrong":

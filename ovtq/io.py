@@ -78,9 +78,9 @@ def load(model_dir: Path) -> ov.Model:
         raise InputError(f"{xml}: OpenVINO can't read it ({last_line(error)})") from None
 
 
-def load_config(model_dir: Path) -> dict[str, Any]:
-    """config.json of a folder. Raises InputError if it is missing or no JSON object."""
-    path = model_dir / "config.json"
+def load_config(model_dir: Path, name: str = "config.json") -> dict[str, Any]:
+    """config.json of a folder, or another such file. Raises InputError if it is missing or no JSON object."""
+    path = model_dir / name
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

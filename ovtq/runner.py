@@ -19,12 +19,22 @@ EXACT_PROPERTIES = {
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
 }
 
+DYNAMIC = "DYNAMIC_QUANTIZATION_GROUP_SIZE"  # of activations, where weights are compressed
+
 
 def check_device(device: str) -> None:
     """Raise InputError if this machine has no such device; `GPU` stands for `GPU.0`, `GPU.1`, …"""
     present = ov.Core().available_devices
     if device not in present and device not in {name.split(".")[0] for name in present}:
         raise InputError(f"device {device} is not there; available: {', '.join(present) or 'none'}")
+
+
+def computes_in(compiled: ov.CompiledModel) -> str:
+    """The precision that a model was compiled for, and whether activations meet compressed weights as integers."""
+    known = set(compiled.get_property("SUPPORTED_PROPERTIES"))
+    found = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
+    group = compiled.get_property("DYNAMIC_QUANTIZATION_GROUP_SIZE") if DYNAMIC in known else 0
+    return found + (f", dynamic quantisation in groups of {group}" if 0 < int(group) < 2**31 else "")
 
 
 class Runner:
@@ -55,9 +65,7 @@ class Runner:
     def precisions(self) -> tuple[str, str]:
         """What the device computes in, and what it keeps the caches of attention in that it knows."""
         compiled = self.request.get_compiled_model()
-        names = ("INFERENCE_PRECISION_HINT", "KV_CACHE_PRECISION")
-        computes, keeps = (compiled.get_property(name).to_string() for name in names)
-        return {"dynamic": "f32"}.get(computes, computes), keeps
+        return computes_in(compiled), compiled.get_property("KV_CACHE_PRECISION").to_string()
 
     def reset(self) -> None:
         """Forget everything."""

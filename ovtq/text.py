@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ovtq.errors import InputError
-from ovtq.io import last_line
+from ovtq.io import last_line, load_config
 
 SEPARATOR = "<|endoftext|>"
 
@@ -23,6 +23,7 @@ class Tokenizer:
         for name in ("openvino_tokenizer.xml", "openvino_detokenizer.xml"):
             if not (folder / name).is_file():
                 raise InputError(f"{folder / name}: no such file; convert_tokenizer of openvino-tokenizers makes it")
+        self.folder = folder
         try:
             self.genai = openvino_genai.Tokenizer(folder)
         except RuntimeError as error:
@@ -52,6 +53,20 @@ class Tokenizer:
         """Id of the token that ends a document: `<|endoftext|>`, or what the tokenizer says ends a text."""
         ids = self.encode(SEPARATOR)
         return int(ids[0]) if len(ids) == 1 else self.genai.get_eos_token_id()
+
+    def ends(self) -> frozenset[int]:
+        """Ids of the tokens that end an answer: all that generation_config.json names, as hosts read it, or `end`.
+
+        Raises InputError for a file that is not as it should be.
+        """
+        name = "generation_config.json"
+        named = load_config(self.folder, name).get("eos_token_id") if (self.folder / name).exists() else None
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+            raise InputError(
+                f"{self.folder / name}: eos_token_id must be a token id or a list of some, found {named!r}"
+            )
+        return frozenset(ids) or frozenset({self.end})
 
     def documents(self, path: Path) -> np.ndarray:
         """Token ids of a text file's documents, end to end, each closed by `end`; `<|endoftext|>` stands between them.

@@ -113,6 +113,7 @@ class Bare:
         self.subject = open_candidate(candidate, device, properties, capacity=1 << 16)
         cache = look(candidate, self.subject, device)
         self.facts = {"vocabulary": self.subject.vocabulary, "cache": cache.text, "wrong": cache.wrong}
+        self.facts |= {"computes": cache.computes}
         self.facts |= {"bytes_per_token": cache.per_token, "flat_bytes": cache.flat}
 
     def read(self, ids: np.ndarray, chunk: int, depth: int = 0) -> dict[str, Any]:
@@ -184,7 +185,7 @@ class GenAI:
         backend = "PA" if candidate.paged else "SDPA"
         given = {**properties, **candidate.properties, "ATTENTION_BACKEND": backend}
         self.pipe = openvino_genai.LLMPipeline(candidate.folder, device, **given)
-        self.facts = {"cache": "", "wrong": "", "bytes_per_token": None, "flat_bytes": None}
+        self.facts = {"cache": "", "computes": "", "wrong": "", "bytes_per_token": None, "flat_bytes": None}
 
     def generate(self, ids: np.ndarray, tokens: int) -> dict[str, Any]:
         """Answer a prompt of `ids` (tokens,) greedily with `tokens` tokens."""
@@ -209,7 +210,7 @@ class Optimum:
 
         given = {**properties, **candidate.properties}
         self.model = OVModelForCausalLM.from_pretrained(candidate.folder, device=device, ov_config=given)
-        self.facts = {"cache": "", "wrong": "", "bytes_per_token": None, "flat_bytes": None}
+        self.facts = {"cache": "", "computes": "", "wrong": "", "bytes_per_token": None, "flat_bytes": None}
 
     def generate(self, ids: np.ndarray, tokens: int) -> dict[str, Any]:
         """Answer a prompt of `ids` (tokens,) greedily with `tokens` tokens."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MINI
+from conftest import MINI, ROOT
 
 from ovtq import infer
 from ovtq.bench import main
@@ -150,6 +152,42 @@ def test_infer_writes_text_and_what_it_took(exact: Path, capsys: pytest.CaptureF
         assert "states after" in err
     assert texts[0].strip()
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("ends", [0, [0, 14, 264]])
+def test_infer_ends_where_hosts_do(ends: int | list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """At every token that generation_config.json names; GPT-OSS has three, a tool call among them."""
+    genai = pytest.importorskip("openvino_genai")
+    folder = Path(shutil.copytree(MINI, tmp_path / "model"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}), encoding="utf-8")
+    prompt = (ROOT / "tests" / "data" / "heldout.txt").read_text(encoding="utf-8")[:1500]
+    options = ["--prompt", prompt, "--raw", "--max-new-tokens", "12", "--property", "INFERENCE_PRECISION_HINT=f32"]
+    assert infer.main([str(folder), *options]) == 0
+    count = int(re.search(r"\+ (\d+) tokens", capsys.readouterr().err)[1])
+    pipe = genai.LLMPipeline(folder, "CPU", ATTENTION_BACKEND="SDPA", INFERENCE_PRECISION_HINT="f32")
+    config = pipe.get_generation_config()
+    config.max_new_tokens, config.apply_chat_template = 12, False
+    inputs = pipe.get_tokenizer().encode(prompt, add_special_tokens=False).input_ids
+    assert count == len(pipe.generate(inputs, config).tokens[0])
+    assert (count < 12) == isinstance(ends, list)
+
+
+def test_infer_ends_before_a_text_that_it_is_told(exact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Be it in several tokens, of which none is shown."""
+    options = [str(exact), "--raw", "--prompt", "The Treasury of the United", "--max-new-tokens", "40"]
+    assert infer.main(options) == 0
+    whole = capsys.readouterr().out.rstrip("\n")
+    stop = whole[25:37]
+    assert infer.main([*options, "--stop", stop, "--stop", "\x00"]) == 0
+    assert capsys.readouterr().out == whole[: whole.index(stop)] + "\n"
+
+
+@pytest.mark.parametrize("ends", ['"no"', "[true]", "nonsense"])
+def test_infer_refuses_ends_that_are_none(ends: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(shutil.copytree(MINI, tmp_path / "model"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": ' + ends + "}", encoding="utf-8")
+    assert infer.main([str(folder), "--prompt", "hello", "--max-new-tokens", "2"]) == 2
+    assert "generation_config.json" in capsys.readouterr().err
 
 
 def test_infer_reads_stdin(exact: Path) -> None:

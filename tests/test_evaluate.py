@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as ov
 import pytest
 from conftest import MINI, ROOT
 from test_verify import _band_off_by_one, _not_undone, _scales_too_large
@@ -45,7 +46,7 @@ def test_the_table(exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert np.mean(u4["kld_by_position"]) == pytest.approx(u4["mean_kld"], rel=0.1)
     assert pruned["mean_kld"] > u4["mean_kld"]
     text = capsys.readouterr().out
-    assert "[12 caches u4]" in text
+    assert "; 12 caches u4]" in text
     assert "equals the reference to the noise floor" in text
 
     # what is there is kept, what is new is added; other settings are refused
@@ -204,3 +205,32 @@ def test_answers_and_agreement() -> None:
     assert not right(" 402133", "40213")
     found: dict[str, Any] = agreement([[1, 2, 3], [1, 2, 3]], [[1, 2, 3], [1, 9, 3]])
     assert found == {"prompts": 2, "tokens": 3, "same": 2.0, "identical": 1}
+
+
+def test_as_hosts_load_it(exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A row each at f32 and with no property, the exported model's first; each says what it was computed in."""
+    found = tmp_path / "eval.json"
+    options = [
+        "--text",
+        str(ROOT / "tests" / "data" / "heldout.txt"),
+        "--windows",
+        "1",
+        "--window",
+        "128",
+        "--chunk",
+        "100",
+        "--trials",
+        "0",
+        "--greedy",
+        "0",
+    ]
+    assert main([str(MINI), str(exact), *options, "--no-verify", "--at", "both", "--json", str(found)]) == 0
+    rows = json.loads(found.read_text())["rows"]
+    own = ov.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
+    assert [(row["role"], row["computes"].partition(",")[0]) for row in rows] == [
+        ("reference", "f32"), ("floor", "f32"), ("candidate", "f32"), ("candidate", own), ("candidate", own),
+    ]  # fmt: skip
+    assert [row["candidate"] for row in rows[3:]] == ["stock, as hosts load it", f"{exact}, as hosts load it"]
+    assert rows[3]["cache"].endswith("u8")
+    assert 0 < rows[4]["mean_kld"] < 0.05
+    assert f"[{own}" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MINI, ROOT
+from scipy.special import log_softmax
 
 from ovtq.attend_blocks import FLUSH
 from ovtq.runner import EXACT_PROPERTIES, Runner
@@ -320,3 +321,23 @@ def test_nothing_grows_but_the_states_in_ten_thousand_tokens(convert: Callable[.
         packed = max(past - 64, 0) // FLUSH * FLUSH
         assert states == flat + packed * layers * kv_heads * (48 + 32 + 2 * 4)
         assert resident - rows[0][1] <= states - rows[0][2] + ALLOWANCE
+
+
+@pytest.mark.slow
+def test_several_sampled_sequences_are_wrong_in_the_exported_model_too() -> None:
+    """See docs/genai-sampling.md: each reads the first one's history. If this fails, openvino_genai has been mended."""
+
+    def scores(properties: dict[str, str], count: int) -> list[float]:
+        said = generate(MINI, properties, TEXT[:1200], do_sample=True, num_return_sequences=count)
+        prompt = encoded(TEXT[:1200])
+        found = []
+        for answer in said:
+            runner_of(MINI).reset()
+            whole = np.concatenate([prompt, np.array([answer], np.int64)], 1)
+            logs = log_softmax(runner_of(MINI).step(whole)[0].astype(np.float64), -1)[prompt.shape[1] - 1 : -1]
+            found.append(float(logs[np.arange(len(answer)), answer].mean()))
+        return found
+
+    assert min(scores(PAGED, 4)) > -4
+    assert min(scores(STATEFUL, 1)) > -4
+    assert min(scores(STATEFUL, 4)) < -4.5
