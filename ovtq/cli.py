@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
+
+from ovtq import system
 
 
 def convert() -> int:
@@ -39,10 +40,8 @@ def report() -> int:
 
 
 def _command(module: str, interrupted: str = "interrupted", name: str | None = None) -> int:
-    # KeyboardInterrupt even where SIGINT is ignored, as in what a script runs in the background
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a pipe that takes ASCII only still gets the text
+    system.interrupt_on_signals()
+    system.use_utf8()
     try:
         code = importlib.import_module(f"ovtq.{module}").main()
         sys.stdout.flush()

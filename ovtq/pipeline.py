@@ -7,6 +7,7 @@ IR dir ─ io.load ─► ov.Model ─ models.describe ─► description
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -192,7 +193,8 @@ def parse_passes(text: str) -> tuple[Pass, ...]:
     """Passes from `name[:option=value]*[,name…]`, such as `decouple-length,truncate-window:slack=16`."""
     passes = []
     for part in filter(None, text.split(",")):
-        name, *settings = part.strip().split(":")
+        # a colon before a name and = only: C:\… is a value
+        name, *settings = re.split(r":(?=[\w-]+=|$)", part.strip())
         if name not in PASSES:
             raise InputError(f"no pass is named {name!r}; there are {', '.join(PASSES)}")
         passes.append(PASSES[name].parse(dict(_setting(setting) for setting in settings)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import gc
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from ovtq.models import AttentionLayer
 from ovtq.packed_check import PackedCheck
 from ovtq.pruning import PrunedAttention
 from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.system import trim_memory
 
 ATTEMPTS = 5  # seeds
 ROUTER_TIE = 32 * float(np.finfo(np.float32).eps)  # of the largest router logit of a position
@@ -140,9 +140,9 @@ def play(
         visible = shown.astype(bool)
         if check:
             beams = np.asarray(call.beams or range(call.batch), np.int32)
-            _trim()
+            trim_memory()  # numpy and the plugin each keep what the other needs
             check.step(runner.request, shown, runner.mask, beams)
-            _trim()
+            trim_memory()
         usable = visible & (not tied)
         for index, experts in enumerate(chosen, start=1):
             router = runner.request.get_output_tensor(index).data
@@ -152,13 +152,6 @@ def play(
         played.append(Played(results, visible, usable))
         tick()
     return played
-
-
-def _trim() -> None:
-    """Give freed memory back where the C library (glibc) can: numpy and the plugin each keep what the other needs."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
 
 
 def compare(reference: list[Played], other: list[Played], layers: int, seed: int = 0) -> Difference:
