@@ -193,8 +193,9 @@ def parse_passes(text: str) -> tuple[Pass, ...]:
     """Passes from `name[:option=value]*[,name…]`, such as `decouple-length,truncate-window:slack=16`."""
     passes = []
     for part in filter(None, text.split(",")):
-        # a colon before a name and = only: C:\… is a value
-        name, *settings = re.split(r":(?=[\w-]+=|$)", part.strip())
+        # a later colon parts only before NAME=: values such as C:\… and first:1 have their own
+        name, colon, rest = part.strip().partition(":")
+        settings = re.split(r":(?=[\w-]+=)", rest) if colon else []
         if name not in PASSES:
             raise InputError(f"no pass is named {name!r}; there are {', '.join(PASSES)}")
         passes.append(PASSES[name].parse(dict(_setting(setting) for setting in settings)))
