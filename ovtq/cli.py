@@ -11,35 +11,36 @@ from ovtq import system
 
 def convert() -> int:
     """`ovtq-convert`."""
-    return _command("convert", "interrupted; nothing was written")
+    return run_command("convert", "interrupted; nothing was written")
 
 
 def inspect() -> int:
     """`ovtq-inspect`."""
-    return _command("inspect")
+    return run_command("inspect")
 
 
 def evaluate() -> int:
     """`ovtq-eval`."""
-    return _command("evaluate", name="eval")
+    return run_command("evaluate", name="eval")
 
 
 def bench() -> int:
     """`ovtq-bench`."""
-    return _command("bench")
+    return run_command("bench")
 
 
 def infer() -> int:
     """`ovtq-infer`."""
-    return _command("infer")
+    return run_command("infer")
 
 
 def report() -> int:
     """`ovtq-report`."""
-    return _command("report")
+    return run_command("report")
 
 
-def _command(module: str, interrupted: str = "interrupted", name: str | None = None) -> int:
+def run_command(module: str, interrupted: str = "interrupted", name: str | None = None) -> int:
+    """Exit code of `ovtq.MODULE.main()`, with signals and streams as the commands need them."""
     system.interrupt_on_signals()
     system.use_utf8()
     try:
