@@ -6,7 +6,7 @@ import importlib
 import os
 import sys
 
-from ovtq import system
+from ovtq import signals, system
 
 
 def convert() -> int:
@@ -41,12 +41,18 @@ def report() -> int:
 
 def run_command(module: str, interrupted: str = "interrupted", name: str | None = None) -> int:
     """Exit code of `ovtq.MODULE.main()`, with signals and streams as the commands need them."""
-    system.interrupt_on_signals()
+    signals.interrupt()
     system.use_utf8()
     try:
-        code = importlib.import_module(f"ovtq.{module}").main()
+        try:
+            code = importlib.import_module(f"ovtq.{module}").main()
+        except SystemExit as end:  # --help, --version
+            code = int(end.code or 0)
+        if code:
+            signals.ignore()
         sys.stdout.flush()
     except KeyboardInterrupt:
+        signals.ignore()
         print(f"ovtq-{name or module}: {interrupted}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as `head`, has seen enough

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import mmap
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from threading import Condition, Thread
+from threading import Condition, Event, Thread
 
 from ovtq import system
 
@@ -34,7 +33,7 @@ class Copy:
         self._left: set[int] = set()
         self._change, self._threads = Condition(), []
         self._error: Exception | None = None
-        self._stop = ctypes.c_int(0)
+        self._stop = Event()
         self._direct = bool(system.DIRECT)
         with source.open("rb") as read, target.open("xb") as made:
             if system.clone(read.fileno(), made.fileno()):
@@ -74,7 +73,7 @@ class Copy:
         """Copy nothing more; returns when no thread writes any longer."""
         with self._change:
             self._todo.clear()
-            self._stop.value = 1
+            self._stop.set()
         for thread in self._threads:
             thread.join()
 

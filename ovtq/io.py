@@ -18,7 +18,7 @@ from xml.parsers import expat
 
 import openvino as ov
 
-from ovtq import system, weights
+from ovtq import signals, system, weights
 from ovtq.errors import InputError
 
 MODEL = "openvino_model"
@@ -185,16 +185,17 @@ def staged(out_dir: Path) -> Iterator[Path]:
     """
     target = system.long_path(out_dir.resolve())
     try:
-        with system.HeldSignals() as signals:
+        with signals.Held() as held:
             place = _Place(target)
             try:
                 place.make()
-                with signals.let_through():
+                with held.let_through():
                     yield place.folder
                 gc.collect()
                 place.swap()
+                held.done()
             except BaseException as error:
-                system.forget(error)
+                signals.forget(error)
                 raise
             finally:
                 place.leave()

@@ -1,4 +1,4 @@
-"""What operating systems do each in their own way: signals, locks, files that are open, memory, processors.
+"""What operating systems do each in their own way: streams, locks, files that are open, memory, processors.
 
 Nothing else in the package asks which system it runs on. Linux and Windows are known; elsewhere what is missing is done
 without.
@@ -9,21 +9,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import gc
+import io
 import mmap
 import os
 import shutil
-import signal
 import stat
 import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import filelock
 import psutil
@@ -36,8 +33,6 @@ else:
 WINDOWS = sys.platform == "win32"
 # Whether a file can be read while it is written, and renamed or removed while it is mapped.
 SHARES_OPEN_FILES = not WINDOWS
-ENDING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name))
-AGAIN = 2.0  # seconds in which a further signal says what the first one said
 TRIES, PAUSE = 10, 0.1  # of what another program may hold up for a moment: scanners and indexers open what is new
 HELD = (5, 32, 33)  # Windows' error codes: access denied, sharing violation, lock violation
 LONG = 120  # characters of a folder's path from which files in it may pass Windows' limit of 260
@@ -49,101 +44,38 @@ BINARY = getattr(os, "O_BINARY", 0)  # without it Windows ends a file at byte 0x
 CACHED = getattr(os, "RWF_NOWAIT", None)  # a Python built for an old glibc lacks it
 
 
-# ------------------------------------------------------------------------------------------ signals
+# ------------------------------------------------------------------------------------------ streams
 
 
-def interrupt_on_signals() -> None:
-    """Let Ctrl-C, Ctrl-Break, a closed window and the request to end raise KeyboardInterrupt.
+class _Piped(io.TextIOWrapper):
+    """Standard output in UTF-8; says BrokenPipeError where Windows' C library says that an argument is invalid."""
 
-    SIGINT and SIGHUP stay ignored where they are, as in the background of a script and under nohup. What follows within
-    two seconds is taken for the same: it must not end the tidying up.
-    """
-    last = -AGAIN
+    def write(self, text: str) -> int:
+        with self._told():
+            return super().write(text)
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal last
-        before, last = last, time.monotonic()
-        if last - before >= AGAIN:
-            raise KeyboardInterrupt
-
-    for number in ENDING:
-        if number == signal.SIGTERM or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, interrupt)
-
-
-class HeldSignals:
-    """Within the block, signals that end the process are noted only; when it ends, they are dealt with.
-
-    Handlers of Python run in the main thread whichever thread the system chose, so this holds with other threads about,
-    as a mask of one thread would not. In another thread than the main one nothing happens, for no handler runs there.
-    """
-
-    def __init__(self) -> None:
-        self._before: dict[int, Any] = {}
-        self._came: list[int] = []
-
-    def __enter__(self) -> HeldSignals:
-        try:
-            self._hold()
-        except BaseException:
-            self._let()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._let()
+    def flush(self) -> None:
+        with self._told():
+            super().flush()
 
     @contextlib.contextmanager
-    def let_through(self) -> Iterator[None]:
-        """Within this block they do what they do outside, those that came before at once."""
-        self._let()
+    def _told(self) -> Iterator[None]:
         try:
             yield
-        finally:
-            self._hold()
-
-    def _hold(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for number in ENDING:
-            handler = signal.getsignal(number)
-            if handler not in (None, signal.SIG_IGN, self._note):
-                self._before[number] = handler
-                signal.signal(number, self._note)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._came.append(number)
-
-    def _let(self) -> None:
-        while self._before:
-            number, handler = self._before.popitem()
-            signal.signal(number, handler)
-        came, self._came = dict.fromkeys(self._came), []
-        for number in came:
-            signal.raise_signal(number)
-
-
-def forget(error: BaseException) -> None:
-    """Drop what the frames hold through which an error came: models map files, which Windows then can't remove."""
-    seen: set[int] = set()
-    todo: list[BaseException | None] = [error]
-    while todo:
-        one = todo.pop()
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
-            traceback.clear_frames(one.__traceback__)
-            todo += [one.__context__, one.__cause__]
-    gc.collect()
-
-
-# ------------------------------------------------------------------------------------------ streams
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
+            raise
 
 
 def use_utf8() -> None:
     """Let the standard streams take every character: UTF-8 on Windows, elsewhere the locale's, with ? for the rest."""
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.reconfigure(**({"encoding": "utf-8"} if WINDOWS else {}), errors="replace")
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if WINDOWS and stream is not None and not stream.isatty():
+            setattr(sys, name, _Piped(stream.detach(), "utf-8", "replace", line_buffering=name == "stderr"))
+        elif stream is not None:
+            stream.reconfigure(errors="replace")
     if WINDOWS and sys.stdin is not None and not sys.stdin.isatty():
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # PowerShell may begin with a mark
 
@@ -281,7 +213,7 @@ def read_at(path: Path, view: memoryview, start: int, flag: int = 0) -> None:
 
 def read_cached(path: Path, view: memoryview, start: int) -> bool:
     """Whether the page cache had all these bytes: a model just exported or downloaded is there, the disk is spared."""
-    if CACHED is None:
+    if sys.platform == "win32" or CACHED is None:
         return False
     with opened(path, os.O_RDONLY) as file:
         try:
@@ -314,19 +246,24 @@ def opened(path: Path, flags: int) -> Iterator[int]:
         os.close(file)
 
 
-def copy_whole(source: Path, target: Path, stop: ctypes.c_int) -> None:
-    """Copy a file by the system's own means (Windows), which share blocks where they can; ends early once `stop` is 1.
+def copy_whole(source: Path, target: Path, stop: threading.Event) -> None:
+    """Copy a file by the system's own means (Windows), which share blocks where they can; raises OSError.
 
-    Raises OSError.
+    Ends early once `stop` is set.
     """
     if sys.platform == "win32":
+        number = ctypes.c_longlong
+        told = ctypes.WINFUNCTYPE(
+            wintypes.DWORD, number, number, number, number, wintypes.DWORD, wintypes.DWORD, *[ctypes.c_void_p] * 3
+        )
         copy = ctypes.WinDLL("kernel32", use_last_error=True).CopyFileExW
-        copy.argtypes = [wintypes.LPCWSTR] * 2 + [ctypes.c_void_p] * 2 + [ctypes.c_void_p, wintypes.DWORD]
-        if not copy(str(source), str(target), None, None, ctypes.byref(stop), 0) and not stop.value:
+        copy.argtypes = [wintypes.LPCWSTR, wintypes.LPCWSTR, told, *[ctypes.c_void_p] * 2, wintypes.DWORD]
+        progress = told(lambda *_: int(stop.is_set()))  # 1: cancel
+        if copy(str(source), str(target), progress, None, None, 0):
+            os.chmod(target, stat.S_IWRITE)  # more is appended, whatever the original's marks
+        elif not stop.is_set():
             code = ctypes.get_last_error()
             raise OSError(None, ctypes.FormatError(code).strip(), str(target), code)
-        if not stop.value:
-            os.chmod(target, stat.S_IWRITE)  # more is appended, whatever the original's marks
     else:
         raise NotImplementedError
 

@@ -42,7 +42,7 @@ LAYERS = [
     {"ovtq.rotation"},
     {"ovtq.errors", "ovtq.weights", "ovtq.roofline", "ovtq"},
     {"ovtq.copying"},
-    {"ovtq.system"},
+    {"ovtq.system", "ovtq.signals"},
 ]
 
 
