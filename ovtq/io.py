@@ -24,6 +24,7 @@ from ovtq.errors import InputError
 MODEL = "openvino_model"
 RECORD = "ovtq.json"
 STAMP = "ovtq"  # the key in an IR's rt_info
+REFUSALS = (RuntimeError, UnicodeDecodeError)  # of OpenVINO, whose text may name a path as no UTF-8 (Windows)
 LONGEST = 150  # characters of OUT_DIR's name that the names beside it begin with; file systems allow 255 bytes
 
 
@@ -75,7 +76,7 @@ def load(model_dir: Path) -> ov.Model:
     xml = model_xml(model_dir)
     try:
         return ov.Core().read_model(xml)
-    except RuntimeError as error:
+    except REFUSALS as error:
         raise InputError(f"{xml}: OpenVINO can't read it ({last_line(error)})") from None
 
 
@@ -126,9 +127,10 @@ def refuse_mismatch(xml: Path) -> None:
 
 def check_output(model_dir: Path, out_dir: Path, force: bool) -> None:
     """Raise InputError if `out_dir` can't take the result."""
-    source, target = model_dir.resolve(), system.long_path(out_dir.resolve())
+    source, target = system.resolved(model_dir), system.resolved(out_dir)
     if source == target or source in target.parents or target in source.parents:
         raise InputError(f"{out_dir}: must not be the model's folder, inside it or around it; choose another")
+    target = system.long_path(target)
     if target.is_dir() and any(target.iterdir()):
         if not force:
             raise InputError(f"{out_dir}: not empty; --force replaces it")
@@ -152,11 +154,11 @@ def check_output(model_dir: Path, out_dir: Path, force: bool) -> None:
 
 def check_json(path: Path, model_dir: Path, out_dir: Path | None) -> None:
     """Raise InputError if a record can't or must not be written to `path`."""
-    target = path.resolve()
+    target = system.resolved(path)
     if not target.parent.is_dir() or target.is_dir() or not os.access(target.parent, os.W_OK):
         raise InputError(f"--json {path}: no such folder, or not a file that can be written")
     for folder in filter(None, (model_dir, out_dir)):
-        if folder.resolve() in target.parents:
+        if system.resolved(folder) in target.parents:
             raise InputError(f"--json {path}: must not be inside {folder}")
 
 
@@ -165,9 +167,9 @@ def files_of(model_dir: Path) -> list[Path]:
     found, seen, todo = [], set(), [system.long_path(model_dir)]
     while todo:
         folder = todo.pop()
-        if folder.resolve() in seen:
+        if system.resolved(folder) in seen:
             continue
-        seen.add(folder.resolve())
+        seen.add(system.resolved(folder))
         for path in folder.iterdir():
             if not path.is_dir():
                 found.append(path)
@@ -183,7 +185,7 @@ def staged(out_dir: Path) -> Iterator[Path]:
     Whatever maps its files must be gone by the end of the block, or Windows can't rename it. Raises InputError if the
     system does not let it be written.
     """
-    target = system.long_path(out_dir.resolve())
+    target = system.long_path(system.resolved(out_dir))
     try:
         with signals.Held() as held:
             place = _Place(target)
@@ -285,7 +287,7 @@ def saving(model: ov.Model, folder: Path, source: Path) -> Iterator[weights.Writ
 def _to(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, InputError) as error:
+    except (OSError, *REFUSALS, InputError) as error:
         free = shutil.disk_usage(folder).free >> 20
         raise InputError(
             f"{folder.parent}: the model could not be written ({last_line(error)}; {free} MiB free)"

@@ -153,6 +153,17 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def resolved(path: Path) -> Path:
+    """As Path.resolve; where that fails, as it may for long paths on Windows, without following links."""
+    if not WINDOWS:
+        return path.resolve()
+    try:
+        found = str(long_path(path).resolve())
+    except OSError:
+        found = os.path.abspath(path)
+    return Path(f"\\\\{found[8:]}" if found.startswith("\\\\?\\UNC\\") else found.removeprefix("\\\\?\\"))
+
+
 def long_path(path: Path) -> Path:
     r"""The path as Windows takes it at any length (\\?\C:\…), if it may become too long; elsewhere as it is."""
     if not WINDOWS or len(whole := os.path.abspath(path)) < LONG or whole.startswith("\\\\?\\"):
@@ -266,6 +277,11 @@ def copy_whole(source: Path, target: Path, stop: threading.Event) -> None:
             raise OSError(None, ctypes.FormatError(code).strip(), str(target), code)
     else:
         raise NotImplementedError
+
+
+def temporary(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder in `folder` that vanishes; on Windows among temporary files: OpenVINO writes no long paths."""
+    return tempfile.TemporaryDirectory(dir=None if WINDOWS else folder)
 
 
 def scratch(folder: Path) -> BinaryIO:

@@ -9,7 +9,6 @@ hash every weight instead, with all of them in memory.
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -98,7 +97,7 @@ def writing(model: ov.Model, xml: Path, source: Path) -> Iterator[Written]:
 
 def _serialised(model: ov.Model, folder: Path) -> tuple[bytes, bytes]:
     """The XML and the .bin of an IR."""
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    with system.temporary(folder) as place:
         xml = Path(place) / "new.xml"
         ov.save_model(model, xml, compress_to_fp16=False)
         # on Windows OpenVINO ends lines as texts do there; the same model has the same bytes everywhere
