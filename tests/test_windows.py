@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -330,6 +331,71 @@ process.stdout.close()
 print(process.wait(), process.stderr.read())"""
     for given in (MINI, "--help"):
         assert python(code, given).stdout.strip() == "0 b''"
+
+
+@pytest.mark.slow
+def test_a_dozen_kills_leave_nothing(convert: Callable[..., Path], tmp_path: Path) -> None:
+    """At random moments; after each the old result is whole, or set aside; one more run tidies up after all."""
+    out = Path(shutil.copytree(convert(TINY["5.5"], "--preset", "exact"), tmp_path / "out"))
+    draw, left = np.random.default_rng(0), set()
+    for _ in range(12):
+        process = subprocess.Popen(
+            arguments("convert", TINY["5.5"], out, "--force", "--target", "cpu"),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(draw.uniform(3, 15))
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        left |= set(os.listdir(tmp_path))
+        if out.exists():
+            assert json.loads((out / io.RECORD).read_text())["verified"]["layers"] == 4
+    assert len(left) > 3
+    ovtq("convert", TINY["5.5"], out, "--force", "--no-verify")
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.slow
+def test_what_other_programs_have_open(tmp_path: Path) -> None:
+    """A folder held open for half a second is waited for; for longer it is said, and nothing is lost or left."""
+    code = """import ctypes, os, stat, sys, threading
+from pathlib import Path
+from ovtq import io, system
+from ovtq.errors import InputError
+windows = ctypes.WinDLL("kernel32")
+windows.CreateFileW.restype = ctypes.c_void_p
+base = Path(sys.argv[1])
+def hold(path):
+    handle = windows.CreateFileW(str(path), 0x80000000, 1, None, 3, 0x02000000, None)  # shared with readers
+    assert handle not in (None, ctypes.c_void_p(-1).value)
+    return lambda: windows.CloseHandle(ctypes.c_void_p(handle))
+def convert():
+    with io.staged(base / "out") as folder:
+        (folder / "new").touch()
+convert()
+(base / "out" / "new").rename(base / "out" / "old")
+release = hold(base / "out")
+try:
+    convert()
+except InputError as error:
+    print(error)
+print(os.listdir(base), os.listdir(base / "out"))
+threading.Timer(0.5, release).start()
+convert()
+print(os.listdir(base), os.listdir(base / "out"))
+(base / "gone" / "sub").mkdir(parents=True)
+(base / "gone" / "sub" / "file").touch()
+os.chmod(base / "gone" / "sub" / "file", stat.S_IREAD)
+release = hold(base / "gone" / "sub" / "file")
+print(system.remove(base / "gone"))
+release()
+print(system.remove(base / "gone"), os.listdir(base))"""
+    said = python(code, tmp_path).stdout.splitlines()
+    assert re.fullmatch(r"Z:.*: can't write there \(in use by another program, or not allowed; close .*\)", said[0])
+    assert said[1:] == ["['out'] ['old']", "['out'] ['new']", "False", "True ['out']"]
 
 
 # ------------------------------------------------------------------------------------------ the demo
