@@ -184,7 +184,7 @@ HELDOUT = ROOT / "tests" / "data" / "heldout.txt"
 
 @pytest.mark.slow
 def test_evaluations_agree(made: Callable[[str], Path], convert: Callable[..., Path], tmp_path: Path) -> None:
-    """Either system's ovtq-eval accepts what the other converted, verifies it, and finds the same; nothing in %TEMP%."""
+    """Either system's ovtq-eval takes what the other converted, verifies it, and finds the same; %TEMP% stays empty."""
     here = Path(shutil.copytree(convert(MINI, "--preset", "k6v4", "--target", "cpu"), tmp_path / "linux"))
     there = Path(shutil.copytree(made("k6v4"), tmp_path / "windows"))
     figures, page, temp = tmp_path / "eval.json", tmp_path / "eval.html", tmp_path / "temp"
