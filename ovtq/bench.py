@@ -32,7 +32,7 @@ import numpy as np
 import openvino as ov
 from rich.console import Console
 
-from ovtq import __version__, io, report
+from ovtq import __version__, io, report, system
 from ovtq.bench_tables import show_contexts, show_prefills, show_prompts
 from ovtq.candidates import Candidate, parse
 from ovtq.command import Out, Parser, listed, phase, positive, progress, run, tokens
@@ -320,7 +320,6 @@ def _spread(values: np.ndarray) -> dict[str, float]:
 
 
 def _machine(device: str) -> dict[str, Any]:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     core = ov.Core()
-    found = {"cpu": core.get_property("CPU", "FULL_DEVICE_NAME"), "cores": os.cpu_count(), "ram": memory}
+    found = {"cpu": core.get_property("CPU", "FULL_DEVICE_NAME"), "cores": os.cpu_count(), "ram": system.memory()}
     return found | {"device": core.get_property(device, "FULL_DEVICE_NAME"), "read": read_bandwidth()}

@@ -4,49 +4,55 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
+
+from ovtq import signals, system
 
 
 def convert() -> int:
     """`ovtq-convert`."""
-    return _command("convert", "interrupted; nothing was written")
+    return run_command("convert", "interrupted; nothing was written")
 
 
 def inspect() -> int:
     """`ovtq-inspect`."""
-    return _command("inspect")
+    return run_command("inspect")
 
 
 def evaluate() -> int:
     """`ovtq-eval`."""
-    return _command("evaluate", name="eval")
+    return run_command("evaluate", name="eval")
 
 
 def bench() -> int:
     """`ovtq-bench`."""
-    return _command("bench")
+    return run_command("bench")
 
 
 def infer() -> int:
     """`ovtq-infer`."""
-    return _command("infer")
+    return run_command("infer")
 
 
 def report() -> int:
     """`ovtq-report`."""
-    return _command("report")
+    return run_command("report")
 
 
-def _command(module: str, interrupted: str = "interrupted", name: str | None = None) -> int:
-    # KeyboardInterrupt even where SIGINT is ignored, as in what a script runs in the background
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a pipe that takes ASCII only still gets the text
+def run_command(module: str, interrupted: str = "interrupted", name: str | None = None) -> int:
+    """Exit code of `ovtq.MODULE.main()`, with signals and streams as the commands need them."""
+    signals.interrupt()
+    system.use_utf8()
     try:
-        code = importlib.import_module(f"ovtq.{module}").main()
+        try:
+            code = importlib.import_module(f"ovtq.{module}").main()
+        except SystemExit as end:  # --help, --version
+            code = int(end.code or 0)
+        if code:
+            signals.ignore()
         sys.stdout.flush()
     except KeyboardInterrupt:
+        signals.ignore()
         print(f"ovtq-{name or module}: {interrupted}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as `head`, has seen enough

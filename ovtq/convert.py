@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import hashlib
 import json
 import platform
 import sys
@@ -188,7 +187,7 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             "target": target,
             "state_bytes": {"before": before, "after": _memory(model, target, _most(steps))},
             "paged_attention": all(item.paged_attention for item in passes),
-            "source": {"xml_sha256": _sha256(source), "bin_bytes": weights},
+            "source": {"xml_sha256": io.text_sha256(source), "bin_bytes": weights},
             "versions": {"openvino": ov.__version__, "python": platform.python_version()},
             "verified": None,
         }
@@ -243,7 +242,7 @@ def _write(
                 }
             written.wait()
             tick()
-        (folder / io.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (folder / io.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8", newline="\n")
         _write_json(options, record)
 
 
@@ -297,10 +296,6 @@ def _memory(model: ov.Model, target: str, most: int | None = None) -> dict[str, 
 
 def _layer(layer: AttentionLayer) -> dict[str, Any]:
     return {name: getattr(layer, name) for name in ("index", "window", "query_heads", "kv_heads", "head_dim")}
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _names(passes: Sequence[Pass]) -> str:

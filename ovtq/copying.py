@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import mmap
-import os
-import tempfile
 from collections import deque
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from threading import Condition, Thread
+from threading import Condition, Event, Thread
 
-FICLONE = 0x40049409  # linux/fs.h
+from ovtq import system
+
 ALIGNED = 4096  # what direct reads and writes start and end at
 BLOCK = 1 << 22  # bytes copied at a time
 WORKERS = 4  # blocks in flight
-CACHED = getattr(os, "RWF_NOWAIT", None)  # a Python built for an old glibc lacks it
-MEMORY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-NO_CLONES = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS)
+TURN = 0.2  # seconds after which who waits looks up: on Windows no signal wakes a thread that waits for another
 
 
 class Copy:
@@ -28,27 +23,31 @@ class Copy:
     `how` is `reflink` where the file system shares blocks until they are written (btrfs, XFS: FICLONE): then all is
     there at once. Else it is `copy`, and what was not copied yet reads as zeros: `start`, then `wait`. Blocks that the
     page cache holds come from there; all are written past it, for it would have to find room for every page, and the
-    others read so, too, but where that is refused.
+    others read so, too, but where that is refused. Where a file that is written can't be read (Windows), the system
+    copies it in one go, and who waits for any place waits for all.
     """
 
     def __init__(self, source: Path, target: Path) -> None:
         self.source, self.target, self.size = source, target, source.stat().st_size
         self._todo: deque[int] = deque()  # where blocks start, those in flight not among them
         self._left: set[int] = set()
-        self._change, self._error, self._threads = Condition(), None, []
+        self._change, self._threads = Condition(), []
+        self._error: Exception | None = None
+        self._stop = Event()
+        self._direct = bool(system.DIRECT)
         with source.open("rb") as read, target.open("xb") as made:
-            if _share(read.fileno(), made.fileno()):
+            if system.clone(read.fileno(), made.fileno()):
                 self.how = "reflink"
                 return
             self.how = "copy"
             made.truncate(self.size)
         self._todo.extend(range(0, self.size, BLOCK))
         self._left.update(self._todo)
-        self._direct = True
 
     def start(self) -> None:
         """Begin to copy."""
-        self._threads = [Thread(target=self._work, daemon=True) for _ in range(WORKERS if self._todo else 0)]
+        work = [self._blocks] * WORKERS if system.SHARES_OPEN_FILES else [self._whole]
+        self._threads = [Thread(target=self._told, args=(one,), daemon=True) for one in work if self._todo]
         for thread in self._threads:
             thread.start()
 
@@ -65,7 +64,8 @@ class Copy:
                 }
                 wanted &= touched
                 self._todo = deque(sorted(self._todo, key=lambda block: (block not in wanted, block)))
-            self._change.wait_for(lambda: self._error or not wanted & self._left)
+            while not self._change.wait_for(lambda: self._error or not wanted & self._left, TURN):
+                pass
             if self._error:
                 raise self._error
 
@@ -73,21 +73,31 @@ class Copy:
         """Copy nothing more; returns when no thread writes any longer."""
         with self._change:
             self._todo.clear()
+            self._stop.set()
         for thread in self._threads:
             thread.join()
 
-    def _work(self) -> None:
+    def _told(self, work: Callable[[], None]) -> None:
         try:
-            with mmap.mmap(-1, BLOCK, MEMORY) as buffer:  # starts a page; one for all blocks, or each would be zeroed
-                while (block := self._next()) is not None:
-                    self._copy(buffer, block)
-                    with self._change:
-                        self._left.discard(block)
-                        self._change.notify_all()
+            work()
         except Exception as error:  # whatever it is, whoever waits must be told
             with self._change:
                 self._error = self._error or error
                 self._change.notify_all()
+
+    def _whole(self) -> None:
+        system.copy_whole(self.source, self.target, self._stop)
+        with self._change:
+            self._left.clear()
+            self._change.notify_all()
+
+    def _blocks(self) -> None:
+        with system.pages(BLOCK) as buffer:  # one for all blocks, or each would be zeroed
+            while (block := self._next()) is not None:
+                self._copy(buffer, block)
+                with self._change:
+                    self._left.discard(block)
+                    self._change.notify_all()
 
     def _next(self) -> int | None:
         with self._change:
@@ -98,7 +108,7 @@ class Copy:
         whole = size // ALIGNED * ALIGNED
         if self._direct and whole:
             try:
-                self._move(buffer, start, whole, os.O_DIRECT)
+                self._move(buffer, start, whole, system.DIRECT)
                 done = whole
             except OSError as error:
                 if error.errno != errno.EINVAL:
@@ -109,51 +119,6 @@ class Copy:
 
     def _move(self, buffer: mmap.mmap, start: int, size: int, flag: int) -> None:
         with memoryview(buffer)[:size] as view:
-            if not self._cached(view, start):
-                with _opened(self.source, os.O_RDONLY | flag) as read:
-                    if os.preadv(read, [view], start) != size:
-                        raise OSError(errno.EIO, "a block was cut off", str(self.source))
-            with _opened(self.target, os.O_WRONLY | flag) as made:
-                if os.pwrite(made, view, start) != size:
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.target))
-
-    def _cached(self, view: memoryview, start: int) -> bool:
-        """Whether the page cache had it all: a model just exported or downloaded is there, and the disk is spared."""
-        if CACHED is None:
-            return False
-        with _opened(self.source, os.O_RDONLY) as read:
-            try:
-                return os.preadv(read, [view], start, CACHED) == len(view)
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
-                return False
-
-
-@contextmanager
-def _opened(path: Path, flags: int) -> Iterator[int]:
-    file = os.open(path, flags)
-    try:
-        yield file
-    finally:
-        os.close(file)
-
-
-def can_reflink(source: Path, folder: Path) -> bool:
-    """Whether a clone of `source` in `folder` takes no room; tried with a file that is removed at once."""
-    with source.open("rb") as read, tempfile.TemporaryFile(dir=folder) as made:
-        try:
-            return _share(read.fileno(), made.fileno())
-        except OSError:
-            return False
-
-
-def _share(read: int, made: int) -> bool:
-    """Whether the file `made` now is a clone of `read`."""
-    try:
-        fcntl.ioctl(made, FICLONE, read)
-    except OSError as error:
-        if error.errno not in NO_CLONES:
-            raise
-        return False
-    return True
+            if not system.read_cached(self.source, view, start):
+                system.read_at(self.source, view, start, flag)
+            system.write_at(self.target, view, start, flag)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import shutil
 import tempfile
 import weakref
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ovtq import system
 from ovtq.candidates import Subject
 from ovtq.errors import InputError
 from ovtq.text import Tokenizer
@@ -61,7 +61,7 @@ def chunks(subject: Subject, text: Text, chunk: int) -> Iterator[tuple[int, int,
 class Reference:
     """The reference's logits of a text, in a file that vanishes: those of a large vocabulary are gigabytes.
 
-    Another process to which it is sent reads the same file, as long as this one lives (Linux).
+    Another process to which it is sent reads the same file, as long as this one lives.
     """
 
     def __init__(self, subject: Subject, text: Text, chunk: int, tick: Callable[[], None]) -> None:
@@ -70,7 +70,7 @@ class Reference:
         if shutil.disk_usage(folder).free < needed + (64 << 20):
             raise InputError(f"{folder}: no space for the reference's logits ({needed >> 20} MiB); set TMPDIR")
         self.text = text
-        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  as long as this object
+        self.file = system.scratch(folder)
         weakref.finalize(self, self.file.close)
         self.logits = np.memmap(self.file, np.float32, "w+", shape=(*text.ids.shape, subject.vocabulary))
         for row, start, logits in chunks(subject, text, chunk):
@@ -78,11 +78,12 @@ class Reference:
             tick()
 
     def __getstate__(self) -> dict[str, Any]:
-        name = f"/proc/{os.getpid()}/fd/{self.file.fileno()}"
-        return {"text": self.text, "name": name, "shape": self.logits.shape}
+        return {"text": self.text, "name": system.scratch_name(self.file), "shape": self.logits.shape}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.text, self.logits = state["text"], np.memmap(state["name"], np.float32, "r", shape=state["shape"])
+        self.text = state["text"]
+        with system.open_scratch(state["name"]) as file:
+            self.logits = np.memmap(file, np.float32, "r", shape=state["shape"])
 
     def compare(self, subject: Subject, chunk: int, tick: Callable[[], None], name: str) -> dict[str, Any]:
         """KLD = Σ p·(log p − log q) in nats, p the reference's distribution and q the subject's, and what goes with it.

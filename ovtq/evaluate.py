@@ -20,11 +20,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import hashlib
 import json
 import math
 import multiprocessing
-import os
 import platform
 import signal
 from collections.abc import Iterator, Sequence
@@ -37,7 +35,7 @@ import openvino as ov
 from rich.console import Console
 from rich.progress import Progress
 
-from ovtq import __version__, io, needles, report
+from ovtq import __version__, io, needles, report, system
 from ovtq.candidates import Candidate, Subject, as_hosts_load, look, open_candidate, parse
 from ovtq.command import Out, Parser, listed, phase, positive, progress, run
 from ovtq.divergence import Reference, cut
@@ -178,7 +176,7 @@ class Evaluation:
             "model": str(options.model_dir),
             "device": options.device,
             "text": str(options.text),
-            "text_sha256": _sha256(options.text),
+            "text_sha256": io.text_sha256(options.text),
             "windows": len(self.text.ids),
             "window": options.window,
             "chunk": options.chunk,
@@ -251,7 +249,7 @@ class Evaluation:
         """Of the plugin: f32 everywhere; of several processes each has its share of the cores, and none of its own."""
         if self.options.jobs == 1:
             return EXACT_PROPERTIES
-        share = max(len(os.sched_getaffinity(0)) // self.options.jobs, 1)
+        share = max(system.processors() // self.options.jobs, 1)
         return {**EXACT_PROPERTIES, "INFERENCE_NUM_THREADS": str(share), "ENABLE_CPU_PINNING": "NO"}
 
     def _asked(
@@ -337,7 +335,7 @@ def _check(options: argparse.Namespace, candidates: Sequence[Candidate]) -> None
         record = candidate.folder / io.RECORD
         if record.is_file() and passes_of(candidate.folder):
             told = json.loads(record.read_text(encoding="utf-8")).get("source", {}).get("xml_sha256")
-            if told not in (None, _sha256(io.model_xml(options.model_dir))):
+            if told not in (None, io.text_sha256(io.model_xml(options.model_dir))):
                 raise InputError(f"{candidate.folder}: not made of {options.model_dir} but of another model")
 
 
@@ -360,11 +358,7 @@ def _lossless(candidate: Candidate) -> bool:
 
 def _fingerprint(candidate: Candidate) -> str:
     weights = candidate.xml.with_suffix(".bin").stat()
-    return f"{_sha256(candidate.xml)}/{weights.st_size}/{weights.st_mtime_ns}"
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return f"{io.text_sha256(candidate.xml)}/{weights.st_size}/{weights.st_mtime_ns}"
 
 
 def _kept(options: argparse.Namespace, results: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
+import gc
 import glob
+import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
-import signal
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
 import openvino as ov
 
-from ovtq import copying, weights
+from ovtq import signals, system, weights
 from ovtq.errors import InputError
 
 MODEL = "openvino_model"
 RECORD = "ovtq.json"
 STAMP = "ovtq"  # the key in an IR's rt_info
-STAGING = ".ovtq-staging"  # marks a folder that is being written
+REFUSALS = (RuntimeError, UnicodeDecodeError)  # of OpenVINO, whose text may name a path as no UTF-8 (Windows)
+LONGEST = 150  # characters of OUT_DIR's name that the names beside it begin with; file systems allow 255 bytes
 
 
 def model_xml(model_dir: Path) -> Path:
     """The model's XML in a folder, with its .bin beside it. Raises InputError if something is not there or cut off."""
+    model_dir = system.long_path(model_dir)
     if not model_dir.is_dir():
         raise InputError(f"{model_dir}: no such folder")
     xml = model_dir / f"{MODEL}.xml"
@@ -74,13 +76,18 @@ def load(model_dir: Path) -> ov.Model:
     xml = model_xml(model_dir)
     try:
         return ov.Core().read_model(xml)
-    except RuntimeError as error:
+    except REFUSALS as error:
         raise InputError(f"{xml}: OpenVINO can't read it ({last_line(error)})") from None
+
+
+def text_sha256(path: Path) -> str:
+    """SHA-256 of a text, however its lines end: Windows' OpenVINO ends those of an IR's XML with CR LF."""
+    return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
 
 
 def load_config(model_dir: Path, name: str = "config.json") -> dict[str, Any]:
     """config.json of a folder, or another such file. Raises InputError if it is missing or no JSON object."""
-    path = model_dir / name
+    path = system.long_path(model_dir) / name
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -120,9 +127,10 @@ def refuse_mismatch(xml: Path) -> None:
 
 def check_output(model_dir: Path, out_dir: Path, force: bool) -> None:
     """Raise InputError if `out_dir` can't take the result."""
-    source, target = model_dir.resolve(), out_dir.resolve()
+    source, target = system.resolved(model_dir), system.resolved(out_dir)
     if source == target or source in target.parents or target in source.parents:
         raise InputError(f"{out_dir}: must not be the model's folder, inside it or around it; choose another")
+    target = system.long_path(target)
     if target.is_dir() and any(target.iterdir()):
         if not force:
             raise InputError(f"{out_dir}: not empty; --force replaces it")
@@ -137,7 +145,7 @@ def check_output(model_dir: Path, out_dir: Path, force: bool) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"{parent}: can't be written to")
     needed = sum(path.stat().st_size for path in files_of(model_dir)) + (1 << 20)
-    if copying.can_reflink(model_xml(model_dir).with_suffix(".bin"), parent):
+    if system.can_clone(model_xml(model_dir).with_suffix(".bin"), parent):
         needed -= model_xml(model_dir).with_suffix(".bin").stat().st_size
     free = shutil.disk_usage(parent).free
     if free < needed:
@@ -146,22 +154,22 @@ def check_output(model_dir: Path, out_dir: Path, force: bool) -> None:
 
 def check_json(path: Path, model_dir: Path, out_dir: Path | None) -> None:
     """Raise InputError if a record can't or must not be written to `path`."""
-    target = path.resolve()
+    target = system.resolved(path)
     if not target.parent.is_dir() or target.is_dir() or not os.access(target.parent, os.W_OK):
         raise InputError(f"--json {path}: no such folder, or not a file that can be written")
     for folder in filter(None, (model_dir, out_dir)):
-        if folder.resolve() in target.parents:
+        if system.resolved(folder) in target.parents:
             raise InputError(f"--json {path}: must not be inside {folder}")
 
 
 def files_of(model_dir: Path) -> list[Path]:
     """All files of a folder, at any depth, behind links too; but not of version control, download or model caches."""
-    found, seen, todo = [], set(), [model_dir]
+    found, seen, todo = [], set(), [system.long_path(model_dir)]
     while todo:
         folder = todo.pop()
-        if folder.resolve() in seen:
+        if system.resolved(folder) in seen:
             continue
-        seen.add(folder.resolve())
+        seen.add(system.resolved(folder))
         for path in folder.iterdir():
             if not path.is_dir():
                 found.append(path)
@@ -174,85 +182,88 @@ def files_of(model_dir: Path) -> list[Path]:
 def staged(out_dir: Path) -> Iterator[Path]:
     """A temporary folder beside `out_dir` that takes its place when the block ends well and vanishes otherwise.
 
-    Raises InputError if the system does not let it be written.
+    Whatever maps its files must be gone by the end of the block, or Windows can't rename it. Raises InputError if the
+    system does not let it be written.
     """
-    target = out_dir.resolve()
+    target = system.long_path(system.resolved(out_dir))
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _tidy_up(target)
-        folder = Path(tempfile.mkdtemp(prefix=_prefix(target), dir=target.parent))
-        folder.chmod(0o777 & ~_umask())
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            (folder / STAGING).touch()
-            yield folder
-            (folder / STAGING).unlink()
-            _swap(folder, target)
-        finally:
-            os.close(lock)
-            shutil.rmtree(folder, ignore_errors=True)
+        with signals.Held() as held:
+            place = _Place(target)
+            try:
+                place.make()
+                with held.let_through():
+                    yield place.folder
+                gc.collect()
+                place.swap()
+                held.done()
+            except BaseException as error:
+                signals.forget(error)
+                raise
+            finally:
+                place.leave()
     except OSError as error:
-        reason = "no space left" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise InputError(f"{target.parent}: can't write there ({reason})") from None
+        raise InputError(f"{target.parent}: can't write there ({system.reason(error)})") from None
 
 
-def _swap(folder: Path, target: Path) -> None:
-    """Put `folder` in the place of `target`, which is whole under another name until the new one is there."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    old = folder.with_name(f"{folder.name}.old")
-    try:
-        if target.exists():
-            target.rename(old)
-        try:
-            folder.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
-        if old.exists():
-            _remove(old)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+class _Place:
+    """The names beside an OUT_DIR that one run takes: a folder to write in, an old result set aside, and their lock.
+
+    The lock file is there before the others and goes after them, so that a later run can tell what a killed one left.
+    """
+
+    def __init__(self, target: Path, lock: Path | None = None) -> None:
+        """New names; or those that belong to a lock file that is there."""
+        self.target = target
+        stem = lock.name.removesuffix(".lock") if lock else f"{_prefix(target)}{secrets.token_hex(4)}"
+        self.folder = target.with_name(stem)
+        self.old, self.gone = target.with_name(f"{stem}.old"), target.with_name(f"{stem}.gone")
+        self._lock: system.Lock | None = None
+
+    def take(self) -> None:
+        """Take the lock. Raises BlockingIOError if another run has it."""
+        self._lock = system.Lock(self.folder.with_name(f"{self.folder.name}.lock"))
+
+    def make(self) -> None:
+        """Tidy up after other runs, and make the folder. Raises OSError."""
+        self.target.parent.mkdir(parents=True, exist_ok=True)
+        _tidy_up(self.target)
+        self.take()
+        self.folder.mkdir()
+
+    def swap(self) -> None:
+        """Put the folder in the place of OUT_DIR, which is whole under another name until the new one is there."""
+        if self.target.exists():
+            system.rename(self.target, self.old)
+        system.rename(self.folder, self.target)
+
+    def leave(self) -> None:
+        """Remove what is left under these names, the lock last; an old result goes back if nothing took its place."""
+        if self._lock is None:
+            return
+        if self.old.exists():
+            with suppress(OSError):
+                # a name of its own, so that no half of it can be taken for the whole
+                system.rename(self.old, self.gone if self.target.exists() else self.target)
+        left = [path for path in (self.folder, self.gone) if path.exists() and not system.remove(path)]
+        self._lock.release(keep=bool(left) or self.old.exists())
+        self._lock = None
 
 
 def _tidy_up(target: Path) -> None:
-    """What killed runs left: an old result set aside is put back if nothing took its place, the rest removed."""
-    for path in target.parent.glob(f"{glob.escape(_prefix(target))}*"):
-        if path.name.endswith(".old") and (path / RECORD).is_file():
-            if target.exists():
-                _remove(path)
-            else:
-                path.rename(target)
-        elif path.name.endswith(".gone") or ((path / STAGING).is_file() and not _locked(path)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _remove(path: Path) -> None:
-    """Remove a result, first taking away its name, so that no half of it can be taken for the whole."""
-    gone = path.rename(path.with_name(f"{path.name}.gone"))
-    shutil.rmtree(gone, ignore_errors=True)
-
-
-def _locked(folder: Path) -> bool:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(handle)
-    return False
+    """What killed runs left is removed; an old result that they set aside is put back if nothing took its place."""
+    for path in target.parent.glob(f"{glob.escape(_prefix(target))}*.lock"):
+        if re.fullmatch(r"[0-9a-f]{8}\.lock", path.name.removeprefix(_prefix(target))):
+            place = _Place(target, path)
+            with suppress(OSError):  # it is at work, or another user's
+                place.take()
+                place.leave()
 
 
 def _prefix(target: Path) -> str:
-    return f".{target.name}.ovtq-"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    name = target.name
+    if len(os.fsencode(name)) > LONGEST:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
+    return f".{name}.ovtq-"
 
 
 @contextmanager
@@ -276,7 +287,7 @@ def saving(model: ov.Model, folder: Path, source: Path) -> Iterator[weights.Writ
 def _to(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, RuntimeError, InputError) as error:
+    except (OSError, *REFUSALS, InputError) as error:
         free = shutil.disk_usage(folder).free >> 20
         raise InputError(
             f"{folder.parent}: the model could not be written ({last_line(error)}; {free} MiB free)"
@@ -285,6 +296,7 @@ def _to(folder: Path) -> Iterator[None]:
 
 def copy_rest(model_dir: Path, folder: Path) -> None:
     """Copy everything of a model folder but the IR and the record: tokenizers, configurations, whatever there is."""
+    model_dir = system.long_path(model_dir)
     for path in files_of(model_dir):
         name = path.relative_to(model_dir)
         if str(name) not in (f"{MODEL}.xml", f"{MODEL}.bin", RECORD):

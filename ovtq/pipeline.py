@@ -7,6 +7,7 @@ IR dir ─ io.load ─► ov.Model ─ models.describe ─► description
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -198,7 +199,9 @@ def parse_passes(text: str) -> tuple[Pass, ...]:
     """Passes from `name[:option=value]*[,name…]`, such as `decouple-length,truncate-window:slack=16`."""
     passes = []
     for part in filter(None, text.split(",")):
-        name, *settings = part.strip().split(":")
+        # a later colon parts only before NAME=: values such as C:\… and first:1 have their own
+        name, colon, rest = part.strip().partition(":")
+        settings = re.split(r":(?=[\w-]+=)", rest) if colon else []
         if name not in PASSES:
             raise InputError(f"no pass is named {name!r}; there are {', '.join(PASSES)}")
         passes.append(PASSES[name].parse(dict(_setting(setting) for setting in settings)))

@@ -10,7 +10,7 @@ import openvino as ov
 
 from ovtq.errors import InputError
 from ovtq.graph import PAST
-from ovtq.io import last_line, refuse_mismatch, stamp_of
+from ovtq.io import REFUSALS, last_line, refuse_mismatch, stamp_of
 
 # f32 everywhere, so that what remains is rounding: no f16 inference, no compressed cache, no quantised activations.
 EXACT_PROPERTIES = {
@@ -50,7 +50,7 @@ class Runner:
             refuse_mismatch(model)
         try:
             self.request = ov.Core().compile_model(model, device, dict(properties or {})).create_infer_request()
-        except RuntimeError as error:
+        except REFUSALS as error:
             name = model.get_friendly_name() if isinstance(model, ov.Model) else model
             raise InputError(f"{name}: {device} does not compile it ({last_line(error)})") from None
         self.model, self.device = model, device

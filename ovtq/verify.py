@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import gc
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from ovtq.passes.check_call import REFUSAL
 from ovtq.routers import undecided, with_routers
 from ovtq.runner import EXACT_PROPERTIES, Runner
 from ovtq.schedule import Call, calls_for
+from ovtq.system import trim_memory
 
 ATTEMPTS = 5  # seeds
 TIES_UNSEEN = 0.02  # of the largest element, where the device does not show its codes: a code may be off by one
@@ -95,9 +95,9 @@ def play(
         visible = shown.astype(bool)
         if check:
             beams = np.asarray(call.beams or range(call.batch), np.int32)
-            _trim()
+            trim_memory()  # numpy and the plugin each keep what the other needs
             check.step(runner.request, shown, runner.mask, beams)
-            _trim()
+            trim_memory()
         usable = visible & (not tied)
         for index, experts in enumerate(chosen, start=1):
             router = runner.request.get_output_tensor(index).data
@@ -143,13 +143,6 @@ def _columns(vocabulary: int) -> np.ndarray | None:
     if vocabulary <= COLUMNS:
         return None
     return np.sort(np.random.RandomState(0).permutation(vocabulary)[:COLUMNS])
-
-
-def _trim() -> None:
-    """Give freed memory back where the C library (glibc) can: numpy and the plugin each keep what the other needs."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim:
-        trim(0)
 
 
 def compare(

@@ -2,14 +2,14 @@
 
 An IR has one .bin, and passes add constants to it. So it can't be a link to the original's, which must not change.
 Where the file system shares blocks, a clone costs nothing; elsewhere it is a copy, which goes on while the model is
-verified. `ov.save_model` would read and hash every weight instead, with all of them in memory.
+verified, if the system lets a file be read that is being written (Windows does not). `ov.save_model` would read and
+hash every weight instead, with all of them in memory.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,14 +17,17 @@ from pathlib import Path
 from xml.parsers import expat
 from xml.sax.saxutils import quoteattr
 
+import numpy as np
 import openvino as ov
 from openvino import Node
 from openvino import opset15 as op
 
+from ovtq import system
 from ovtq.copying import Copy
 
 STAND_IN = 4096  # bytes; shorter constants are appended, as if they were new
 ALIGNED = 4096  # where what is appended starts
+PROBED = 64  # bytes at either end of a constant that must be the file's at the place where it is said to lie
 TAG = re.compile(rb"""<[^<>"']*(?:"[^"]*"[^<>"']*|'[^']*'[^<>"']*)*>""")
 
 
@@ -54,10 +57,10 @@ class Written:
     def wait_for(self, model: ov.Model) -> None:
         """Until those are there that `model`, read from this IR, holds. Raises OSError if they can't be."""
         if self.copy:
-            spans = _mapped(self.weights)
+            span = _span(model, self.weights)
             constants = [node for node in model.get_ops() if node.get_type_name() == "Constant"]
-            places = [(_place(node, spans), node.get_byte_size()) for node in constants]
-            self.copy.wait([(offset, size) for offset, size in places if offset is not None])
+            places = [(_place(node, span), node.get_byte_size()) for node in constants]
+            self.copy.wait([(offset, size) for offset, size in places if offset is not None] if span else None)
 
 
 @contextmanager
@@ -68,7 +71,7 @@ def writing(model: ov.Model, xml: Path, source: Path) -> Iterator[Written]:
     what reads them waits for them, and whoever wants the whole file for all. Raises OSError or RuntimeError if the
     files can't be written, or are not the model's once read back.
     """
-    stood_in, kept = _with_stand_ins(model, _mapped(source))
+    stood_in, kept = _with_stand_ins(model, _read_span(model, source))
     weights = xml.with_suffix(".bin")
     if not kept:
         ov.save_model(model, xml, compress_to_fp16=False)
@@ -80,6 +83,8 @@ def writing(model: ov.Model, xml: Path, source: Path) -> Iterator[Written]:
         copy.start()
         text, new = _serialised(stood_in, xml.parent)
         xml.write_bytes(_point_at(text, kept, start))
+        if not system.SHARES_OPEN_FILES:
+            copy.wait()
         with weights.open("r+b") as file:
             file.truncate(start)
             file.seek(start)
@@ -92,35 +97,69 @@ def writing(model: ov.Model, xml: Path, source: Path) -> Iterator[Written]:
 
 def _serialised(model: ov.Model, folder: Path) -> tuple[bytes, bytes]:
     """The XML and the .bin of an IR."""
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+    with system.temporary(folder) as place:
         xml = Path(place) / "new.xml"
         ov.save_model(model, xml, compress_to_fp16=False)
-        return xml.read_bytes(), xml.with_suffix(".bin").read_bytes()
+        # on Windows OpenVINO ends lines as texts do there; the same model has the same bytes everywhere
+        return xml.read_bytes().replace(b"\r\n", b"\n"), xml.with_suffix(".bin").read_bytes()
 
 
-def _mapped(path: Path) -> list[tuple[int, int, int]]:
-    """Where a file is mapped in this process: first and last address, and the offset in the file of the first."""
-    status, found = path.stat(), []
-    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
-    for line in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines():
-        span, _, offset, on, inode, *_ = line.split(maxsplit=5)
-        if on == device and int(inode) == status.st_ino:
-            first, last = (int(part, 16) for part in span.split("-"))
-            found.append((first, last, int(offset, 16)))
-    return found
+def _span(model: ov.Model, path: Path) -> range | None:
+    """Where the .bin of an IR lies in memory, as `model`, read from it, sees it: addresses; None if it does not.
+
+    A constant's address less the offset that the XML gives it is where the file begins. Most constants must agree:
+    passes may have put others in the place of some.
+    """
+    offsets: dict[str, list[tuple[int, int]]] = {}
+    layers: list[dict[str, str]] = []
+
+    def begin(tag: str, found: dict[str, str]) -> None:
+        if tag == "data" and len(layers) == 3 and layers[-1].get("type") == "Const":  # of the model, not of a branch
+            offsets.setdefault(layers[-1]["name"], []).append((int(found["offset"]), int(found["size"])))
+        layers.append(found)
+
+    parser = expat.ParserCreate()
+    parser.StartElementHandler, parser.EndElementHandler = begin, lambda _: layers.pop()
+    parser.Parse(path.with_suffix(".xml").read_bytes(), True)
+    starts: Counter[int] = Counter()
+    for node in model.get_ops():
+        if node.get_type_name() == "Constant" and node.get_byte_size() >= STAND_IN:
+            for offset, size in offsets.get(node.get_friendly_name(), []):
+                if size == node.get_byte_size():
+                    starts[node.data.ctypes.data - offset] += 1
+    if not starts:
+        return None
+    (start, votes), *_ = starts.most_common(1)
+    return range(start, start + path.stat().st_size) if 2 * votes > starts.total() else None
 
 
-def _place(node: Node, spans: list[tuple[int, int, int]]) -> int | None:
-    """The offset of a constant's bytes in the mapped file; None if they lie elsewhere."""
+def _read_span(model: ov.Model, path: Path) -> range | None:
+    """`_span` of a file that holds all its bytes already, which those in memory must be."""
+    span = _span(model, path)
+    if span is None:
+        return None
+    with path.open("rb") as file:
+        for node in model.get_ops():
+            place = _place(node, span) if node.get_type_name() == "Constant" else None
+            if place is not None:
+                data, size = node.data.reshape(-1).view(np.uint8), node.get_byte_size()
+                for start in {0, max(size - PROBED, 0)}:
+                    file.seek(place + start)
+                    if file.read(min(PROBED, size)) != data[start : start + PROBED].tobytes():
+                        return None
+    return span
+
+
+def _place(node: Node, span: range | None) -> int | None:
+    """The offset of a constant's bytes in the file that lies at `span`; None if they lie elsewhere."""
     address = node.data.ctypes.data
-    for first, last, offset in spans:
-        if first <= address and address + node.get_byte_size() <= last:
-            return address - first + offset
-    return None
+    if span is None or address < span.start or address + node.get_byte_size() > span.stop:
+        return None
+    return address - span.start
 
 
-def _with_stand_ins(model: ov.Model, spans: list[tuple[int, int, int]]) -> tuple[ov.Model, dict[str, Kept]]:
-    """A copy of `model` with inputs in the place of constants that lie in the mapped file, and these by name.
+def _with_stand_ins(model: ov.Model, span: range | None) -> tuple[ov.Model, dict[str, Kept]]:
+    """A copy of `model` with inputs in the place of constants that lie in the file at `span`, and these by name.
 
     What the writer does not see it does not read. A name that two nodes have stands for neither.
     """
@@ -131,7 +170,7 @@ def _with_stand_ins(model: ov.Model, spans: list[tuple[int, int, int]]) -> tuple
     for node in copy.get_ops():
         if node.get_type_name() != "Constant" or node.get_byte_size() < STAND_IN:
             continue
-        place, name = _place(node, spans), node.get_friendly_name()
+        place, name = _place(node, span), node.get_friendly_name()
         if place is None or name not in once:
             continue
         stand_in = op.parameter(node.get_output_shape(0), node.get_element_type())
@@ -180,7 +219,7 @@ def _point_at(xml: bytes, kept: Mapping[str, Kept], start: int) -> bytes:
 def _check(model: ov.Model, xml: Path, kept: Mapping[str, Kept]) -> None:
     """Raise RuntimeError if the constants of the written file are not those of `model`; weights by their place."""
     written = ov.Core().read_model(xml)
-    spans = _mapped(xml.with_suffix(".bin"))
+    span = _span(written, xml.with_suffix(".bin"))
     inputs = [[port.get_any_name() for port in some.inputs] for some in (model, written)]
     found = {node.get_friendly_name(): node for node in written.get_ops() if node.get_type_name() == "Constant"}
     if inputs[0] != inputs[1] or len(model.get_ops()) != len(written.get_ops()):
@@ -192,7 +231,7 @@ def _check(model: ov.Model, xml: Path, kept: Mapping[str, Kept]) -> None:
         other = found.get(name)
         same = other is not None and node.get_element_type() == other.get_element_type()
         if same and name in kept:
-            same = _place(other, spans) == kept[name].offset and other.get_byte_size() == kept[name].size
+            same = _place(other, span) == kept[name].offset and other.get_byte_size() == kept[name].size
         elif same:
             same = node.data.tobytes() == other.data.tobytes()
         if not same or node.get_output_shape(0) != other.get_output_shape(0):

@@ -11,7 +11,6 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from ovtq.errors import InputError, OvtqError
 from ovtq.io import last_line
 from ovtq.pruning import counted
 from ovtq.runner import Runner
+from ovtq.system import peak, reset_peak
 
 THROUGH = ("openvino", "genai", "optimum")
 FAILURES = (OvtqError, RuntimeError, OSError, ImportError, ValueError)  # of a candidate: said in one line
@@ -258,18 +258,3 @@ def _plain(candidate: Candidate, through: str) -> None:
 
 
 RUNTIMES = {"openvino": Bare, "genai": GenAI, "optimum": Optimum}
-
-
-def reset_peak() -> None:
-    """Let the kernel forget this process's peak of resident memory (Linux; elsewhere nothing happens)."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak() -> int | None:
-    """This process's peak of resident memory since then, in bytes; None where it can't be told."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return None

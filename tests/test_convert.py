@@ -440,7 +440,7 @@ def test_kill_leaves_no_half_result_and_the_next_run_cleans_up(tmp_path: Path) -
     before = fingerprint(out)
     assert _interrupted(out, signal.SIGKILL, "--force").returncode == -signal.SIGKILL
     assert fingerprint(out) == before
-    assert len(os.listdir(tmp_path)) == 2  # the killed run's temporary folder
+    assert len(os.listdir(tmp_path)) == 3  # the killed run's temporary folder and its lock
     assert main([str(TINY["5.5"]), str(out), "--force", "--preset", "rotate"]) == 0
     assert os.listdir(tmp_path) == ["out"]
 
@@ -449,7 +449,8 @@ def test_a_run_killed_between_its_renames_is_repaired(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert main([str(TINY["5.5"]), str(out)]) == 0
     before = fingerprint(out)
-    out.rename(tmp_path / ".out.ovtq-x.old")
+    out.rename(tmp_path / ".out.ovtq-0123cdef.old")
+    (tmp_path / ".out.ovtq-0123cdef.lock").touch()
     with pytest.raises(KeyboardInterrupt), io.staged(out):
         raise KeyboardInterrupt
     assert fingerprint(out) == before

@@ -18,6 +18,7 @@ import ovtq
 PACKAGES = ("ovtq", "passes", "models")
 # Who may import whom: a module only from layers to its right.
 LAYERS = [
+    {"ovtq.demo"},
     {"ovtq.cli"},
     {"ovtq.convert", "ovtq.inspect", "ovtq.evaluate", "ovtq.bench", "ovtq.infer"},
     {"ovtq.inspect_tables", "ovtq.bench_tables", "ovtq.evaluate_tables"},
@@ -43,6 +44,7 @@ LAYERS = [
     {"ovtq.rotation"},
     {"ovtq.errors", "ovtq.weights", "ovtq.roofline", "ovtq"},
     {"ovtq.copying"},
+    {"ovtq.system", "ovtq.signals"},
 ]
 
 

@@ -18,7 +18,7 @@ import pytest
 from conftest import MINI, TINY, load
 
 import ovtq.extent
-from ovtq import copying, io, pipeline, verify, weights
+from ovtq import copying, io, pipeline, system, verify, weights
 from ovtq.convert import main
 from ovtq.runner import EXACT_PROPERTIES, Runner
 
@@ -113,12 +113,12 @@ def test_blocks_come_from_the_page_cache_or_the_disk(how: str, monkeypatch: pyte
 
     monkeypatch.setattr(os, "preadv", reads)
     if how == "unknown":
-        monkeypatch.setattr(copying, "CACHED", None)
+        monkeypatch.setattr(system, "CACHED", None)
     assert _copied(source, tmp_path / "b") == "copy"
     assert (tmp_path / "b").read_bytes() == data
     if how in ("refused", "unknown"):
         assert cached == [False] * 9
-    elif how == "cached" and copying.CACHED is not None:
+    elif how == "cached" and system.CACHED is not None:
         assert sum(cached) == 9
 
 
@@ -137,7 +137,7 @@ def test_direct_writes_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def _no_reflink(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(copying, "_share", lambda read, made: False)
+    monkeypatch.setattr(system, "clone", lambda read, made: False)
 
 
 def test_what_is_waited_for_comes_next(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -237,15 +237,15 @@ def test_shared_blocks_need_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     """The call that shares blocks is stood in for by one that copies: file systems that have it are not everywhere."""
 
     def shares(made: int, request: int, read: int) -> None:
-        assert request == copying.FICLONE
+        assert request == system.FICLONE
         os.lseek(read, 0, os.SEEK_SET)
         while block := os.read(read, 1 << 20):
             os.write(made, block)
 
-    assert copying.can_reflink(MINI / "openvino_model.bin", tmp_path) in (True, False)
+    assert system.can_clone(MINI / "openvino_model.bin", tmp_path) in (True, False)
     real = fcntl.ioctl
-    monkeypatch.setattr(fcntl, "ioctl", lambda *a: shares(*a) if a[1] == copying.FICLONE else real(*a))
-    assert copying.can_reflink(MINI / "openvino_model.bin", tmp_path)
+    monkeypatch.setattr(fcntl, "ioctl", lambda *a: shares(*a) if a[1] == system.FICLONE else real(*a))
+    assert system.can_clone(MINI / "openvino_model.bin", tmp_path)
     assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--preset", "exact"]) == 0
     assert '"weights": "reflink"' in (tmp_path / "out" / io.RECORD).read_text()
 

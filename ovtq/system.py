@@ -1,0 +1,350 @@
+"""What operating systems do each in their own way: streams, locks, files that are open, memory, processors.
+
+Nothing else in the package asks which system it runs on. Linux and Windows are known; elsewhere what is missing is done
+without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import io
+import mmap
+import os
+import shutil
+import stat
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import filelock
+import psutil
+
+if sys.platform == "win32":
+    from ctypes import wintypes
+else:
+    import fcntl
+
+WINDOWS = sys.platform == "win32"
+# Whether a file can be read while it is written, and renamed or removed while it is mapped.
+SHARES_OPEN_FILES = not WINDOWS
+TRIES, PAUSE = 10, 0.1  # of what another program may hold up for a moment: scanners and indexers open what is new
+HELD = (5, 32, 33)  # Windows' error codes: access denied, sharing violation, lock violation
+LONG = 120  # characters of a folder's path from which files in it may pass Windows' limit of 260
+FICLONE = 0x40049409  # linux/fs.h
+NO_CLONES = (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS)
+# Of `read_at` and `write_at`: past the page cache; 0 where there is no such thing.
+DIRECT = getattr(os, "O_DIRECT", 0)
+BINARY = getattr(os, "O_BINARY", 0)  # without it Windows ends a file at byte 0x1A
+CACHED = getattr(os, "RWF_NOWAIT", None)  # a Python built for an old glibc lacks it
+
+
+# ------------------------------------------------------------------------------------------ streams
+
+
+class _Piped(io.TextIOWrapper):
+    """Standard output in UTF-8; says BrokenPipeError where Windows' C library says that an argument is invalid."""
+
+    def write(self, text: str) -> int:
+        with self._told():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._told():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
+            raise
+
+
+def use_utf8() -> None:
+    """Let the standard streams take every character: UTF-8 on Windows, elsewhere the locale's, with ? for the rest."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if WINDOWS and stream is not None and not stream.isatty():
+            setattr(sys, name, _Piped(stream.detach(), "utf-8", "replace", line_buffering=name == "stderr"))
+        elif stream is not None:
+            stream.reconfigure(errors="replace")
+    if WINDOWS and sys.stdin is not None and not sys.stdin.isatty():
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # PowerShell may begin with a mark
+
+
+# ------------------------------------------------------------------------------------------ locks and folders
+
+
+class Lock:
+    """A lock file, held by one process, which gives it up however it ends."""
+
+    def __init__(self, path: Path) -> None:
+        """Take it, making the file. Raises BlockingIOError if another process has it, OSError if that can't be."""
+        self.path = path
+        self._lock = filelock.FileLock(path, timeout=0)
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            raise BlockingIOError(errno.EAGAIN, "another process holds it", str(path)) from None
+        except NotImplementedError:
+            raise OSError(errno.ENOSYS, "the file system knows no locks", str(path)) from None
+        if not path.exists():  # removed between opening and locking by one that had it before
+            self._lock.release()
+            raise BlockingIOError(errno.EAGAIN, "another process removed it", str(path))
+
+    def release(self, keep: bool) -> None:
+        """Give it up, leaving the file only if told to."""
+        if not keep and not WINDOWS:  # while it is held, lest someone else takes a file that has no name any more
+            self.path.unlink(missing_ok=True)
+        self._lock.release()
+        with contextlib.suppress(OSError):
+            if keep:  # filelock itself removes it on Windows
+                self.path.touch()
+            else:
+                self.path.unlink(missing_ok=True)
+
+
+def rename(path: Path, target: Path) -> Path:
+    """As Path.rename; on Windows tried again for a second while another program has something in it open."""
+    for left in reversed(range(TRIES if WINDOWS else 1)):
+        try:
+            return path.rename(target)
+        except PermissionError:
+            if not left:
+                raise
+            time.sleep(PAUSE)
+    raise AssertionError
+
+
+def remove(path: Path) -> bool:
+    """Whether a folder with all in it is gone now; on Windows tried again for a second."""
+
+    def writable(function: Callable[[str], object], name: str, _: object) -> None:
+        with contextlib.suppress(OSError):  # what is marked read-only can't be removed there
+            os.chmod(name, stat.S_IWRITE)
+            function(name)
+
+    for left in reversed(range(TRIES if WINDOWS else 1)):
+        if WINDOWS:
+            shutil.rmtree(path, onerror=writable)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+        if not os.path.lexists(path):
+            return True
+        if left:
+            time.sleep(PAUSE)
+    return False
+
+
+def reason(error: OSError) -> str:
+    """Why the system refused something, in words that hold for all systems."""
+    if error.errno == errno.ENOSPC:
+        return "no space left"
+    if getattr(error, "winerror", None) in HELD:
+        return "in use by another program, or not allowed; close what has it open and try again"
+    return error.strerror or str(error)
+
+
+def resolved(path: Path) -> Path:
+    """As Path.resolve; where that fails, as it may for long paths on Windows, without following links."""
+    if not WINDOWS:
+        return path.resolve()
+    try:
+        found = str(long_path(path).resolve())
+    except OSError:
+        found = os.path.abspath(path)
+    return Path(f"\\\\{found[8:]}" if found.startswith("\\\\?\\UNC\\") else found.removeprefix("\\\\?\\"))
+
+
+def long_path(path: Path) -> Path:
+    r"""The path as Windows takes it at any length (\\?\C:\…), if it may become too long; elsewhere as it is."""
+    if not WINDOWS or len(whole := os.path.abspath(path)) < LONG or whole.startswith("\\\\?\\"):
+        return path
+    return Path(f"\\\\?\\UNC\\{whole[2:]}" if whole.startswith("\\\\") else f"\\\\?\\{whole}")
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def clone(read: int, made: int) -> bool:
+    """Whether the file open as `made` now shares all blocks of `read`. Raises OSError if there is no room.
+
+    Linux: btrfs, XFS. On Windows `copy_whole` shares blocks by itself where system and volume can, and tells no one.
+    """
+    if sys.platform != "linux":
+        return False
+    try:
+        fcntl.ioctl(made, FICLONE, read)
+    except OSError as error:
+        if error.errno not in NO_CLONES:
+            raise
+        return False
+    return True
+
+
+def can_clone(source: Path, folder: Path) -> bool:
+    """Whether a clone of `source` in `folder` is sure to take no room; tried with a file that is removed at once."""
+    if sys.platform != "linux":
+        return False
+    with source.open("rb") as read, tempfile.TemporaryFile(dir=folder) as made:
+        try:
+            return clone(read.fileno(), made.fileno())
+        except OSError:
+            return False
+
+
+def pages(size: int) -> mmap.mmap:
+    """Memory of its own for `size` bytes that starts a page, as reading past the page cache asks."""
+    if sys.platform == "win32":
+        return mmap.mmap(-1, size)
+    return mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+
+
+def read_at(path: Path, view: memoryview, start: int, flag: int = 0) -> None:
+    """Fill `view` with a file's bytes from `start` on. Raises OSError if they are not there."""
+    with opened(path, os.O_RDONLY | flag) as file:
+        if hasattr(os, "preadv"):
+            done = os.preadv(file, [view], start)
+        else:
+            os.lseek(file, start, os.SEEK_SET)
+            found = os.read(file, len(view))
+            done = len(found)
+            view[:done] = found
+    if done != len(view):
+        raise OSError(errno.EIO, "a block was cut off", str(path))
+
+
+def read_cached(path: Path, view: memoryview, start: int) -> bool:
+    """Whether the page cache had all these bytes: a model just exported or downloaded is there, the disk is spared."""
+    if sys.platform == "win32" or CACHED is None:
+        return False
+    with opened(path, os.O_RDONLY) as file:
+        try:
+            return os.preadv(file, [view], start, CACHED) == len(view)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            return False
+
+
+def write_at(path: Path, view: memoryview, start: int, flag: int = 0) -> None:
+    """Write `view` into a file from `start` on. Raises OSError if it does not take all."""
+    with opened(path, os.O_WRONLY | flag) as file:
+        if hasattr(os, "pwrite"):
+            done = os.pwrite(file, view, start)
+        else:
+            os.lseek(file, start, os.SEEK_SET)
+            done = os.write(file, view)
+    if done != len(view):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+@contextlib.contextmanager
+def opened(path: Path, flags: int) -> Iterator[int]:
+    """A file's descriptor, for bytes as they are."""
+    file = os.open(path, flags | BINARY)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def copy_whole(source: Path, target: Path, stop: threading.Event) -> None:
+    """Copy a file by the system's own means (Windows), which share blocks where they can; raises OSError.
+
+    Ends early once `stop` is set.
+    """
+    if sys.platform == "win32":
+        number = ctypes.c_longlong
+        told = ctypes.WINFUNCTYPE(
+            wintypes.DWORD, number, number, number, number, wintypes.DWORD, wintypes.DWORD, *[ctypes.c_void_p] * 3
+        )
+        copy = ctypes.WinDLL("kernel32", use_last_error=True).CopyFileExW
+        copy.argtypes = [wintypes.LPCWSTR, wintypes.LPCWSTR, told, *[ctypes.c_void_p] * 2, wintypes.DWORD]
+        progress = told(lambda *_: int(stop.is_set()))  # 1: cancel
+        if copy(str(source), str(target), progress, None, None, 0):
+            os.chmod(target, stat.S_IWRITE)  # more is appended, whatever the original's marks
+        elif not stop.is_set():
+            code = ctypes.get_last_error()
+            raise OSError(None, ctypes.FormatError(code).strip(), str(target), code)
+    else:
+        raise NotImplementedError
+
+
+def temporary(folder: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder in `folder` that vanishes; on Windows among temporary files: OpenVINO writes no long paths."""
+    return tempfile.TemporaryDirectory(dir=None if WINDOWS else folder)
+
+
+def scratch(folder: Path) -> BinaryIO:
+    """A file in `folder` for reading and writing that vanishes with this process, however it ends, or when closed."""
+    return tempfile.TemporaryFile(dir=folder)  # type: ignore[return-value]  # behaves as one
+
+
+def scratch_name(file: BinaryIO) -> str:
+    """By what another process opens such a file (`open_scratch`) while this one has it open."""
+    return str(file.name) if WINDOWS else f"/proc/{os.getpid()}/fd/{file.fileno()}"
+
+
+def open_scratch(name: str) -> BinaryIO:
+    """Another process's file, for reading."""
+    # who opens a file that is to vanish must ask for that, too, or Windows refuses
+    return os.fdopen(os.open(name, os.O_RDONLY | BINARY | getattr(os, "O_TEMPORARY", 0)), "rb")
+
+
+# ------------------------------------------------------------------------------------------ processors and memory
+
+
+def processors() -> int:
+    """How many cores this process may use."""
+    process = psutil.Process()
+    return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1
+
+
+def memory() -> int:
+    """Bytes of the machine's memory."""
+    return int(psutil.virtual_memory().total)
+
+
+_PEAK_BEFORE = [0]  # Windows can't forget it
+
+
+def reset_peak() -> None:
+    """Begin to measure this process's peak of resident memory."""
+    if WINDOWS:
+        _PEAK_BEFORE[0] = psutil.Process().memory_info().peak_wset
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak() -> int | None:
+    """That peak, in bytes; None where it can't be told.
+
+    On Windows, which keeps that of the whole life alone, it is exact if it is the highest yet, otherwise what is
+    resident now.
+    """
+    if WINDOWS:
+        now = psutil.Process().memory_info()
+        return int(now.peak_wset if now.peak_wset > _PEAK_BEFORE[0] else now.rss)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+def trim_memory() -> None:
+    """Give freed memory back where the C library (glibc) can."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim:
+            trim(0)
