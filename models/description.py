@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.graph import Port, dim, i64, redirect
 from ovtq.packed_attention import PackedAttention, Place
+from ovtq.states import StateSpec
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class ModelDescription:
     """A stateful language model as the passes see it; inputs have shape (batch, tokens), beam_idx (batch,).
 
     `attention_mask` is the input, or, once decouple-length has run, its columns of past and new tokens; then `past`
-    is how many past tokens there are, an i64 vector of one element.
+    is how many past tokens there are, an i64 vector of one element. `states` are all that the graph has.
     """
 
     architecture: str
@@ -129,6 +129,7 @@ class ModelDescription:
     attention_mask: Node
     beam_idx: Node
     layers: tuple[AttentionLayer, ...]
+    states: tuple[StateSpec, ...]
     past: Node | None = None
     total: Node | None = None  # past and new tokens together, likewise
 
@@ -151,30 +152,7 @@ class ModelDescription:
         """This description with some layers replaced, by index."""
         return replace(self, layers=tuple(changed.get(layer.index, layer) for layer in self.layers))
 
-
-def state_bytes(
-    model: ov.Model,
-    tokens: int,
-    batch: int = 1,
-    float_bytes: int = 2,
-    row_bytes: Callable[[int], int] | None = None,
-    most: int | None = None,
-) -> int:
-    """Bytes of all states after `tokens` tokens; floating-point states counted with `float_bytes` (GPU: 2).
-
-    `row_bytes` says what the plugin makes of a token of one head in a floating-point state that grows, by its width.
-    `most` is how many tokens the growing states hold at most that a pass has made; None: all.
-    """
-    total = 0
-    for variable in model.get_variables():
-        info = variable.get_info()
-        held = tokens if most is None or not info.variable_id.startswith("ovtq.") else min(tokens, most)
-        *axes, width = (length.get_length() if length.is_static else None for length in info.data_shape)
-        grows = None in axes[1:]
-        row = width * (float_bytes if info.data_type.is_real() else info.data_type.size)
-        if row_bytes and grows and info.data_type.is_real():
-            row = row_bytes(width)
-        for axis, length in enumerate(axes):
-            row *= length if length is not None else (batch if axis == 0 else held)
-        total += row
-    return total
+    def with_states(self, drop: Iterable[str], add: Iterable[StateSpec]) -> ModelDescription:
+        """This description without the states of some names, and with others."""
+        gone = set(drop)
+        return replace(self, states=(*(state for state in self.states if state.name not in gone), *add))

@@ -12,16 +12,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.beams import Beams
 from ovtq.coding import Coding
-from ovtq.graph import ALL, MASKED, cut_heads, dim, f32, i64, new_variable, numbers, precise, scalar
+from ovtq.graph import ALL, MASKED, cut_heads, dim, f32, i64, numbers, precise, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.pruning import Pruning
 from ovtq.quantizer import encode, pack
+from ovtq.states import Growing, StateSpec, cache_name
 
 NEVER = 2**30  # no query is so late
 
@@ -40,6 +40,11 @@ class Plan(Coding):
     pruning: Pruning | None = None
 
     @property
+    def indices(self) -> list[int]:
+        """Of the layers."""
+        return [layer.index for layer in self.layers]
+
+    @property
     def packed(self) -> int:
         """How many of a layer's two tensors, keys and values, are."""
         return sum(layout is not None for layout in self.layouts)
@@ -56,9 +61,10 @@ class Held:
     Once `append` was called, `appended` is what it held, with this call's rows behind it.
     """
 
-    def __init__(self, beams: Beams, name: str, heads: int, width: int, kind: ov.Type) -> None:
-        self.beams, self.name, self.heads, self.width, self.kind = beams, name, heads, width, kind
-        self.variable = new_variable(name, [-1, heads, -1, width], kind)
+    def __init__(self, beams: Beams, state: StateSpec) -> None:
+        self.beams, self.state, self.kind = beams, state, state.element_type
+        _, self.heads, _, self.width = state.shape
+        self.variable = beams.variable(state)
         self.none = self._nothing()
         self.read = op.read_value(self.none, self.variable)
         self.appended: Output
@@ -98,12 +104,15 @@ class Store:
     `held` are bytes (batch, kv_heads, tokens, ·) i8 of keys and of values; what is not packed is there as it is.
     """
 
-    def __init__(self, beams: Beams, plan: Plan, layer: AttentionLayer) -> None:
+    def __init__(self, beams: Beams, plan: Plan, layer: AttentionLayer, rule: Growing) -> None:
         self.plan, self.target = plan, beams.target
         self.held = [
             Held(
-                beams, f"ovtq.{layer.index}.{what}", layer.kv_heads,
-                where.bytes if where else layer.head_dim, ov.Type.i8 if where else ov.Type.f32,
+                beams,
+                StateSpec.growing(
+                    cache_name(layer.index, what), "i8" if where else "f32", layer.kv_heads,
+                    where.bytes if where else layer.head_dim, rule, what, [layer.index],
+                ),
             )
             for what, where in zip(("key", "value"), plan.layouts, strict=True)
         ]  # fmt: skip

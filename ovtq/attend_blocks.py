@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
@@ -26,10 +25,10 @@ from ovtq.packed_attention import Place
 from ovtq.prune import Survivors
 from ovtq.quantizer import residues, unpack
 from ovtq.ring import Ring
+from ovtq.states import SCALES, Growing, StateSpec, cache_name
 
 BLOCK = 32  # queries at a time: rows enough in a product to be worth the unpacking before it
 FLUSH = 128  # tokens that join the history at a time
-SCALES = "ovtq.scale"  # the name of the state of all layers' scales
 
 
 class Blocks:
@@ -42,7 +41,9 @@ class Blocks:
         self.columns = columns = Columns(description, rows)
         self.beams = Beams(description, "cpu")
         self.ring = Ring(description, name, plan.layers, rows, self.beams, plan.sink_rows)
-        self.scales = _Scales(self.beams, plan) if plan.packed else None
+        most = plan.pruning.room if plan.pruning and plan.pruning.mode == "evict" else None
+        self.rule = Growing(plan.window, self.flush, most)
+        self.scales = _Scales(self.beams, plan, self.rule) if plan.packed else None
         self.held: list[list[Held]] = []
 
         # Of `past` tokens the oldest ones are stored, a multiple of `flush`, and at least `window` are not.
@@ -55,7 +56,9 @@ class Blocks:
         self.survivors, self.stay = None, self.older
         if plan.pruning:
             span = tuple(op.subtract(row, i64([1])) for row in (self.leave, self.left))
-            self.survivors = Survivors(self.beams, plan.layers, plan.pruning, columns, self.older, later, rows, span)
+            self.survivors = Survivors(
+                self.beams, plan.layers, plan.pruning, columns, self.older, later, rows, span, self.rule
+            )
             self.stay = self.survivors.stay
 
         trips = op.divide(op.subtract(columns.new, i64([1])), i64([BLOCK]))
@@ -88,7 +91,7 @@ class Blocks:
         far = next(self.far_masks)
         rows = op.reshape(queries, i64([0, H, G, -1, d]), True)
         sinks = next(self.sinks)
-        store = Store(self.beams, self.plan, layer)
+        store = Store(self.beams, self.plan, layer, self.rule)
         block = _Block(layer, self.plan)
         history = [held.past for held in store.held] + ([self.scales.next()] if self.scales else [])
         leading, *joining = self._seldom(store, block, [rows, *recent, sinks, self.near, *far, *history])
@@ -111,7 +114,7 @@ class Blocks:
         found = []
         for what, where in zip(("key", "value"), self.plan.layouts, strict=True):
             heads = slice(first * layer.kv_heads, (first + 1) * layer.kv_heads)
-            found.append(Place(f"ovtq.{layer.index}.{what}", scale_heads=heads, scale_state=SCALES))
+            found.append(Place(cache_name(layer.index, what), scale_heads=heads, scale_state=SCALES))
             first += where is not None
         key, value = found
         return key, value
@@ -124,15 +127,6 @@ class Blocks:
         """Of calls or texts beyond which it takes another way: a block, a flush, the window, all that may stay."""
         room = self.plan.pruning.room if self.plan.pruning else 0
         return tuple(filter(None, (BLOCK, self.flush, self.plan.window, self.columns.rows, room)))
-
-    @property
-    def stored(self) -> dict[str, int]:
-        """After t tokens the growing states hold max(t − window, 0) of them, less the rest modulo multiple.
-
-        And no more than `most`, if that is given.
-        """
-        rule = {"window": self.plan.window, "multiple": self.flush}
-        return rule | self.survivors.stored if self.survivors else rule
 
     def stores(self) -> list[Node]:
         """The Assigns of all states, once every layer is rewritten."""
@@ -213,9 +207,10 @@ class _Scales:
     Of each layer the keys' come first. A state a tensor would be five nodes each.
     """
 
-    def __init__(self, beams: Beams, plan: Plan) -> None:
+    def __init__(self, beams: Beams, plan: Plan, rule: Growing) -> None:
         self.layers, self.parts, self.kv_heads = len(plan.layers), plan.packed, plan.layers[0].kv_heads
-        self.held = Held(beams, SCALES, self.layers * self.parts * self.kv_heads, 1, ov.Type.f32)
+        heads = self.layers * self.parts * self.kv_heads
+        self.held = Held(beams, StateSpec.growing(SCALES, "f32", heads, 1, rule, "scale", plan.indices))
         self.groups = iter(beams.in_groups(self.held.read, self.layers, self.parts))
         self.joined: list[Output] = []
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from itertools import repeat
 
 import numpy as np
-import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
@@ -26,6 +25,7 @@ from ovtq.packed_attention import Place
 from ovtq.packing import Layout
 from ovtq.quantizer import interleaved, look_up
 from ovtq.ring import Ring
+from ovtq.states import Growing, StateSpec, cache_name, scale_name
 
 
 class Branches:
@@ -53,7 +53,7 @@ class Branches:
 
     def _history(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
         """Keys and values of the history, looked up; `recent` are the sink's row, recent tokens and the new ones."""
-        store = Store(self.beams, self.plan, layer)
+        store = Store(self.beams, self.plan, layer, Growing())
         self.histories[layer.index] = store.held[0].past
         rows, scales = store.packed(new)
         parts = iter(op.split(scales[0], i64(1), self.plan.packed).outputs() if self.plan.packed > 1 else scales)
@@ -71,7 +71,8 @@ class Branches:
         codes.append(rows)
         self.assigns.append(codes.assign())
         if layout:
-            held = Held(self.beams, f"{codes.name}.scale", codes.heads, 1, ov.Type.f32)
+            name, these = scale_name(codes.state.name), codes.state.layers
+            held = Held(self.beams, StateSpec.growing(name, "f32", codes.heads, 1, Growing(), "scale", these))
             held.append(next(scales))
             self.assigns.append(held.assign())
             return looked_up(layout, codes.appended, held.appended)
@@ -125,7 +126,7 @@ class Branches:
 
     def places(self, layer: AttentionLayer) -> tuple[Place, Place]:
         """Where keys and values of a layer are."""
-        key, value = (Place(f"ovtq.{layer.index}.{what}") for what in ("key", "value"))
+        key, value = (Place(cache_name(layer.index, what)) for what in ("key", "value"))
         return key, value
 
     def rows(self, layer: AttentionLayer) -> TokenRows | None:
@@ -137,11 +138,6 @@ class Branches:
         """Of calls or texts beyond which it takes another way: one token, the window, all that may stay."""
         room = self.plan.pruning.room if self.plan.pruning else 0
         return tuple(filter(None, (1, self.plan.window, room)))
-
-    @property
-    def stored(self) -> dict[str, int]:
-        """After t tokens the growing states hold all of them."""
-        return {"window": 0, "multiple": 1}
 
     def stores(self) -> list[Node]:
         """The Assigns of all states, once every layer is rewritten."""

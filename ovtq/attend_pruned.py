@@ -20,11 +20,7 @@ from ovtq.packing import Layout
 from ovtq.prune_branches import Marked, Residents
 from ovtq.quantizer import encode, pack
 from ovtq.ring import State
-
-
-def kept_state(layers: Sequence[AttentionLayer]) -> str:
-    """How the states of the keys and values of these layers begin: with the numbers of the layers."""
-    return "ovtq." + "-".join(str(layer.index) for layer in layers)
+from ovtq.states import StateSpec, cache_name, scale_name
 
 
 class Masking(Branches):
@@ -56,10 +52,9 @@ class Evicting(Branches):
 
     def _far_masks(self) -> Iterator[Output]:
         plan = self.plan
-        self.kept = kept_state(plan.layers)
         self.residents = Residents(self.beams, plan.layers, plan.pruning, self.columns, self.is_prefill)
         self.stacks = [
-            _Stack(self.beams, plan, f"{self.kept}.{what}", codec, layout)
+            _Stack(self.beams, plan, what, codec, layout)
             for what, codec, layout in zip(("key", "value"), (plan.key, plan.value), plan.layouts, strict=True)
         ]
         self.pasts = zip(*(stack.pasts() for stack in self.stacks), strict=True)
@@ -75,7 +70,8 @@ class Evicting(Branches):
         """Where keys and values of a layer are."""
         number = [other.index for other in self.plan.layers].index(layer.index)
         heads = slice(number * layer.kv_heads, (number + 1) * layer.kv_heads)
-        key, value = (Place(f"{self.kept}.{what}", heads, slice(None), heads) for what in ("key", "value"))
+        names = (cache_name(self.plan.indices, what) for what in ("key", "value"))
+        key, value = (Place(name, heads, slice(None), heads) for name in names)
         return key, value
 
     def rows(self, layer: AttentionLayer) -> None:
@@ -108,7 +104,7 @@ class _Stack:
         self,
         beams: Beams,
         plan: Plan,
-        name: str,
+        what: str,
         codec: AdaptiveUniform | None,
         layout: Layout | None,
     ) -> None:
@@ -116,9 +112,12 @@ class _Stack:
         layer, room = plan.layers[0], plan.pruning.room
         self.heads = len(plan.layers) * layer.kv_heads
         width, kind = (layout.bytes, np.int8) if layout else (layer.head_dim, np.float32)
-        self.states = [State(beams, name, [self.heads, room, width], np.zeros(1, kind))]
+        name, these = cache_name(plan.indices, what), plan.indices
+        spec = StateSpec.fixed(name, "i8" if layout else "f32", [self.heads, room, width], what, these)
+        self.states = [State(beams, spec, np.zeros(1, kind))]
         if layout:
-            self.states.append(State(beams, f"{name}.scale", [self.heads, room, 1], np.zeros(1, np.float32)))
+            spec = StateSpec.fixed(scale_name(name), "f32", [self.heads, room, 1], "scale", these)
+            self.states.append(State(beams, spec, np.zeros(1, np.float32)))
 
     def pasts(self) -> list[Output]:
         """What each layer reads, looked up."""

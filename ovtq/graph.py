@@ -12,8 +12,9 @@ from openvino import Node, Output
 from openvino import opset15 as op
 from openvino.op.util import Variable, VariableInfo
 
+from ovtq.states import StateSpec
+
 ALL = 2**31 - 1  # the end of any axis
-PAST = "ovtq.past"  # the name of the state, (batch, 1) i32, that counts tokens where no cache tells how many there are
 MASKED = np.float32(-65504)  # what exporters write for "not visible": the lowest finite f16
 
 
@@ -99,12 +100,12 @@ def cut_heads(tensor: Node | Output, count: int, target: str) -> list[Output]:
     return [op.slice(value, i64([a]), i64([b]), i64([1]), i64([1])).output(0) for a, b in ends]
 
 
-def new_variable(name: str, shape: Sequence[int], element_type: ov.Type) -> Variable:
-    """A state variable; -1 in `shape` marks a dynamic axis."""
+def new_variable(state: StateSpec) -> Variable:
+    """The variable of a state."""
     info = VariableInfo()
-    info.variable_id = name
-    info.data_shape = ov.PartialShape(list(shape))
-    info.data_type = element_type
+    info.variable_id = state.name
+    info.data_shape = ov.PartialShape(list(state.shape))
+    info.data_type = state.element_type
     return Variable(info)
 
 

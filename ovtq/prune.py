@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.attend import Columns, Held
 from ovtq.beams import Beams
-from ovtq.graph import ALL, MASKED, body, dim, f32, i32, i64, new_variable, scalar
+from ovtq.graph import ALL, MASKED, body, dim, f32, i32, i64, scalar
 from ovtq.models.attention import projected
 from ovtq.models.description import AttentionLayer
 from ovtq.pruning import (
@@ -27,18 +26,15 @@ from ovtq.pruning import (
     EMPTY,
     FIRST,
     PADDED,
-    POSITION,
-    PRUNED,
-    SCORE,
     SHOWN,
     SPREAD,
     TABLE,
     Pruning,
 )
 from ovtq.ring import State
+from ovtq.states import KEY_SUM, POSITION, PRUNED, SCORE, Growing, StateSpec, recent_name
 
 TURNS = 26  # halvings of −2²³ … 2²³ to 1, and some; the plugins divide whole numbers as f32
-KEY_SUM = "ovtq.key_sum"
 WHOLE = 64  # in which the larger part of a sum of keys is counted: 2,048 of them an f16 still tells apart
 
 
@@ -54,6 +50,7 @@ class Scores:
     ) -> None:
         self.beams, self.layers, self.pruning, self.columns = beams, layers, pruning, columns
         self.count, self.kv_heads = len(layers), layers[0].kv_heads
+        self.indices = [layer.index for layer in layers]
         self.heads = self.count * self.kv_heads
         self.states: list[Node] = []  # Assigns of what the score itself remembers
         self.arrived = self._arriving()
@@ -131,7 +128,8 @@ class Scores:
         """
         d, part = self.layers[0].head_dim, f32(1 / WHOLE)
         unit = op.divide(keys, op.maximum(op.reduce_l2(keys, i64([3]), True), f32(1e-12)))
-        state = State(self.beams, KEY_SUM, [self.heads, 2, d], np.zeros(1, np.float32))
+        spec = StateSpec.fixed(KEY_SUM, "f32", [self.heads, 2, d], "sum", self.indices)
+        state = State(self.beams, spec, np.zeros(1, np.float32))
         whole, rest = (op.slice(state.past, i64([k]), i64([k + 1]), i64([1]), i64([2])) for k in (0, 1))
         counted = op.multiply(unit, op.convert(self.shown, "f32"))
         total = op.add(op.multiply(op.add(op.cum_sum(counted, i64(2)), rest), part), whole)
@@ -144,7 +142,7 @@ class Scores:
 
     def counts(self, gone: Node) -> Node:
         """The Assign of the state PRUNED; `gone` (batch, heads, 1) tokens were pruned in this call."""
-        variable = new_variable(PRUNED, [-1, self.heads, 2], ov.Type.i32)
+        variable = self.beams.variable(StateSpec.fixed(PRUNED, "i32", [self.heads, 2], "count", self.indices, rows=1))
         zero = op.broadcast(i32(0), op.concat([self.columns.batch, i64([self.heads, 2])], 0))
         past = op.gather(op.read_value(zero, variable), self.beams.index, i64(0))
         total = op.add(op.slice(past, i64([0]), i64([1]), i64([1]), i64([2])), gone)
@@ -169,14 +167,16 @@ class Survivors(Scores):
         later: Node,
         rows: int,
         span: tuple[Node, Node],
+        rule: Growing,
     ) -> None:
         super().__init__(beams, layers, pruning, columns)
-        self.older, self.later = older, later
+        self.older, self.later, self.rule = older, later, rule
         kept = op.add(i64(range(rows)), columns.new)
         start = np.full(1, EMPTY, np.int32)
-        self.recent = State(beams, f"{SCORE}.recent", [self.heads, rows, 1], start, kept)
+        recent = StateSpec.fixed(recent_name(SCORE), "i32", [self.heads, rows, 1], "score", self.indices)
+        self.recent = State(beams, recent, start, kept)
         leaving = op.slice(op.concat([self.recent.past, self.arrived], 2), *span, i64([1]), i64([2]))
-        self.scores = Held(beams, SCORE, self.heads, 1, ov.Type.i32)
+        self.scores = Held(beams, StateSpec.growing(SCORE, "i32", self.heads, 1, rule, "score", self.indices))
         self.scores.append(leaving)
         self.stay = op.minimum(older, i64([pruning.room])) if self.evicts else older
         self.masks = self._masks()
@@ -185,11 +185,6 @@ class Survivors(Scores):
     def evicts(self) -> bool:
         """Whether tokens leave the states."""
         return self.pruning.mode == "evict"
-
-    @property
-    def stored(self) -> dict[str, int]:
-        """How many rows the growing states have at most, if there is such a number."""
-        return {"most": self.pruning.room} if self.evicts else {}
 
     def _masks(self) -> list[list[Output]]:
         scores = op.reshape(self.scores.past, i64([0, 0, 1, -1]), True)  # (batch, heads, 1, rows)
@@ -220,7 +215,7 @@ class Survivors(Scores):
         numbers = op.convert(op.range(scalar(self.older), scalar(self.later), i64(1), "i64"), "i32")
         shape = op.concat([self.columns.batch, i64([heads]), leaving, i64([1])], 0)
         numbers = op.broadcast(op.unsqueeze(op.unsqueeze(numbers, i64([0])), i64([2])), shape)
-        positions = Held(self.beams, POSITION, heads, 1, ov.Type.i32)
+        positions = Held(self.beams, StateSpec.growing(POSITION, "i32", heads, 1, self.rule, "position", self.indices))
         positions.append(numbers)
         # the n-th row that stays is written to place n, all others to one behind the last
         stay = op.minimum(rows, i64([room]))

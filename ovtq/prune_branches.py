@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
@@ -18,8 +17,9 @@ from ovtq.beams import Beams
 from ovtq.graph import ALL, MASKED, cut_heads, dim, either, f32, i32, i64, scalar
 from ovtq.models.description import AttentionLayer
 from ovtq.prune import Scores, filled
-from ovtq.pruning import DROPPED, EMPTY, POSITION, SCORE, SHOWN, Pruning
+from ovtq.pruning import DROPPED, EMPTY, SHOWN, Pruning
 from ovtq.ring import State
+from ovtq.states import POSITION, SCORE, Growing, StateSpec
 
 SORTED = -(2**23)  # below minus any row number, in place of those that need not be sorted
 
@@ -45,7 +45,8 @@ class Residents(Scores):
         self.room, self.window = pruning.room, pruning.window
         # one state for residents and recent tokens: each state costs a wait
         length = self.room + self.window
-        self.scores = State(beams, SCORE, [self.heads, length, 1], np.full(1, EMPTY, np.int32))
+        spec = StateSpec.fixed(SCORE, "i32", [self.heads, length, 1], "score", self.indices)
+        self.scores = State(beams, spec, np.full(1, EMPTY, np.int32))
         every = op.concat([self.scores.past, self.arrived], 2)
         self.rivals = op.slice(every, i64([0]), op.add(columns.new, i64([self.room])), i64([1]), i64([2]))
         rivals = op.reshape(self.rivals, i64([0, self.heads, -1]), True)
@@ -69,7 +70,8 @@ class Residents(Scores):
             op.reduce_sum(op.convert(op.greater(some, i32(SHOWN)), "i32"), i64([2]), False)
             for some in (self.rivals, op.gather(self.rivals, self.rows, i64(2), 2))
         )
-        positions = State(self.beams, POSITION, [self.heads, room, 1], np.full(1, -1, np.int32))
+        spec = StateSpec.fixed(POSITION, "i32", [self.heads, room, 1], "position", self.indices)
+        positions = State(self.beams, spec, np.full(1, -1, np.int32))
         first = op.subtract(columns.past, i64([window]))
         number = op.range(scalar(first), scalar(op.add(first, columns.new)), i64(1), "i64")
         shape = op.concat([columns.batch, i64([self.heads]), columns.new, i64([1])], 0)
@@ -124,7 +126,7 @@ class Marked(Scores):
         # Masks read what was there before, for new scores depend on what layers make of the masks. One row more stands
         # before all others, so that there is always one.
         ahead = op.broadcast(i32(EMPTY), op.concat([columns.batch, i64([self.heads, 1, 1])], 0))
-        held = Held(beams, SCORE, self.heads, 1, ov.Type.i32)
+        held = Held(beams, StateSpec.growing(SCORE, "i32", self.heads, 1, Growing(), "score", self.indices))
         self.variable = held.variable
         # After reset_state the CPU plugin goes on to read this one with its old rows: the last ones are those meant
         start = op.subtract(i64([-1]), columns.past)

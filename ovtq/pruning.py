@@ -10,6 +10,7 @@ import numpy as np
 import openvino as ov
 
 from ovtq.packed_attention import PackedAttention
+from ovtq.states import POSITION, PRUNED, SCORE, layers_named
 from ovtq.triattention import Statistics
 
 SCORES = ("norm-high", "norm-low", "keydiff", "value-norm", "triattention", "random")
@@ -24,8 +25,6 @@ EMPTY, DROPPED, PADDED, FIRST = -(2**23), -(3 * 2**21), -(2**22), 2**22
 SHOWN = -(3 * 2**20)  # a token that may be attended to has a higher score
 TIE = 64 * float(np.finfo(np.float32).eps)
 TABLE = 4093  # random scores of a head before they repeat; a prime
-SCORE, POSITION, PRUNED = "ovtq.score", "ovtq.position", "ovtq.pruned"  # states that all layers share; the last one
-# holds how many tokens of each head were pruned, and how many are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,7 +250,6 @@ def _by_layer(request: ov.InferRequest, column: int) -> dict[int, np.ndarray]:
     found = {state.name: state for state in request.query_state()}
     if PRUNED not in found:
         return {}
-    parts = {name.removeprefix("ovtq.").partition(".")[0] for name in found}
-    layers = sorted({int(number) for part in parts for number in part.split("-") if number.isdigit()})
+    layers = layers_named(found)
     counts = np.array(found[PRUNED].state.data)[..., column]
     return dict(zip(layers, np.split(counts, len(layers), axis=1), strict=True))

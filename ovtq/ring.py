@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
-import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.beams import Beams
 from ovtq.coding import UNIT, Coding
-from ovtq.graph import ALL, cut_heads, dim, f32, i64, joined, new_variable, precise
+from ovtq.graph import ALL, cut_heads, dim, f32, i64, joined, precise
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packed_attention import Place
 from ovtq.quantizer import encode, pack, restore
+from ovtq.states import StateSpec, scale_name
 
 
 class State:
@@ -32,8 +32,7 @@ class State:
     def __init__(
         self,
         beams: Beams,
-        name: str,
-        shape: Sequence[int],
+        state: StateSpec,
         start: np.ndarray,
         kept: Node | None = None,
         exact: bool = True,
@@ -41,9 +40,9 @@ class State:
         self.kept = kept
         # Written in another type than the state's, it would be converted in every step
         self.mark = precise if beams.target == "cpu" and exact else lambda node: node
-        self.variable = new_variable(name, [-1, *shape], ov.Type(start.dtype))
+        self.variable = beams.variable(state)
         self.beams, self.exact = beams, exact
-        self.read = op.read_value(_start(start, beams, shape), self.variable)
+        self.read = op.read_value(_start(start, beams, state.shape[1:]), self.variable)
 
     @cached_property
     def past(self) -> Output:
@@ -118,7 +117,9 @@ class Ring(_Rows):
             kept, length = op.concat([i64([0]), op.add(kept, i64([1]))], 0), rows + 1
             start = np.zeros((1, heads, length, d), np.float32)
             start[0, :, 0] = head
-        self.state = State(beams, name, [heads, length, d], start, kept, exact=False)
+        these = [layer.index for layer in layers]
+        state = StateSpec.fixed(name, "f32", [heads, length, d], "tokens", these)
+        self.state = State(beams, state, start, kept, exact=False)
         self.on_cpu = beams.target == "cpu"
         super().__init__(
             beams.in_parts(self.state.read, 2 * len(layers))
@@ -168,8 +169,11 @@ class PackedRing(_Rows):
 
         kept = op.add(i64(range(rows)), op.minimum(dim(description.input_ids, 1), i64([rows])))
         shape = [heads.size // len(self.codecs), rows, sum(self.widths)]
-        self.codes = State(beams, name, shape, np.zeros(1, np.int8), kept)
-        self.scales = State(beams, f"{name}.scale", [heads.size, rows, 1], np.zeros(1, np.int32), kept)
+        these = [layer.index for layer in layers]
+        codes = StateSpec.fixed(name, "i8", shape, "tokens", these)
+        self.codes = State(beams, codes, np.zeros(1, np.int8), kept)
+        scale = StateSpec.fixed(scale_name(name), "i32", [heads.size, rows, 1], "scale", these)
+        self.scales = State(beams, scale, np.zeros(1, np.int32), kept)
         root = op.multiply(op.convert(self.scales.past, "f32"), f32(1 / UNIT))
         bytes_, scales = [self.codes.past], [op.multiply(root, root).output(0)]
         if not same:

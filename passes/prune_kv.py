@@ -13,15 +13,15 @@ from ovtq import triattention
 from ovtq.attend import Plan
 from ovtq.attend_blocks import Blocks
 from ovtq.attend_branches import Branches
-from ovtq.attend_pruned import Evicting, Masking, kept_state
+from ovtq.attend_pruned import Evicting, Masking
 from ovtq.coding import BITS
-from ovtq.errors import InputError
+from ovtq.errors import InputError, VerificationFailed
 from ovtq.models.attention import projected
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packed_attention import PackedAttention
 from ovtq.passes.base import Rewrite, option
 from ovtq.passes.quantize_kv import QuantizeKv
-from ovtq.pruning import MODES, POSITION, PRUNED, SCORE, SCORES, PrunedAttention, Pruning
+from ovtq.pruning import MODES, SCORES, PrunedAttention, Pruning
 
 AUTO = -1  # as a slack
 SLACK = {"gpu": 0, "cpu": 127}
@@ -173,19 +173,10 @@ class PruneKv(QuantizeKv):
         )  # fmt: skip
 
     def ensures(self, rewrite: Rewrite) -> None:
-        """The states of keys and values, and those that all layers share: scores, how many went, which ones stay."""
-        layers, rule = self.chosen(rewrite.description), self.pruning
-        heads = len(layers) * layers[0].kv_heads
-        expected: dict[str, tuple[str, list[int]]] = {PRUNED: ("i32", [-1, heads, 2])}
-        if self.mode == "evict" and self.target == "gpu":
-            expected |= self._caches(kept_state(layers), heads, rule.room, layers[0].head_dim)
-            expected[SCORE] = ("i32", [-1, heads, rule.budget, 1])
-            expected[POSITION] = ("i32", [-1, heads, rule.room, 1])
-        else:
-            super().ensures(rewrite)
-            expected[SCORE] = ("i32", [-1, heads, -1, 1])
-            if self.target == "cpu":
-                expected[f"{SCORE}.recent"] = ("i32", [-1, heads, rule.window + rule.flush - 1, 1])
-            if self.mode == "evict":
-                expected[POSITION] = ("i32", [-1, heads, -1, 1])
-        self.expect(rewrite.model, expected)
+        """As of quantize-kv; and, evicting, no state holds more rows of tokens than the budget and a flush."""
+        super().ensures(rewrite)
+        limit = self.budget + self.pruning.flush
+        pruned = {layer.index for layer in self.chosen(rewrite.description)}
+        for state in rewrite.description.states if self.mode == "evict" else ():
+            if pruned & {*state.layers} and state.rows(2**40) > limit:
+                raise VerificationFailed(f"{self.name}: the state {state.name} grows beyond {limit} rows")

@@ -10,21 +10,21 @@ import numpy as np
 import openvino as ov
 
 from ovtq.attend import Plan, sink_logits
-from ovtq.attend_blocks import SCALES, Blocks
+from ovtq.attend_blocks import Blocks
 from ovtq.attend_branches import Branches
 from ovtq.coding import BITS, coding, unfit
+from ovtq.errors import VerificationFailed
 from ovtq.graph import rebuild
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.models.rope import mean_rotated_bias, norms
 from ovtq.packed_attention import PackedAttention
-from ovtq.packing import packed_bytes
 from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.passes.decouple_length import shape_readers
+from ovtq.states import RECENT
 
 # The form that is right on a plugin and fast there. Each also runs on the other, where it is verified too; but on a CPU
 # the GPU's with a single packed layer can't be reset (see `extent.rooted`).
 FORMS = {"gpu": Branches, "cpu": Blocks}
-RECENT = "ovtq.recent"  # the name of the state of all residual windows
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,9 @@ class QuantizeKv(Pass):
         changed = {layer.index: self._rewrite(form, plan, layer) for layer in layers}
         old = [path.assign for layer in layers for path in layer.paths]
         model = rebuild(model, drop=old, add=form.stores())
-        facts = {**_facts(plan), "stored": form.stored}
-        return Rewrite(model, description.with_layers(changed), len(changed), facts)
+        names = [path.variable_id for layer in layers for path in layer.paths]
+        description = description.with_layers(changed).with_states(names, form.beams.states)
+        return Rewrite(model, description, len(changed), _facts(plan))
 
     def _plan(self, model: ov.Model, layers: tuple[AttentionLayer, ...]) -> Plan:
         how = coding(self.bits, layers[0].head_dim, self.seed)
@@ -153,26 +154,12 @@ class QuantizeKv(Pass):
         )
 
     def ensures(self, rewrite: Rewrite) -> None:
-        """Every layer has states of packed bytes for K and for V, as wide as promised, and their scales are there."""
-        layers = self.chosen(rewrite.description)
-        expected: dict[str, tuple[str, list[int]]] = {}
-        for layer in layers:
-            expected |= self._caches(f"ovtq.{layer.index}", layer.kv_heads, -1, layer.head_dim)
-        if self.target == "cpu":
-            each = [name for name in expected if name.endswith(".scale")]
-            heads = sum(expected.pop(name)[1][1] for name in each)
-            expected |= {SCALES: ("f32", [-1, heads, -1, 1])} if each else {}
-        self.expect(rewrite.model, expected)
-
-    def _caches(self, name: str, heads: int, rows: int, head_dim: int) -> dict[str, tuple[str, list[int]]]:
-        """The states of keys and values and of their scales: types and shapes."""
-        found: dict[str, tuple[str, list[int]]] = {}
-        for what, bits in zip(("key", "value"), self.bits, strict=True):
-            width, kind = (head_dim, "f32") if bits == "none" else (packed_bytes(int(bits), head_dim), "i8")
-            found[f"{name}.{what}"] = (kind, [-1, heads, rows, width])
-            if bits != "none":
-                found[f"{name}.{what}.scale"] = ("f32", [-1, heads, rows, 1])
-        return found
+        """No layer that was packed has floats in place of codes."""
+        whole = {what for what, bits in zip(("key", "value"), self.bits, strict=True) if bits == "none"}
+        packed = {layer.index for layer in self.chosen(rewrite.description)}
+        for state in rewrite.description.states:
+            if state.holds in ("key", "value") and packed & {*state.layers} and state.real != (state.holds in whole):
+                raise VerificationFailed(f"{self.name}: the state {state.name} is {state.type}")
 
 
 def _facts(plan: Plan) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from ovtq.models.rope import mean_rotated_bias, norms
 from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.passes.decouple_length import shape_readers
 from ovtq.rotation import digest, hadamard_matrix, randomized_frame
+from ovtq.states import Growing, StateSpec, cache_name
 
 PADDING = 16  # coordinates more than head_dim: kernels of the GPU plugin take a head in sixteens
 ALL = 2**31 - 1
@@ -101,7 +102,9 @@ class SinkRow(Pass):
             "matrix_sha256": digest(np.concatenate([rows.frame, rows.sink[None]])),
             "centre_norms": norms(centres),
         }
-        return Rewrite(model, description.with_layers(changed), len(changed), facts)
+        names = [path.variable_id for layer in description.full for path in layer.paths]
+        description = description.with_layers(changed).with_states(names, rows.states)
+        return Rewrite(model, description, len(changed), facts)
 
     def _centre(self, model: ov.Model, layer: AttentionLayer) -> np.ndarray:
         """c, (kv_heads, head_dim): zero if keys are not to be centred or have no bias."""
@@ -111,13 +114,7 @@ class SinkRow(Pass):
         return np.zeros((layer.kv_heads, layer.head_dim), np.float32) if mean is None else mean
 
     def ensures(self, rewrite: Rewrite) -> None:
-        """Each full layer has two states of the new width, and attention of five inputs."""
-        states = {v.get_info().variable_id: v.get_info().data_shape for v in rewrite.model.get_variables()}
-        for layer in rewrite.description.full:
-            shape = ov.PartialShape([-1, layer.kv_heads, -1, layer.head_dim + PADDING])
-            for what in ("key", "value"):
-                if states.get(f"ovtq.{layer.index}.{what}") != shape:
-                    raise VerificationFailed(f"{self.name}: layer {layer.index} has no {what} state {shape}")
+        """Each full layer has attention of five inputs."""
         found = [node for node in rewrite.model.get_ops() if node.get_type_name() == "ScaledDotProductAttention"]
         five = sum(node.get_input_size() == 5 for node in found)
         if five != len(rewrite.description.full):
@@ -144,6 +141,7 @@ class _Rows:
         self.first = op.subtract(i64([1]), op.minimum(past, i64([1])))  # rows before the new ones: the sink's, once
         self.masks: dict[tuple[str, int], Node] = {}
         self.assigns: list[Node] = []
+        self.states: list[StateSpec] = []
 
     def attend(self, layer: AttentionLayer, centre: np.ndarray) -> AttentionLayer:
         """Rewrite one layer."""
@@ -178,7 +176,9 @@ class _Rows:
     def _cache(self, layer: AttentionLayer, what: str, new: Node, sink: np.ndarray) -> Node:
         """All rows, (batch, query_heads, 1 + tokens, width): the state's and the new ones."""
         H, G, w = layer.kv_heads, layer.group, self.width
-        variable = new_variable(f"ovtq.{layer.index}.{what}", [-1, H, -1, w], ov.Type.f32)
+        name, rule = cache_name(layer.index, what), Growing(extra=1)
+        self.states.append(StateSpec.growing(name, "f32", H, w, rule, what, [layer.index], native=True))
+        variable = new_variable(self.states[-1])
         empty = op.broadcast(f32(0), op.concat([self.batch, i64([H, 0, w])], 0))
         past = op.gather(op.read_value(empty, variable), self.description.beam_idx, i64(0))
         self.past = past.output(0)

@@ -16,12 +16,11 @@ from ovtq.errors import VerificationFailed
 from ovtq.graph import rebuild
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.packed_attention import PackedAttention
-from ovtq.packing import packed_bytes
 from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.passes.decouple_length import shape_readers
 from ovtq.ring import PackedRing, Ring
+from ovtq.states import WINDOW, Fixed
 
-STATE = "ovtq.window"  # the name of the one state of all sliding layers
 FORMS = {"gpu": WindowBlocks, "cpu": WindowRows}
 
 
@@ -100,10 +99,10 @@ class TruncateWindow(Pass):
         beams = Beams(description, self.target)
         ring: Ring | PackedRing
         if self.exact:
-            ring = Ring(description, STATE, layers, rows, beams)
+            ring = Ring(description, WINDOW, layers, rows, beams)
         else:
             how = coding((self.k_bits, self.v_bits), layers[0].head_dim, self.seed)
-            ring = PackedRing(description, STATE, layers, rows, how, beams)
+            ring = PackedRing(description, WINDOW, layers, rows, how, beams)
             facts |= how.digests
         form = FORMS[self.target](description, self.slack, ring)
         changed = {layer.index: form.attend(layer) for layer in layers}
@@ -114,22 +113,16 @@ class TruncateWindow(Pass):
             }
         old = [path.assign for layer in layers for path in layer.paths]
         model = rebuild(model, drop=old, add=ring.store())
-        return Rewrite(model, description.with_layers(changed), len(changed), facts)
+        names = [path.variable_id for layer in layers for path in layer.paths]
+        description = description.with_layers(changed).with_states(names, beams.states)
+        return Rewrite(model, description, len(changed), facts)
 
     def ensures(self, rewrite: Rewrite) -> None:
-        """States of fixed length for the sliding layers, and two for each full layer, are all there are."""
-        layers = rewrite.description.sliding
-        heads, rows, d = layers[0].kv_heads * len(layers), layers[0].window - 1 + self.slack, layers[0].head_dim
-        expected = {STATE: ("f32", [-1, 2 * heads, rows, d])}
-        if not self.exact:
-            key, value = (packed_bytes(int(bits), d) for bits in (self.k_bits, self.v_bits))
-            shape = [2 * heads, rows, key] if self.k_bits == self.v_bits else [heads, rows, key + value]
-            expected = {STATE: ("i8", [-1, *shape]), f"{STATE}.scale": ("i32", [-1, 2 * heads, rows, 1])}
-        self.expect(rewrite.model, expected)
-        count = len(expected) + 2 * len(rewrite.description.full)
-        found = len(rewrite.model.get_variables())
-        if found != count:
-            raise VerificationFailed(f"{self.name}: expected {count} states, found {found}")
+        """What the sliding layers have is of fixed length."""
+        sliding = {layer.index for layer in rewrite.description.sliding}
+        for state in rewrite.description.states:
+            if sliding & {*state.layers} and not isinstance(state.held, Fixed):
+                raise VerificationFailed(f"{self.name}: the state {state.name} grows")
 
 
 def _packed(layer: AttentionLayer, how: Coding) -> PackedAttention:

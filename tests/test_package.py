@@ -39,6 +39,7 @@ LAYERS = [
     {"ovtq.codec"},
     {"ovtq.codebook", "ovtq.packing"},
     {"ovtq.rotation"},
+    {"ovtq.states"},
     {"ovtq.errors", "ovtq.weights", "ovtq.roofline", "ovtq"},
     {"ovtq.copying"},
 ]
