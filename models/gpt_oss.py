@@ -16,7 +16,7 @@ from openvino import Node
 from ovtq.errors import UnsupportedModel
 from ovtq.graph import Port, constant_of, static_dim
 from ovtq.models.attention import kv_path, mask_window, projection_bias
-from ovtq.models.description import AttentionLayer, KVPath, ModelDescription
+from ovtq.models.description import AttentionLayer, Exported, KVPath, ModelDescription
 from ovtq.states import Growing, StateSpec
 
 INPUTS = ("input_ids", "attention_mask", "beam_idx")
@@ -114,7 +114,5 @@ def _layer(
         key=key,
         value=value,
         context=sdpa.output(0),
-        mask=Port(sdpa, 3),
-        key_path=key_path,
-        value_path=value_path,
+        cache=Exported(key_path, value_path, Port(sdpa, 3)),
     )

@@ -14,7 +14,7 @@ from openvino import opset15 as op
 
 from ovtq.attend import Columns, Held
 from ovtq.beams import Beams
-from ovtq.graph import ALL, MASKED, cut_heads, dim, either, f32, i32, i64, scalar
+from ovtq.graph import ALL, MASKED, One, cut_heads, dim, either, f32, i32, i64, scalar
 from ovtq.models.description import AttentionLayer
 from ovtq.prune import Scores, filled
 from ovtq.pruning import DROPPED, EMPTY, SHOWN, Pruning
@@ -50,12 +50,12 @@ class Residents(Scores):
         every = op.concat([self.scores.past, self.arrived], 2)
         self.rivals = op.slice(every, i64([0]), op.add(columns.new, i64([self.room])), i64([1]), i64([2]))
         rivals = op.reshape(self.rivals, i64([0, self.heads, -1]), True)
-        (found,) = either(
+        found = either(
             is_prefill,
-            ([rivals.output(0)], lambda read: [self._sorted(*read)]),
-            ([rivals.output(0)], lambda read: [self._but_one(*read)]),
+            (One(rivals), lambda read: One(self._sorted(read.value))),
+            (One(rivals), lambda read: One(self._but_one(read.value))),
             ("sorted", "but_one"),
-        )
+        ).value
         self.places, self.rows = (
             op.slice(found, i64([0]), i64([count]), i64([1]), i64([2])) for count in (length, self.room)
         )
@@ -63,7 +63,7 @@ class Residents(Scores):
         hidden = op.less_equal(op.reshape(first, i64([0, 1, 1, self.room]), True), i32(SHOWN))
         self.mask = op.select(hidden, f32(MASKED), f32(0)).output(0)
 
-    def store(self) -> list[Node]:
+    def finish(self) -> list[Node]:
         """The Assigns of the states made here."""
         columns, room, window = self.columns, self.room, self.window
         before, after = (
@@ -140,19 +140,21 @@ class Marked(Scores):
         ends = (i64([0, 0, 0]), op.concat([i64([0, 0]), columns.new], 0))
         readable = op.pad(readable, *ends, "constant", i32(EMPTY))
         readable = op.slice(readable, i64([1]), i64([ALL]), i64([1]), i64([2]))
-        self.factors: list[Output | None] = [None] * self.count
+        self.factors: dict[int, Output] = {}
         if pruning.mode == "zero":
             parts = cut_heads(op.unsqueeze(readable, i64([3])), self.count, "gpu")
-            self.factors = [op.select(op.equal(x, i32(DROPPED)), f32(0), f32(1)).output(0) for x in parts]
+            factors = [op.select(op.equal(x, i32(DROPPED)), f32(0), f32(1)).output(0) for x in parts]
+            self.factors = dict(zip(self.indices, factors, strict=True))
             readable = op.select(op.equal(readable, i32(DROPPED)), i32(0), readable)
         parts = cut_heads(op.unsqueeze(readable, i64([2])), self.count, "gpu")
-        self.masks = [op.select(op.less_equal(x, i32(SHOWN)), f32(MASKED), f32(0)).output(0) for x in parts]
+        masks = [op.select(op.less_equal(x, i32(SHOWN)), f32(MASKED), f32(0)).output(0) for x in parts]
+        self.masks = dict(zip(self.indices, masks, strict=True))
 
     def _numbers(self, tokens: Node) -> Node:
         """Of the tokens of the rows, from −1: (1, 1, 1 + tokens)."""
         return op.unsqueeze(op.range(i64(-1), scalar(tokens), i64(1), "i64"), i64([0, 1]))
 
-    def store(self) -> list[Node]:
+    def finish(self) -> list[Node]:
         """The Assigns of the states made here."""
         columns = self.columns
         later = op.subtract(columns.total, i64([self.pruning.window]))
@@ -161,12 +163,12 @@ class Marked(Scores):
         rivals = op.select(op.less(self._numbers(columns.total), later), every, i32(EMPTY))
         # (batch, heads, 1 + past + new), 1 where a token is pruned now. From one branch two of them, so that the shape
         # changes with the branch, as for residents: after a reset a text may be as long as the last one was.
-        (found,) = either(
+        found = either(
             self.is_prefill,
-            ([rivals.output(0)], lambda read: [op.concat([op.unsqueeze(self._beyond(*read), i64([0]))] * 2, 0)]),
-            ([rivals.output(0)], lambda read: [op.unsqueeze(self._worst(*read), i64([0]))]),
+            (One(rivals), lambda read: One(op.concat([op.unsqueeze(self._beyond(read.value), i64([0]))] * 2, 0))),
+            (One(rivals), lambda read: One(op.unsqueeze(self._worst(read.value), i64([0])))),
             ("beyond", "worst"),
-        )
+        ).value
         gone = op.gather(found, i64(0), i64(0))
         kept = op.select(op.equal(gone, i32(0)), every, i32(DROPPED))
         # By a Gather: an Assign that a Slice feeds corrupts other tensors on the CPU plugin

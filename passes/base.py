@@ -77,6 +77,11 @@ class Pass(ABC):
         """The error to raise in `requires`."""
         return PreconditionFailed(f"{self.name}: {reason}")
 
+    def refuse_if(self, reason: str | None) -> None:
+        """Raise that error if there is a reason; see `ovtq.checks`."""
+        if reason:
+            raise self.refuse(reason)
+
     def at(self, folder: Path) -> Pass:
         """This pass with what it needs beside the graph taken from the model's folder. Raises InputError if missing."""
         return self

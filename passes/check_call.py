@@ -9,6 +9,7 @@ import openvino as ov
 from openvino import opset15 as op
 
 from ovtq.errors import VerificationFailed
+from ovtq.forms import TARGETS
 from ovtq.graph import ancestors, dim, i32, i64, id_of, new_variable, rebuild, redirect
 from ovtq.models.description import ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
@@ -45,7 +46,7 @@ class CheckCall(Pass):
     exact: ClassVar[bool] = True
     paged_attention: ClassVar[bool] = False
 
-    target: str = option("gpu", "whose plugin the graph is made for", choices=("gpu", "cpu"))
+    target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
 
     def sites(self, description: ModelDescription) -> int:
         """One: the inputs."""
@@ -90,7 +91,7 @@ class CheckCall(Pass):
             if id_of(reader.get_node()) not in earlier:
                 reader.replace_source_output(checked.output(0))
         model = rebuild(model, add=assigns)
-        return Rewrite(model, replace(description, past=None).with_states((), made), 1)
+        return Rewrite(model, replace(description, past=None).with_states(made), 1)
 
     def ensures(self, rewrite: Rewrite) -> None:
         """What reads tokens reads them behind the check, and no length comes from the length of attention_mask."""

@@ -30,6 +30,7 @@ from ovtq.errors import VerificationFailed
 from ovtq.extent import Scope, cut, scope
 from ovtq.passes import DecoupleLength, RotateHeads, TruncateWindow
 from ovtq.rotation import randomized_hadamard
+from ovtq.states import StateSpec
 from ovtq.verify import TOLERANCE, Call, Played, _apart, calls_for, compare, even, schedule, undecided, verify
 
 
@@ -219,7 +220,7 @@ def _scales_joined_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
     store = ovtq.attend_blocks._Scales.store
 
     def late(self: ovtq.attend_blocks._Scales, *rest: object) -> ov.Node:
-        self.joined.reverse()
+        self.joined = dict(zip(self.joined, reversed(self.joined.values()), strict=True))
         return store(self, *rest)
 
     monkeypatch.setattr(ovtq.attend_blocks._Scales, "store", late)
@@ -294,11 +295,11 @@ def _beams_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes follow their beams, scales do not."""
     init = ovtq.ring.State.__init__
 
-    def deaf(self: ovtq.ring.State, beams: Beams, name: str, *rest: object) -> None:
-        if name.endswith(".scale"):
+    def deaf(self: ovtq.ring.State, beams: Beams, state: StateSpec, *rest: object) -> None:
+        if state.holds == "scale":
             beams = copy.copy(beams)
             beams.index, beams._pairs = ov.opset15.multiply(beams.index, np.int32(0)), {}
-        init(self, beams, name, *rest)
+        init(self, beams, state, *rest)
 
     monkeypatch.setattr(ovtq.ring.State, "__init__", deaf)
 
