@@ -221,7 +221,10 @@ class Tensors:
         return found
 
     def filled(self, outputs: Sequence[Output]) -> Any:
-        """The same with others in their places: what `flatten` took apart."""
+        """The same with others in their places: what `flatten` took apart. Raises ValueError for more or fewer."""
+        count = len(self.flatten())
+        if len(outputs) != count:
+            raise ValueError(f"{type(self).__name__}: {len(outputs)} tensors for {count}")
         left, changed = list(outputs), {}
         for item in fields(self):
             value = getattr(self, item.name)

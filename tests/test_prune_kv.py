@@ -24,9 +24,9 @@ from ovtq import io
 from ovtq.attend_block import Far
 from ovtq.beams import Beams
 from ovtq.convert import main
-from ovtq.errors import InputError
+from ovtq.errors import InputError, PreconditionFailed
 from ovtq.packed_check import PackedCheck
-from ovtq.passes import DecoupleLength, PruneKv, SimplifyMask, TruncateWindow
+from ovtq.passes import DecoupleLength, PruneKv, QuantizeKv, SimplifyMask, TruncateWindow
 from ovtq.pruning import FIRST, SHOWN, Pruning, best, counted, kept, pruned, told
 from ovtq.runner import EXACT_PROPERTIES, Runner
 from ovtq.scores import Arriving
@@ -507,6 +507,8 @@ def test_genai_resets_when_a_history_changes(options: list[str], convert: Callab
         ),
         ({"centre": "bias"}, "residual-window and centre are options of packed caches; give k-bits or v-bits"),
         ({"k-bits": "6", "mode": "zero", "centre": "bias"}, "mode zero needs centre none"),
+        ({"protect": "middle"}, "prune-kv: protect: expected first:N, last:N or an index, got 'middle'"),
+        ({"seed": "-1"}, "prune-kv: seed must be from 0 to 4294967295, got -1"),
     ],
 )
 def test_options_are_checked(options: dict[str, str], message: str) -> None:
@@ -535,6 +537,12 @@ def test_the_command_refuses_in_one_line(flags: list[str], message: str, capsys:
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_two_packed_caches_in_one_model_are_refused() -> None:
+    """Their states would have the same names."""
+    with pytest.raises(PreconditionFailed, match=r"prune-kv: the model has a state ovtq\.recent already"):
+        applied(TINY["5.5"], *EXACT, QuantizeKv(protect="first:1"), PruneKv(protect="last:1"))
 
 
 def test_the_calls_overfill_the_budget() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from conftest import ROOT, TINY, load
 from ovtq import io, pipeline, states
 from ovtq.cache import marked
 from ovtq.errors import InputError, VerificationFailed
+from ovtq.graph import Tensors
 from ovtq.inspect import main
 from ovtq.passes import DecoupleLength, TruncateWindow
 from ovtq.recheck import recheck
@@ -138,6 +140,31 @@ def test_a_pass_that_leaves_other_states_is_refused(monkeypatch: pytest.MonkeyPa
         VerificationFailed, match=r"truncate-window: expected a state past_key_values.1.*f16.*found f32"
     ):
         item.apply(once.model, once.description)
+
+
+def test_tensors_are_taken_apart_and_put_together() -> None:
+    """By name, what there is not left out, those inside others too."""
+    a, b, c, d = (ov.opset15.parameter([size], np.float32).output(0) for size in (1, 2, 3, 4))
+    call = Outer(a, Inner(b, None), c)
+    assert [x.get_shape()[0] for x in call.flatten()] == [1, 2, 3]
+    other = call.filled([d, c, b])
+    assert [x.get_shape()[0] for x in (other.first, other.inner.one, other.last)] == [4, 3, 2]
+    assert other.inner.two is None
+    with pytest.raises(ValueError, match="2 tensors for 3"):
+        call.filled([a, b])
+
+
+@dataclass(frozen=True)
+class Inner(Tensors):
+    one: ov.Output
+    two: ov.Output | None
+
+
+@dataclass(frozen=True)
+class Outer(Tensors):
+    first: ov.Output
+    inner: Inner
+    last: ov.Output
 
 
 # ------------------------------------------------------------------------------------------ records
