@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
-import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.graph import Port, dim, i64, redirect
+from ovtq.graph import MASKED, Port, consumers, dim, i64, redirect
 from ovtq.packed_attention import PackedAttention, Place
+from ovtq.states import StateSpec
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,71 @@ class TokenRows:
         return op.maximum(op.subtract(rows, i64([self.extra])), i64([0])) if self.extra else rows
 
 
+# What a layer's cache is: as exported, or what a pass made of it. `rows` tells the past length, where the cache does;
+# `lengths` are those of calls or texts beyond which the layer takes another way.
+
+
+@dataclass(frozen=True)
+class Exported:
+    """Keys and values go through states of their own, as exported; `mask` is where the additive mask enters."""
+
+    key: KVPath
+    value: KVPath
+    mask: Port
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def paths(self) -> tuple[KVPath, KVPath]:
+        """Of keys and of values."""
+        return self.key, self.value
+
+    @property
+    def rows(self) -> TokenRows:
+        """All past tokens."""
+        return TokenRows(self.key.past)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The last tokens, as they are, in a state of fixed length."""
+
+    lengths: tuple[int, ...]
+    rows: None = None
+
+
+@dataclass(frozen=True)
+class SinkRow:
+    """The plugin's own cache of all tokens, behind a row that is the sink."""
+
+    rows: TokenRows
+    lengths: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Packed codes, of a window or all tokens: `definition` is what the layer computes, `places` where they are."""
+
+    definition: PackedAttention
+    places: tuple[Place, Place]
+    rows: TokenRows | None
+    lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pruned(Packed):
+    """Some tokens of all, packed or as they are; its definition is a PrunedAttention."""
+
+
+Cache = Exported | Window | SinkRow | Packed | Pruned
+
+
 @dataclass(frozen=True)
 class AttentionLayer:
-    """One attention layer.
+    """One attention layer: what it is in the exported model, where tensors enter and leave it now, and its cache.
 
     `query`, `key`, `value` are the ports where a step's new Q (batch, query_heads, tokens, head_dim) and K, V
     (batch, kv_heads, tokens, head_dim) enter the attention, after RoPE; `context` is what the attention itself gives,
-    (batch, query_heads, tokens, head_dim). A pass that gives the layer another cache sets `key_path`, `value_path`
-    and `mask` to None.
+    (batch, query_heads, tokens, head_dim).
     """
 
     index: int
@@ -82,23 +138,38 @@ class AttentionLayer:
     key: Port
     value: Port
     context: Output
-    mask: Port | None
-    key_path: KVPath | None
-    value_path: KVPath | None
-    packed: PackedAttention | None = None  # what it should compute once its cache is quantised
-    places: tuple[Place, ...] = ()  # then: where its keys and values are
-    rows: TokenRows | None = None  # what tells the past length, once its cache is another than exported
-    lengths: tuple[int, ...] = ()  # of calls or texts beyond which its new form takes another way
+    cache: Cache
 
     @property
     def paths(self) -> tuple[KVPath, ...]:
         """The K and V paths as exported; empty once a pass replaced them."""
-        return tuple(path for path in (self.key_path, self.value_path) if path is not None)
+        return self.cache.paths if isinstance(self.cache, Exported) else ()
 
     @property
     def token_rows(self) -> TokenRows | None:
         """What of this layer's cache tells how many past tokens there are; None if nothing does."""
-        return TokenRows(self.key_path.past) if self.key_path else self.rows
+        return self.cache.rows
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of calls or texts beyond which it takes another way."""
+        return self.cache.lengths
+
+    @property
+    def packed(self) -> PackedAttention | None:
+        """What it should compute, if its cache is packed or pruned."""
+        return self.cache.definition if isinstance(self.cache, Packed) else None
+
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """Where its keys and values then are."""
+        return self.cache.places if isinstance(self.cache, Packed) else ()
+
+    @property
+    def sink_logits(self) -> np.ndarray:
+        """(1, kv_heads, group, 1, 1) f32."""
+        sinks = self.sinks if self.sinks is not None else np.full(self.query_heads, MASKED)
+        return np.asarray(sinks, np.float32).reshape(1, self.kv_heads, self.group, 1, 1)
 
     @property
     def group(self) -> int:
@@ -110,10 +181,10 @@ class AttentionLayer:
         """What layers must have in common to be rewritten together: window, query_heads, kv_heads, head_dim."""
         return self.window, self.query_heads, self.kv_heads, self.head_dim
 
-    def rewritten(self, context: Node, **changes: Any) -> AttentionLayer:
+    def rewritten(self, context: Node, cache: Cache, **ports: Port) -> AttentionLayer:
         """This layer with another cache and attention: what read its context reads `context` from now on."""
         redirect(self.context, context)
-        return replace(self, context=context.output(0), mask=None, key_path=None, value_path=None, **changes)
+        return replace(self, context=context.output(0), cache=cache, **ports)
 
 
 @dataclass(frozen=True)
@@ -121,7 +192,7 @@ class ModelDescription:
     """A stateful language model as the passes see it; inputs have shape (batch, tokens), beam_idx (batch,).
 
     `attention_mask` is the input, or, once decouple-length has run, its columns of past and new tokens; then `past`
-    is how many past tokens there are, an i64 vector of one element.
+    is how many past tokens there are, an i64 vector of one element. `states` are all that the graph has.
     """
 
     architecture: str
@@ -129,6 +200,7 @@ class ModelDescription:
     attention_mask: Node
     beam_idx: Node
     layers: tuple[AttentionLayer, ...]
+    states: tuple[StateSpec, ...]
     past: Node | None = None
     total: Node | None = None  # past and new tokens together, likewise
 
@@ -151,30 +223,24 @@ class ModelDescription:
         """This description with some layers replaced, by index."""
         return replace(self, layers=tuple(changed.get(layer.index, layer) for layer in self.layers))
 
+    def with_states(self, add: Iterable[StateSpec]) -> ModelDescription:
+        """This description with more states."""
+        return replace(self, states=(*self.states, *add))
 
-def state_bytes(
-    model: ov.Model,
-    tokens: int,
-    batch: int = 1,
-    float_bytes: int = 2,
-    row_bytes: Callable[[int], int] | None = None,
-    most: int | None = None,
-) -> int:
-    """Bytes of all states after `tokens` tokens; floating-point states counted with `float_bytes` (GPU: 2).
+    def recached(self, changed: dict[int, AttentionLayer], states: Iterable[StateSpec]) -> ModelDescription:
+        """This description with layers, by index, that have other caches, in these states in place of the exported."""
+        gone = {path.variable_id for layer in self.layers if layer.index in changed for path in layer.paths}
+        left = tuple(state for state in self.states if state.name not in gone)
+        return replace(self.with_layers(changed), states=(*left, *states))
 
-    `row_bytes` says what the plugin makes of a token of one head in a floating-point state that grows, by its width.
-    `most` is how many tokens the growing states hold at most that a pass has made; None: all.
-    """
-    total = 0
-    for variable in model.get_variables():
-        info = variable.get_info()
-        held = tokens if most is None or not info.variable_id.startswith("ovtq.") else min(tokens, most)
-        *axes, width = (length.get_length() if length.is_static else None for length in info.data_shape)
-        grows = None in axes[1:]
-        row = width * (float_bytes if info.data_type.is_real() else info.data_type.size)
-        if row_bytes and grows and info.data_type.is_real():
-            row = row_bytes(width)
-        for axis, length in enumerate(axes):
-            row *= length if length is not None else (batch if axis == 0 else held)
-        total += row
-    return total
+
+def shape_readers(description: ModelDescription) -> list[tuple[Node, int, int, bool]]:
+    """(ShapeOf, kv_heads, head_dim, reads the appended tokens) for every ShapeOf of an exported KV state."""
+    return [
+        (node, layer.kv_heads, layer.head_dim, appended)
+        for layer in description.layers
+        for path in layer.paths
+        for tensor, appended in ((path.past, False), (path.appended, True))
+        for node in consumers(tensor)
+        if node.get_type_name() == "ShapeOf" and consumers(node.output(0))
+    ]

@@ -16,9 +16,11 @@ from openvino import Node
 from ovtq.errors import UnsupportedModel
 from ovtq.graph import Port, constant_of, static_dim
 from ovtq.models.attention import kv_path, mask_window, projection_bias
-from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.models.description import AttentionLayer, Exported, KVPath, ModelDescription
+from ovtq.states import Growing, StateSpec
 
 INPUTS = ("input_ids", "attention_mask", "beam_idx")
+KV = ("key", "value")
 LAYER_TYPES = ("sliding_attention", "full_attention")
 
 
@@ -48,12 +50,19 @@ def describe(model: ov.Model, config: Mapping[str, Any]) -> ModelDescription:
         _layer(index, sdpa, kind, inputs["attention_mask"], inputs["beam_idx"], config)
         for index, (sdpa, kind) in enumerate(zip(found, kinds, strict=True))
     )
-    states = {path.variable_id for layer in layers for path in layer.paths}
+    states = tuple(_state(layer, what, path) for layer in layers for what, path in zip(KV, layer.paths, strict=True))
     if len(states) != len(model.get_variables()):
         raise UnsupportedModel(
             f"the model has {len(model.get_variables())} states, its attention layers explain {len(states)}"
         )
-    return ModelDescription("gpt_oss", inputs["input_ids"], inputs["attention_mask"], inputs["beam_idx"], layers)
+    found = (inputs[name] for name in INPUTS)
+    return ModelDescription("gpt_oss", *found, layers, states)
+
+
+def _state(layer: AttentionLayer, what: str, path: KVPath) -> StateSpec:
+    kind = path.read.get_element_type().get_type_name()
+    heads, width, these = layer.kv_heads, layer.head_dim, [layer.index]
+    return StateSpec.growing(path.variable_id, kind, heads, width, Growing(), what, these, native=True)
 
 
 def _layer_types(config: Mapping[str, Any]) -> list[str]:
@@ -105,7 +114,5 @@ def _layer(
         key=key,
         value=value,
         context=sdpa.output(0),
-        mask=Port(sdpa, 3),
-        key_path=key_path,
-        value_path=value_path,
+        cache=Exported(key_path, value_path, Port(sdpa, 3)),
     )

@@ -12,6 +12,7 @@ from openvino import opset15 as op
 from ovtq.errors import UnsupportedModel
 from ovtq.graph import ancestors, redirect
 from ovtq.models.attention import biased_projection, projected
+from ovtq.models.description import AttentionLayer
 
 POSITIONS = 4096  # over which a turning bias is averaged
 
@@ -28,6 +29,14 @@ def mean_rotated_bias(
         return None
     keys = rotated(model, key, found[0], found[1], positions)
     return keys.mean(axis=1, dtype=np.float64).astype(np.float32)
+
+
+def key_centre(model: ov.Model, layer: AttentionLayer, centre: str) -> np.ndarray:
+    """What is taken from all keys, (kv_heads, head_dim) f32: zero if `centre` is none, or keys have no bias."""
+    mean = None
+    if centre == "bias":
+        mean = mean_rotated_bias(model, layer.key.source, layer.kv_heads, layer.head_dim)
+    return np.zeros((layer.kv_heads, layer.head_dim), np.float32) if mean is None else mean
 
 
 def frequencies(model: ov.Model, key: Output, kv_heads: int, head_dim: int) -> np.ndarray:

@@ -7,21 +7,23 @@ carry the scale of the attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.beams import Beams
 from ovtq.coding import Coding
-from ovtq.graph import ALL, MASKED, cut_heads, dim, f32, i64, new_variable, numbers, precise, scalar
-from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.pruning import Pruning
+from ovtq.graph import ALL, MASKED, cut_heads, dim, f32, i64, numbers, precise, scalar
+from ovtq.models.attention import projected
+from ovtq.models.description import AttentionLayer, ModelDescription, Packed, Pruned, TokenRows
+from ovtq.packed_attention import PackedAttention, Place
+from ovtq.pruning import PrunedAttention, Pruning
 from ovtq.quantizer import encode, pack
+from ovtq.states import Growing, StateSpec, cache_name
 
 NEVER = 2**30  # no query is so late
 
@@ -31,13 +33,40 @@ class Plan(Coding):
     """What becomes of the tokens of some layers.
 
     `centres`, (kv_heads, head_dim) for each layer, are what was taken from its keys, scale included; `window` is how
-    many recent tokens are at full precision, at the least. `pruning` says which of the others stay.
+    many recent tokens are at full precision, at the least. `pruning` says which of the others stay; None: all.
     """
 
     layers: tuple[AttentionLayer, ...]
     centres: dict[int, np.ndarray]
     window: int
     pruning: Pruning | None = None
+
+    def definition(self, layer: AttentionLayer, flush: int) -> PackedAttention:
+        """What a layer then computes, where tokens leave the recent ones `flush` at a time."""
+        codecs, sinks = (self.key, self.value), layer.sink_logits.reshape(-1)
+        args = codecs, self.rotation, self.centres[layer.index], sinks, layer.scale, self.window, flush
+        if self.pruning is None:
+            return PackedAttention(*args)
+        first = self.indices.index(layer.index) * layer.kv_heads
+        beside = [projected(layer.key.source, layer.kv_heads, layer.head_dim)] if self.pruning.statistics else []
+        return PrunedAttention(*args, pruning=self.pruning, layer=layer.index, first=first, beside=beside)
+
+    def cache(
+        self, layer: AttentionLayer, flush: int, places: tuple[Place, Place], rows: TokenRows | None,
+        lengths: tuple[int, ...],
+    ) -> Packed:  # fmt: skip
+        """What a layer's cache then is."""
+        return (Pruned if self.pruning else Packed)(self.definition(layer, flush), places, rows, lengths)
+
+    @property
+    def mode(self) -> str | None:
+        """What becomes of tokens that are not to stay; None: all stay."""
+        return self.pruning.mode if self.pruning else None
+
+    @property
+    def indices(self) -> list[int]:
+        """Of the layers."""
+        return [layer.index for layer in self.layers]
 
     @property
     def packed(self) -> int:
@@ -56,9 +85,10 @@ class Held:
     Once `append` was called, `appended` is what it held, with this call's rows behind it.
     """
 
-    def __init__(self, beams: Beams, name: str, heads: int, width: int, kind: ov.Type) -> None:
-        self.beams, self.name, self.heads, self.width, self.kind = beams, name, heads, width, kind
-        self.variable = new_variable(name, [-1, heads, -1, width], kind)
+    def __init__(self, beams: Beams, state: StateSpec) -> None:
+        self.beams, self.state, self.kind = beams, state, state.element_type
+        _, self.heads, _, self.width = state.shape
+        self.variable = beams.variable(state)
         self.none = self._nothing()
         self.read = op.read_value(self.none, self.variable)
         self.appended: Output
@@ -98,12 +128,15 @@ class Store:
     `held` are bytes (batch, kv_heads, tokens, ·) i8 of keys and of values; what is not packed is there as it is.
     """
 
-    def __init__(self, beams: Beams, plan: Plan, layer: AttentionLayer) -> None:
+    def __init__(self, beams: Beams, plan: Plan, layer: AttentionLayer, rule: Growing) -> None:
         self.plan, self.target = plan, beams.target
         self.held = [
             Held(
-                beams, f"ovtq.{layer.index}.{what}", layer.kv_heads,
-                where.bytes if where else layer.head_dim, ov.Type.i8 if where else ov.Type.f32,
+                beams,
+                StateSpec.growing(
+                    cache_name(layer.index, what), "i8" if where else "f32", layer.kv_heads,
+                    where.bytes if where else layer.head_dim, rule, what, [layer.index],
+                ),
             )
             for what, where in zip(("key", "value"), plan.layouts, strict=True)
         ]  # fmt: skip
@@ -175,14 +208,9 @@ class Columns:
         return op.select(real, op.subtract(number, i64([self.rows + 1])), i64(NEVER))
 
 
-def sink_logits(layer: AttentionLayer) -> np.ndarray:
-    """(1, kv_heads, group, 1, 1)."""
-    sinks = layer.sinks if layer.sinks is not None else np.full(layer.query_heads, MASKED)
-    return np.asarray(sinks, np.float32).reshape(1, layer.kv_heads, layer.group, 1, 1)
-
-
-def sink_columns(logits: Sequence[np.ndarray], columns: Node) -> Iterator[Node]:
+def sink_columns(logits: Mapping[int, np.ndarray], columns: Node) -> dict[int, Output]:
     """Each layer's `logits`, as of `sink_logits`, in the first of as many columns, (1, H, G, 1, columns); else zero."""
     behind = op.concat([i64([0] * 5), op.subtract(columns, i64([1]))], 0)
-    padded = op.pad(f32(np.stack(logits)), i64([0] * 6), behind, "constant", op.constant(np.float32(0)))
-    return (op.squeeze(one, i64([0])) for one in op.split(padded, i64(0), len(logits)).outputs())
+    padded = op.pad(f32(np.stack([*logits.values()])), i64([0] * 6), behind, "constant", op.constant(np.float32(0)))
+    parts = op.split(padded, i64(0), len(logits)).outputs()
+    return {index: op.squeeze(part, i64([0])).output(0) for index, part in zip(logits, parts, strict=True)}

@@ -1,90 +1,104 @@
-"""The form for the GPU plugin of layers that are pruned: `Branches` that read another history, or mask some of it."""
+"""Histories of the form for the GPU plugin that some tokens are pruned from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import repeat
 
 import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.attend import Plan
-from ovtq.attend_branches import Branches, looked_up
+from ovtq.attend_branches import Appended, Nodes, looked_up
 from ovtq.beams import Beams
 from ovtq.codec import AdaptiveUniform
 from ovtq.graph import cut_heads, i64, joined
-from ovtq.models.description import AttentionLayer
+from ovtq.models.description import AttentionLayer, TokenRows
 from ovtq.packed_attention import Place
 from ovtq.packing import Layout
 from ovtq.prune_branches import Marked, Residents
 from ovtq.quantizer import encode, pack
 from ovtq.ring import State
+from ovtq.states import StateSpec, cache_name, scale_name
 
 
-def kept_state(layers: Sequence[AttentionLayer]) -> str:
-    """How the states of the keys and values of these layers begin: with the numbers of the layers."""
-    return "ovtq." + "-".join(str(layer.index) for layer in layers)
+class Masked:
+    """Tokens that are pruned stay where all others are, and are masked, or read as 0."""
 
+    def __init__(self, nodes: Nodes) -> None:
+        self.appended, plan = Appended(nodes), nodes.plan
+        self.marked = Marked(nodes.beams, plan.layers, plan.pruning, nodes.columns, nodes.is_prefill)
 
-class Masking(Branches):
-    """Tokens that are pruned stay in the history, and are masked, or read as 0."""
+    def far(self, layer: AttentionLayer) -> Output:
+        """One of its own for every layer."""
+        return self.marked.masks[layer.index]
 
-    def _far_masks(self) -> Iterator[Output]:
-        plan = self.plan
-        self.marked = Marked(self.beams, plan.layers, plan.pruning, self.columns, self.is_prefill)
-        self.factors = iter(self.marked.factors)
-        return iter(self.marked.masks)
-
-    def _history(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
-        tensors, factor = super()._history(layer, new, recent), next(self.factors)
+    def read(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
+        """Of past and new tokens."""
+        keys, values = self.appended.read(layer, new, recent)
+        factor = self.marked.factors.get(layer.index)
         if factor is None:
-            return tensors
-        keys, values = (op.multiply(tensor, factor).output(0) for tensor in tensors)
-        return keys, values
+            return keys, values
+        return op.multiply(keys, factor).output(0), op.multiply(values, factor).output(0)
 
-    def stores(self) -> list[Node]:
-        """The Assigns of all states, once every layer is rewritten."""
-        return [*super().stores(), *self.marked.store()]
+    def places(self, layer: AttentionLayer) -> tuple[Place, Place]:
+        """States of its own."""
+        return self.appended.places(layer)
+
+    def rows(self, layer: AttentionLayer) -> TokenRows | None:
+        """The layer's keys."""
+        return self.appended.rows(layer)
+
+    def finish(self) -> list[Node]:
+        """The Assigns of all that is held, and of what is known of it."""
+        return [*self.appended.finish(), *self.marked.finish()]
 
 
-class Evicting(Branches):
+class Evicted:
     """The history is what stays of it, for all layers in states of one fixed length.
 
     Each state is copied whole in every step, whether a token is evicted or not: a bounded number of bytes.
     """
 
-    def _far_masks(self) -> Iterator[Output]:
-        plan = self.plan
-        self.kept = kept_state(plan.layers)
-        self.residents = Residents(self.beams, plan.layers, plan.pruning, self.columns, self.is_prefill)
+    def __init__(self, nodes: Nodes) -> None:
+        self.nodes, self.plan = nodes, nodes.plan
+        plan = nodes.plan
+        self.residents = Residents(nodes.beams, plan.layers, plan.pruning, nodes.columns, nodes.is_prefill)
         self.stacks = [
-            _Stack(self.beams, plan, f"{self.kept}.{what}", codec, layout)
+            _Stack(nodes.beams, plan, what, codec, layout)
             for what, codec, layout in zip(("key", "value"), (plan.key, plan.value), plan.layouts, strict=True)
         ]
-        self.pasts = zip(*(stack.pasts() for stack in self.stacks), strict=True)
-        self.leaving: list[list[Output]] = []
-        return repeat(self.residents.mask)
+        pasts = zip(*(stack.pasts() for stack in self.stacks), strict=True)
+        self.pasts = dict(zip(plan.indices, pasts, strict=True))
+        self.leaving: dict[int, list[Output]] = {}
 
-    def _history(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
-        after = op.add(self.columns.new, i64([1]))  # behind the sink's row
-        self.leaving.append(op.split(op.slice(recent, i64([1]), after, i64([1]), i64([2])), i64(1), 2).outputs())
-        return next(self.pasts)
+    def far(self, layer: AttentionLayer) -> Output:
+        """The same for every layer."""
+        return self.residents.mask
+
+    def read(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
+        """Of what stayed."""
+        after = op.add(self.nodes.columns.new, i64([1]))  # behind the sink's row
+        leaving = op.slice(recent, i64([1]), after, i64([1]), i64([2]))
+        self.leaving[layer.index] = op.split(leaving, i64(1), 2).outputs()
+        return self.pasts[layer.index]
 
     def places(self, layer: AttentionLayer) -> tuple[Place, Place]:
-        """Where keys and values of a layer are."""
-        number = [other.index for other in self.plan.layers].index(layer.index)
+        """Its heads in the states of all."""
+        number = self.plan.indices.index(layer.index)
         heads = slice(number * layer.kv_heads, (number + 1) * layer.kv_heads)
-        key, value = (Place(f"{self.kept}.{what}", heads, slice(None), heads) for what in ("key", "value"))
+        names = (cache_name(self.plan.indices, what) for what in ("key", "value"))
+        key, value = (Place(name, heads, slice(None), heads) for name in names)
         return key, value
 
     def rows(self, layer: AttentionLayer) -> None:
-        """What tells the past length: nothing."""
+        """Nothing tells the past length."""
 
-    def stores(self) -> list[Node]:
-        """The Assigns of all states, once every layer is rewritten."""
-        assigns = [*super().stores(), *self.residents.store()]
-        leaving = [joined(list(tokens), 1) for tokens in zip(*self.leaving, strict=True)]
+    def finish(self) -> list[Node]:
+        """The Assigns of what stays, and of what is known of it."""
+        assigns = self.residents.finish()
+        each = zip(*(self.leaving[index] for index in self.plan.indices), strict=True)
+        leaving = [joined(list(tokens), 1) for tokens in each]
         done = self._packed([(stack, some) for stack, some in zip(self.stacks, leaving, strict=True) if stack.layout])
         for stack, some in zip(self.stacks, leaving, strict=True):
             assigns += stack.store(next(done) if stack.layout else [some], self.residents.rows)
@@ -108,7 +122,7 @@ class _Stack:
         self,
         beams: Beams,
         plan: Plan,
-        name: str,
+        what: str,
         codec: AdaptiveUniform | None,
         layout: Layout | None,
     ) -> None:
@@ -116,9 +130,12 @@ class _Stack:
         layer, room = plan.layers[0], plan.pruning.room
         self.heads = len(plan.layers) * layer.kv_heads
         width, kind = (layout.bytes, np.int8) if layout else (layer.head_dim, np.float32)
-        self.states = [State(beams, name, [self.heads, room, width], np.zeros(1, kind))]
+        name, these = cache_name(plan.indices, what), plan.indices
+        spec = StateSpec.fixed(name, "i8" if layout else "f32", [self.heads, room, width], what, these)
+        self.states = [State(beams, spec, np.zeros(1, kind))]
         if layout:
-            self.states.append(State(beams, f"{name}.scale", [self.heads, room, 1], np.zeros(1, np.float32)))
+            spec = StateSpec.fixed(scale_name(name), "f32", [self.heads, room, 1], "scale", these)
+            self.states.append(State(beams, spec, np.zeros(1, np.float32)))
 
     def pasts(self) -> list[Output]:
         """What each layer reads, looked up."""

@@ -10,7 +10,7 @@ import numpy as np
 from openvino import Node
 from openvino import opset15 as op
 
-from ovtq.attend import sink_columns, sink_logits
+from ovtq.attend import sink_columns
 from ovtq.graph import ALL, MASKED, Port, dim, f32, i64, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.ring import PackedRing, Ring
@@ -54,7 +54,8 @@ class WindowRows:
         seen = op.logical_and(op.unsqueeze(band, i64([0])), op.unsqueeze(shown, i64([1])))  # (batch, rest, columns)
         self.mask = op.unsqueeze(op.select(seen, f32(0), f32(MASKED)), i64([1, 2]))
         # Divided by the scale that is applied behind them
-        self.sinks = sink_columns([sink_logits(layer) / layer.scale for layer in layers], self.columns)
+        logits = {layer.index: layer.sink_logits / layer.scale for layer in layers}
+        self.sinks = sink_columns(logits, self.columns)
 
         # Block t has the sink, and the columns from t·BLOCK + slack + 1 on
         begin = op.multiply(op.range(i64(0), scalar(self.trips), i64(1), "i64"), i64(BLOCK))
@@ -69,18 +70,26 @@ class WindowRows:
         seen = op.logical_and(padding, op.constant(within))  # (batch, trips, BLOCK, 1 + width)
         self.block_mask = op.unsqueeze(op.select(seen, f32(0), f32(MASKED)), i64([1, 3]))
         self.width = 1 + width
-        self.ring = ring
+        self.ring, self.states = ring, ring.states
         self.lengths = (BLOCK, window, rows)
 
-    def attend(self, layer: AttentionLayer) -> AttentionLayer:
-        """Rewrite one layer, in turn."""
+    def rewrite(self, layer: AttentionLayer) -> AttentionLayer:
+        """The layer with a window for its cache."""
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
         queries = op.reshape(layer.query.source, i64([0, H, G, -1, d]), True)
-        keys, values = (self.ring.join(port.source, self.sink) for port in (layer.key, layer.value))
+        entries = enumerate((layer.key.source, layer.value.source))
+        keys, values = (self.ring.join(layer, which, source, self.sink) for which, source in entries)
         contexts = [self._leading(layer, queries, keys, values), self._last(layer, queries, keys, values)]
         context = op.transpose(op.concat(contexts, 1), i64([0, 2, 1, 3]))  # (batch, H·G, new, d)
         ports = {"query": Port(queries, 0), "key": Port(keys, 2), "value": Port(values, 2)}
-        return layer.rewritten(context, **ports, lengths=self.lengths)
+        return layer.rewritten(context, self.ring.cache(layer, self.lengths), **ports)
+
+    def rows(self, layer: AttentionLayer) -> None:
+        """What tells the past length: nothing, a window is as long before its first token."""
+
+    def finish(self) -> list[Node]:
+        """The Assigns, once every layer is rewritten."""
+        return self.ring.store()
 
     def _last(self, layer: AttentionLayer, queries: Node, keys: Node, values: Node) -> Node:
         """The context of the last queries, (batch, rest, query_heads, d)."""
@@ -90,7 +99,7 @@ class WindowRows:
         by_query = op.concat([i64([0, 0, G]), self.rest, i64([-1])], 0)
         scores = op.reshape(op.matmul(rows, keys, False, True), by_query, True)
         # The scale comes last, for right behind the product the plugin would scale the keys instead
-        scores = op.multiply(op.add(op.add(scores, self.mask), next(self.sinks)), f32(layer.scale))
+        scores = op.multiply(op.add(op.add(scores, self.mask), self.sinks[layer.index]), f32(layer.scale))
         weights = op.reshape(op.softmax(scores, 4), op.concat([i64([0, 0, -1]), self.columns], 0), True)
         context = op.reshape(op.matmul(weights, values, False, False), i64([0, 0, G, -1, d]), True)
         return op.reshape(op.transpose(context, i64([0, 3, 1, 2, 4])), i64([0, 0, H * G, d]), True)
@@ -105,7 +114,7 @@ class WindowRows:
         scores = op.matmul(rows, keys, False, True)
         scores = op.reshape(scores, i64([0, 0, 0, G, BLOCK, self.width]), True)
         sinks = np.zeros((H, 1, G, 1, self.width), np.float32)
-        sinks[..., :1] = sink_logits(layer)[0, :, None, :, :] / layer.scale
+        sinks[..., :1] = layer.sink_logits[0, :, None, :, :] / layer.scale
         scores = op.multiply(op.add(op.add(scores, self.block_mask), f32(sinks[None])), f32(layer.scale))
         # A Softmax of rank 6 the plugin would take apart
         weights = op.softmax(op.reshape(scores, i64([0, 0, 0, G * BLOCK, self.width]), True), 4)
@@ -168,19 +177,19 @@ class WindowBlocks:
 
         # The sink logits of all layers in the sink's column, divided by the scale that is applied behind them.
         is_sink = op.slice(f32(np.eye(1, 2 * window)[0]), origin, w, one, origin)
-        sinks = np.stack([sink_logits(layer)[0, :, None, :, 0] / layer.scale for layer in layers])
+        sinks = np.stack([layer.sink_logits[0, :, None, :, 0] / layer.scale for layer in layers])
         sinks = op.split(op.multiply(is_sink, f32(sinks)), i64(0), len(layers))  # (1, H, 1, G, w) each
-        self.sinks = iter(sinks.outputs())
+        self.sinks = dict(zip([layer.index for layer in layers], sinks.outputs(), strict=True))
 
         self.zero_rows = op.broadcast(f32(0), op.concat([batch, i64([2 * layer.kv_heads, 1, layer.head_dim])], 0))
-        self.ring = ring
+        self.ring, self.states = ring, ring.states
         self.lengths = (window, rows)
 
-    def attend(self, layer: AttentionLayer) -> AttentionLayer:
-        """Rewrite one layer; shapes are noted with H = kv_heads, d = head_dim."""
+    def rewrite(self, layer: AttentionLayer) -> AttentionLayer:
+        """The layer with a window for its cache; shapes are noted with H = kv_heads, d = head_dim."""
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
         new = op.concat([layer.key.source, layer.value.source], 1)  # (batch, 2H, new, d)
-        tokens = self.ring.join(new, last=self.zero_rows)
+        tokens = self.ring.join(layer, 0, new, last=self.zero_rows)
         keys, values = op.split(op.gather(tokens, self.key_rows, i64(2)), i64(1), 2).outputs()  # (batch, H, nb, w, d)
 
         entry = op.reshape(layer.query.source, i64([0, H, G, -1, d]), True)
@@ -189,7 +198,7 @@ class WindowBlocks:
         # The Reshape keeps the GPU plugin from fusing the sums into a product of rank 5, which then adds the wrong
         # blocks' masks.
         scores = op.reshape(op.matmul(query, keys, False, True), i64([0, 0, -1, G, 0]), True)  # (batch, H, nb·m, G, w)
-        scores = op.multiply(op.add(op.add(scores, self.mask), next(self.sinks)), f32(layer.scale))
+        scores = op.multiply(op.add(op.add(scores, self.mask), self.sinks[layer.index]), f32(layer.scale))
         weights = op.reshape(op.softmax(scores, 4), self.by_block, True)
         context = op.matmul(weights, values, False, False)  # (batch, H, nb, m·G, d)
         context = op.reshape(context, i64([0, 0, -1, G, d]), True)
@@ -197,4 +206,11 @@ class WindowBlocks:
         context = op.reshape(op.transpose(context, i64([0, 2, 1, 3, 4])), i64([0, 0, H * G, d]), True)
         context = op.transpose(context, i64([0, 2, 1, 3]))  # (batch, H·G, new, d)
         ports = {"query": Port(entry, 0), "key": Port(new, 0), "value": Port(new, 1)}
-        return layer.rewritten(context, **ports, lengths=self.lengths)
+        return layer.rewritten(context, self.ring.cache(layer, self.lengths), **ports)
+
+    def rows(self, layer: AttentionLayer) -> None:
+        """What tells the past length: nothing, a window is as long before its first token."""
+
+    def finish(self) -> list[Node]:
+        """The Assigns, once every layer is rewritten."""
+        return self.ring.store()

@@ -5,18 +5,29 @@ from __future__ import annotations
 import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
+from openvino.op.util import Variable
 
-from ovtq.graph import dim, i64, precise
+from ovtq.graph import dim, i64, new_variable, precise
 from ovtq.models.description import ModelDescription
+from ovtq.states import StateSpec
 
 
 class Beams:
-    """beam_idx, and what reading states in its order needs, once for all of them; `target` is gpu or cpu."""
+    """beam_idx, and what reading states in its order needs, once for all of them; `target` is gpu or cpu.
+
+    `states` are those that were made with it.
+    """
 
     def __init__(self, description: ModelDescription, target: str) -> None:
         self.index, self.target = description.beam_idx, target
         self.batch = dim(description.input_ids, 0)
+        self.states: list[StateSpec] = []
         self._pairs: dict[tuple[int, int | None], Node] = {}
+
+    def variable(self, state: StateSpec) -> Variable:
+        """A new variable for that state."""
+        self.states.append(state)
+        return new_variable(state)
 
     def in_order(self, state: Node, exact: bool = True) -> Output:
         """(batch, heads, tokens, width): what the state holds for beam_idx[i] in place i.

@@ -12,9 +12,6 @@ from ovtq.io import last_line
 # In rt_info. The first is read by the CPU plugin, and by the GPU plugin on chips without XMX; the second by the GPU
 # plugin on all chips.
 MARKS = (("runtime_options", "KV_CACHE_PRECISION"), ("auxiliary_kv_cache_precision",))
-# Bytes of scale and zero point beside a row (one token of one head): on a GPU with XMX f16 and i8, f16 and f16; f32 and
-# f32 on the CPU.
-BESIDE = {("gpu", "u8"): 3, ("gpu", "u4"): 4, ("cpu", "u8"): 8, ("cpu", "u4"): 8}
 
 
 def mark(model: ov.Model, precision: str) -> None:
@@ -27,11 +24,6 @@ def marked(model: ov.Model) -> str | None:
     """The precision that `mark` asked for, None if nothing did."""
     found = {str(model.get_rt_info(list(path)).value) if model.has_rt_info(list(path)) else None for path in MARKS}
     return found.pop() if len(found) == 1 else None
-
-
-def row_bytes(width: int, precision: str, target: str) -> int:
-    """Bytes of one token of one head, K or V, of `width` coordinates in the cache that the plugin keeps."""
-    return width * {"u8": 8, "u4": 4}[precision] // 8 + BESIDE[target, precision]
 
 
 def compiled_precisions(model: ov.Model | Path, device: str) -> list[str]:

@@ -8,29 +8,27 @@ paged:DIR[,KEY=VALUE]…    a model folder under paged attention (CPU)
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import openvino as ov
-from openvino.op.util import VariableInfo
 
-from ovtq import host
-from ovtq.cache import BESIDE, marked, precisions
+from ovtq import host, states
+from ovtq.cache import marked, precisions
 from ovtq.errors import InputError
 from ovtq.gpu_cache import as_gpu_stores
-from ovtq.io import load, model_xml, stamp_of
+from ovtq.io import load, model_xml, states_of
 from ovtq.paged import PagedRunner
 from ovtq.runner import Runner, computes_in
+from ovtq.states import TURBO, StateSpec
 
-BITS = {"f32": 32, "f16": 16, "bf16": 16, "u8": 8, "i8": 8, "u4": 4, "u3": 3}
 GRIDS = {"u4": 15, "u8": 255}  # steps between a row's smallest and largest element
-TURBO_BESIDE = 4  # bytes of a row's norm in the CPU plugin's TURBO cache
 PROBE = 40  # tokens after which a cache is looked at
 HOSTS = ("INFERENCE_NUM_THREADS", "ENABLE_CPU_PINNING", "PERFORMANCE_HINT")  # what changes no number
-PLUGIN_CACHE = (".key", ".value")  # how the names of states end that a plugin may compress
 
 
 class Subject(Protocol):
@@ -137,6 +135,7 @@ class Cache:
     per_token: int | None  # bytes
     flat: int | None
     wrong: str = ""  # why it is not what was asked for; empty if it is
+    bytes: Callable[[int], int] | None = None  # after so many tokens
     computes: str = ""  # the precision of all else, as the device tells it
 
 
@@ -155,24 +154,26 @@ def look(candidate: Candidate, subject: Subject, device: str) -> Cache:
     compiled = subject.request.get_compiled_model()
     fused = precisions(compiled)
     model = subject.model if isinstance(subject.model, ov.Model) else ov.Core().read_model(subject.model)
-    infos = [variable.get_info() for variable in model.get_variables()]
+    these = states_of(model)
     kept = {"key": None, "value": None}
     wrong = []
     if fused:
         for which in kept:
-            kept[which] = _kept(candidate, subject, device, which, fused)
+            kept[which] = _kept(candidate, subject, these, device, which, fused)
             asked = _asked(candidate.properties, which) or marked(model)
-            if asked and kept[which].removeprefix("TURBO ") not in (asked, {"bf16": "f16"}.get(asked)):
+            if asked and kept[which].removeprefix(TURBO) not in (asked, {"bf16": "f16"}.get(asked)):
                 wrong.append(f"{which}s are kept in {kept[which]}, not in {asked}")
     elif _names_a_cache(candidate.properties):
         wrong.append("the plugin keeps no cache of its own in this model, so the properties change nothing")
-    most = _most(model)
-    per_token, flat = _bytes(infos, kept if fused else None, device, most)
+    target, precision = "cpu" if device.startswith("CPU") else "gpu", kept if fused else None
     if candidate.gpu_cache:
         kept = dict.fromkeys(kept, f"{candidate.gpu_cache} by the GPU's arithmetic")
-        per_token, flat = _bytes(infos, dict.fromkeys(kept, candidate.gpu_cache), "GPU")
+        target, precision = "gpu", dict.fromkeys(kept, candidate.gpu_cache)
     subject.reset()
-    return Cache(_text(candidate, infos, kept, fused), per_token, flat, "; ".join(wrong), computes_in(compiled))
+    text = _text(candidate, these, kept, fused)
+    sizes = states.per_token(these, target, precision), states.flat(these, target, precision)
+    total = functools.partial(states.total, these, target=target, precision=precision)
+    return Cache(text, *sizes, "; ".join(wrong), total, computes_in(compiled))
 
 
 def _asked(given: Mapping[str, str], which: str) -> str | None:
@@ -180,16 +181,19 @@ def _asked(given: Mapping[str, str], which: str) -> str | None:
     return given.get(f"{which.upper()}_CACHE_PRECISION", given.get("KV_CACHE_PRECISION"))
 
 
-def _kept(candidate: Candidate, subject: Runner, device: str, which: str, fused: list[str]) -> str:
+def _kept(
+    candidate: Candidate, subject: Runner, these: Sequence[StateSpec], device: str, which: str, fused: list[str]
+) -> str:
     """The precision of the keys or values that the plugin keeps."""
     if not device.startswith("CPU"):
         return "/".join(dict.fromkeys(fused))
-    state = next(s for s in subject.request.query_state() if s.name.endswith(f".{which}"))
+    names = {state.name for state in these if state.native and state.holds == which}
+    state = next(s for s in subject.request.query_state() if s.name in names)
     try:
         rows = np.array(state.state.data, np.float64)
     except RuntimeError:
         bits = subject.request.get_compiled_model().get_property(f"{which.upper()}_CACHE_PRECISION").to_string()
-        return f"TURBO {bits}"
+        return f"{TURBO}{bits}"
     low, high = rows.min(-1, keepdims=True), rows.max(-1, keepdims=True)
     if candidate.change is None:
         for precision, steps in GRIDS.items():
@@ -199,50 +203,17 @@ def _kept(candidate: Candidate, subject: Runner, device: str, which: str, fused:
     return fused[0]
 
 
-def _most(model: ov.Model) -> int | None:
-    """How many tokens a pruned model holds at most in the states that ovtq made, by its stamp."""
-    steps = stamp_of(model).get("passes", [])
-    return next((found["most"] for step in steps if "most" in (found := step["facts"].get("stored", {}))), None)
-
-
-def _bytes(
-    infos: list[VariableInfo], kept: Mapping[str, str | None] | None, device: str, most: int | None = None
-) -> tuple[int, int]:
-    """Bytes that a token adds to the states, and those that are there whatever the length, for one sequence.
-
-    States of ovtq that hold at most `most` tokens count as there with all of them.
-    """
-    per_token = flat = 0
-    target, floats = ("cpu", 4) if device.startswith("CPU") else ("gpu", 2)
-    for info in infos:
-        *axes, width = (axis.get_length() if axis.is_static else None for axis in info.data_shape)
-        row = width * (floats if info.data_type.is_real() else info.data_type.size)
-        grows = None in axes[1:]
-        which = info.variable_id.rsplit(".", 1)[-1]
-        precision = kept.get(which) if kept and grows and info.data_type.is_real() else None
-        if precision:
-            bits = BITS[precision.removeprefix("TURBO ")]
-            beside = 0 if bits > 8 else TURBO_BESIDE if "TURBO" in precision else BESIDE[target, precision]
-            row = width * bits // 8 + beside
-        row *= int(np.prod([length for length in axes[1:] if length is not None]))
-        if grows and most is not None and info.variable_id.startswith("ovtq."):
-            row, grows = row * most, False
-        per_token, flat = (per_token + row, flat) if grows else (per_token, flat + row)
-    return per_token, flat
-
-
-def _text(candidate: Candidate, infos: list[VariableInfo], kept: Mapping[str, str | None], fused: list[str]) -> str:
+def _text(candidate: Candidate, these: Sequence[StateSpec], kept: Mapping[str, str | None], fused: list[str]) -> str:
     """One line: what the plugin keeps and which states there are besides."""
     parts = []
-    own = [info for info in infos if fused and info.variable_id.endswith(PLUGIN_CACHE)]
+    own = [state for state in these if fused and state.native]
     if own:
         same = kept["key"] == kept["value"]
         parts.append(f"{len(fused)} caches {kept['key']}" if same else f"K {kept['key']}, V {kept['value']}")
     rest: dict[str, int] = {}
-    for info in infos:
-        if info not in own:
-            kind = info.data_type.get_type_name()
-            rest[kind] = rest.get(kind, 0) + 1
+    for state in these:
+        if state not in own:
+            rest[state.type] = rest.get(state.type, 0) + 1
     parts += [f"{count} {kind} state{'s' * (count > 1)}" for kind, count in sorted(rest.items())]
     if candidate.change:
         parts.append("changed by the host")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import platform
 import sys
@@ -18,18 +17,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ovtq import __version__, cache, io, pipeline, verify
+from ovtq import __version__, cache, io, pipeline, states, verify
 from ovtq.closeness import STRETCH
 from ovtq.command import Out, Parser, phase, progress, run
 from ovtq.dump import dump
 from ovtq.errors import InputError
 from ovtq.extent import BIG, BIG_LAYERS, Scope, usual
 from ovtq.models import AttentionLayer, ModelDescription, describe
-from ovtq.models.description import state_bytes
 from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv
 from ovtq.runner import check_device
 
-FLOAT_BYTES = {"gpu": 2, "cpu": 4}  # of a floating-point state: f16 on the GPU, as declared (f32) on the CPU
 CONTEXTS = (4096, 131072)
 PACKED_OPTIONS = ("k-bits", "v-bits", "residual-window", "protect", "centre")  # of quantize-kv, with flags of their own
 PRUNING_OPTIONS = ("recent-window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv, likewise
@@ -75,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--target",
-        choices=FLOAT_BYTES,
+        choices=states.FLOAT_BYTES,
         default="gpu",
         help="where the model will run: chooses the form of packed caches that is fast there, and counts bytes at f16 "
         "(gpu) or f32 (cpu); gpu's form is right on a CPU, too, only slower, but cpu's does not run on a GPU "
@@ -170,7 +167,7 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             tick()
         weights = source.with_suffix(".bin").stat().st_size
         extent = usual(description, source, options.verify_layers)
-        before = _memory(model, target)
+        before = _memory(model, description.states, target)
         with phase(bars, "rewrite", len(passes)) as tick:
 
             def after(item: Pass, result: ov.Model) -> None:
@@ -181,11 +178,13 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             model, description, steps = pipeline.run(model, description, passes, after=after)
         record: dict[str, Any] = {
             "ovtq": __version__,
+            "schema": states.SCHEMA,
             "preset": preset,
             "passes": [dataclasses.asdict(step) for step in steps],
             "layers": [_layer(layer) for layer in description.layers],
             "target": target,
-            "state_bytes": {"before": before, "after": _memory(model, target, _most(steps))},
+            "states": [state.told() for state in description.states],
+            "state_bytes": {"before": before, "after": _memory(model, description.states, target)},
             "paged_attention": all(item.paged_attention for item in passes),
             "source": {"xml_sha256": io.text_sha256(source), "bin_bytes": weights},
             "versions": {"openvino": ov.__version__, "python": platform.python_version()},
@@ -219,7 +218,7 @@ def _write(
     source: Path,
     bars: Progress,
 ) -> None:
-    io.stamp(model, {key: record[key] for key in ("ovtq", "preset", "passes", "versions")})
+    io.stamp(model, {key: record[key] for key in ("ovtq", "schema", "preset", "passes", "states", "versions")})
     layers, device = description.layers, options.verify_device
     with io.staged(options.out_dir) as folder:
         with phase(bars, "write", 2) as tick, io.saving(model, folder, source) as written:
@@ -277,21 +276,14 @@ def _refuse_converted(model_dir: Path, model: ov.Model) -> None:
         )
 
 
-def _most(steps: Sequence[pipeline.Step]) -> int | None:
-    """How many rows the growing states of full layers have at most; None if there is no such number."""
-    return next((step.facts["stored"]["most"] for step in steps if "most" in step.facts.get("stored", {})), None)
+def _memory(model: ov.Model, these: Sequence[states.StateSpec], target: str) -> dict[str, int]:
+    """Bytes of the states: those there however long the text, those each token adds, and all of them at some contexts.
 
-
-def _memory(model: ov.Model, target: str, most: int | None = None) -> dict[str, int]:
-    """Bytes of the states: those there from the first token on, those each token adds, and at some contexts.
-
-    Floating-point states that grow are counted in the precision that the model asks the plugin for; with `most`, no
-    state of ovtq grows beyond that many tokens.
+    A plugin's own cache is counted in the precision that the model asks for.
     """
-    precision = cache.marked(model)
-    row_bytes = functools.partial(cache.row_bytes, precision=precision, target=target) if precision else None
-    at = [state_bytes(model, tokens, 1, FLOAT_BYTES[target], row_bytes, most) for tokens in (0, 1, *CONTEXTS)]
-    return {"flat": at[0], "per_token": at[1] - at[0], **dict(zip(map(str, CONTEXTS), at[2:], strict=True))}
+    asked = cache.marked(model)
+    at = {str(tokens): states.total(these, tokens, target, asked) for tokens in CONTEXTS}
+    return {"flat": states.flat(these, target, asked), "per_token": states.per_token(these, target, asked), **at}
 
 
 def _layer(layer: AttentionLayer) -> dict[str, Any]:

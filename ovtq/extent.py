@@ -13,7 +13,7 @@ from openvino import opset15 as op
 from ovtq.errors import UnsupportedModel
 from ovtq.graph import ancestors, consumers, descendants, id_of, redirect
 from ovtq.models import AttentionLayer, ModelDescription
-from ovtq.pruning import POSITION, PRUNED, SCORE
+from ovtq.states import POSITION, PRUNED, SCORE
 
 BIG = 2 << 30  # bytes of weights; above it only the first layers are verified, without their experts: 1 GB, not 12
 BIG_LAYERS = 4  # two of each kind in every known architecture

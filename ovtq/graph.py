@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cache
+from typing import Any, TypeVar
 
 import numpy as np
 import openvino as ov
@@ -12,8 +13,9 @@ from openvino import Node, Output
 from openvino import opset15 as op
 from openvino.op.util import Variable, VariableInfo
 
+from ovtq.states import StateSpec
+
 ALL = 2**31 - 1  # the end of any axis
-PAST = "ovtq.past"  # the name of the state, (batch, 1) i32, that counts tokens where no cache tells how many there are
 MASKED = np.float32(-65504)  # what exporters write for "not visible": the lowest finite f16
 
 
@@ -99,12 +101,12 @@ def cut_heads(tensor: Node | Output, count: int, target: str) -> list[Output]:
     return [op.slice(value, i64([a]), i64([b]), i64([1]), i64([1])).output(0) for a, b in ends]
 
 
-def new_variable(name: str, shape: Sequence[int], element_type: ov.Type) -> Variable:
-    """A state variable; -1 in `shape` marks a dynamic axis."""
+def new_variable(state: StateSpec) -> Variable:
+    """The variable of a state."""
     info = VariableInfo()
-    info.variable_id = name
-    info.data_shape = ov.PartialShape(list(shape))
-    info.data_type = element_type
+    info.variable_id = state.name
+    info.data_shape = ov.PartialShape(list(state.shape))
+    info.data_type = state.element_type
     return Variable(info)
 
 
@@ -200,28 +202,77 @@ def body(results: Sequence[Node], parameters: Sequence[Node], name: str) -> ov.M
     return model
 
 
-Branch = tuple[Sequence[Output], Callable[[list[Output]], Sequence[Node | Output]]]  # what is read; what makes results
+@dataclass(frozen=True)
+class Tensors:
+    """What enters or leaves an If or a Loop.
+
+    A subclass is a frozen dataclass of Outputs, or of more such; None is what there is not.
+    """
+
+    def flatten(self) -> list[Output]:
+        """Those that there are, in the order of the fields."""
+        found: list[Output] = []
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Tensors):
+                found += value.flatten()
+            elif value is not None:
+                found.append(value.output(0) if isinstance(value, Node) else value)
+        return found
+
+    def filled(self, outputs: Sequence[Output]) -> Any:
+        """The same with others in their places: what `flatten` took apart. Raises ValueError for more or fewer."""
+        count = len(self.flatten())
+        if len(outputs) != count:
+            raise ValueError(f"{type(self).__name__}: {len(outputs)} tensors for {count}")
+        left, changed = list(outputs), {}
+        for item in fields(self):
+            value = getattr(self, item.name)
+            count = len(value.flatten()) if isinstance(value, Tensors) else int(value is not None)
+            some, left = left[:count], left[count:]
+            if count:
+                changed[item.name] = value.filled(some) if isinstance(value, Tensors) else some[0]
+        return replace(self, **changed)
 
 
-def either(condition: Output, then: Branch, otherwise: Branch, names: tuple[str, str]) -> list[Output]:
-    """Outputs of an If; each branch is what it reads, and what makes its results of that.
+@dataclass(frozen=True)
+class Nothing(Tensors):
+    """Nothing."""
+
+
+@dataclass(frozen=True)
+class One(Tensors):
+    """A single tensor."""
+
+    value: Node | Output
+
+
+Read = TypeVar("Read", bound=Tensors)
+Left = TypeVar("Left", bound=Tensors)
+Branch = tuple[Read, Callable[[Read], Left]]  # what is read; what makes results of that
+
+
+def either(condition: Output, then: Branch, otherwise: Branch, names: tuple[str, str]) -> Any:
+    """What an If leaves, as `then` does; each branch is what it reads, and what makes its results of that.
 
     What only one branch reads costs the other nothing: plugins copy what they hand in. `condition` is an Output: given
     a Node, If takes its own first input for it.
     """
     node = op.if_op(condition)
-    bodies = []
+    bodies, left = [], []
     for (inputs, make), name in zip((then, otherwise), names, strict=True):
-        inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in inputs]
-        results = [op.result(x) for x in make([x.output(0) for x in inner])]
-        reads = dict(zip(map(_key, inputs), inner, strict=True))
+        sources = inputs.flatten()
+        inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in sources]
+        left.append(make(inputs.filled([x.output(0) for x in inner])))
+        results = [op.result(x) for x in left[-1].flatten()]
+        reads = dict(zip(map(_key, sources), inner, strict=True))
         bodies.append((reads, results, body(results, inner, name)))
     (then_reads, then_results, then_body), (else_reads, else_results, else_body) = bodies
     node.set_then_body(then_body)
     node.set_else_body(else_body)
-    for source in {_key(x): x for x in (*then[0], *otherwise[0])}.values():
+    for source in {_key(x): x for x in (*then[0].flatten(), *otherwise[0].flatten())}.values():
         node.set_input(source, then_reads.get(_key(source)), else_reads.get(_key(source)))
-    return [node.set_output(*pair) for pair in zip(then_results, else_results, strict=True)]
+    return left[0].filled([node.set_output(*pair) for pair in zip(then_results, else_results, strict=True)])
 
 
 def _key(output: Output) -> tuple[str, int]:

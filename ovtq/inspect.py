@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import openvino as ov
 from openvino import opset15 as op
 from rich.console import Console
 
-from ovtq import __version__, cache, io, pipeline, roofline, roofline_cpu
+from ovtq import __version__, cache, io, pipeline, roofline, roofline_cpu, states
 from ovtq.command import Out, Parser, listed, phase, positive, progress, run
 from ovtq.errors import InputError, OvtqError, UnsupportedModel
 from ovtq.graph import constant_of
@@ -24,8 +24,8 @@ from ovtq.models import ModelDescription, describe
 from ovtq.models.attention import biased_projection
 from ovtq.passes import PASSES
 from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.states import FLOAT_BYTES, StateSpec
 
-FLOAT_BYTES = {"gpu": 2, "cpu": 4}  # of a floating-point state: f16 on the GPU, as declared (f32) on the CPU
 TEXT_TOKENS = 1024  # of --text that are run
 PAGE = 16  # tokens in a block of the GPU plugin's paged attention
 
@@ -120,24 +120,25 @@ def inspect(options: argparse.Namespace, errors: Console) -> dict[str, Any]:
         if options.text:
             raise InputError("--text needs the exported model: a converted one has other keys")
         facts["layers"] = converted.pop("layers")
-        facts["states"] = states(model, target)
-        facts["memory"] = [memory("as converted", model, facts["contexts"], target, steps=converted["passes"])]
+        these = io.states_of(model)
+        facts["states"] = groups(these, target)
+        facts["memory"] = [memory("as converted", these, facts["contexts"], target, cache.marked(model))]
         return facts
     description = describe(model, config)
     ids = _tokens(options.model_dir, options.text) if options.text else None  # refused before the rest takes seconds
     facts["layers"] = _layers(description)
-    facts["states"] = states(model, target)
-    facts["memory"] = _stock(model, description, facts["contexts"], target)
+    facts["states"] = groups(description.states, target)
+    facts["memory"] = _stock(description, facts["contexts"], target)
     with progress(errors) as bars, phase(bars, "presets", len(pipeline.PRESETS)) as tick:
         for name, preset in pipeline.PRESETS.items():
             fresh = io.load(options.model_dir)
             try:
-                changed, _, steps = pipeline.run(fresh, describe(fresh, config), preset.on(target))
+                changed, made, _ = pipeline.run(fresh, describe(fresh, config), preset.on(target))
             except OvtqError as error:  # such as a model without what a pass needs; the others still tell
                 facts["memory"].append({"cache": name, "refused": str(error)})
             else:
-                done = [{"name": step.name, "facts": step.facts} for step in steps]
-                facts["memory"].append(memory(name, changed, facts["contexts"], target, steps=done))
+                asked = cache.marked(changed)
+                facts["memory"].append(memory(name, made.states, facts["contexts"], target, asked))
             tick()
     if ids is not None:
         found = key_bias_shares(model, description, ids)
@@ -191,82 +192,42 @@ def _layers(description: ModelDescription) -> list[dict[str, Any]]:
     return found
 
 
-def states(model: ov.Model, target: str) -> list[dict[str, Any]]:
+def groups(these: Sequence[StateSpec], target: str) -> list[dict[str, Any]]:
     """The states in groups of one form: their number, type, shape, and bytes (of all of the group) a token and flat."""
-    groups: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for variable in model.get_variables():
-        info = variable.info
-        key = (re.sub(r"\d+", "N", info.variable_id), info.data_type.get_type_name(), str(info.data_shape))
-        group = groups.setdefault(
-            key, {"name": key[0], "count": 0, "dtype": key[1], "shape": key[2], "per_token": 0, "flat": 0}
-        )
-        group["count"] += 1
-        row, grows = _row(info, FLOAT_BYTES[target])
-        group["per_token" if grows else "flat"] += row
-    return [groups[key] for key in sorted(groups)]  # OpenVINO's order varies
-
-
-def _row(info: Any, float_bytes: float, row_bytes: Callable[[int], int] | None = None) -> tuple[int, bool]:
-    """Bytes of a state at batch 1, of one token if it grows, and whether it does."""
-    *axes, width = (length.get_length() if length.is_static else None for length in info.data_shape)
-    grows, real = None in axes[1:], info.data_type.is_real()
-    row = width * (float_bytes if real else info.data_type.size)
-    if row_bytes and grows and real:
-        row = row_bytes(width)
-    return int(row * np.prod([length for length in axes if length is not None], dtype=np.int64)), grows
+    found: dict[tuple[str, str, str], list[StateSpec]] = {}
+    for state in these:
+        shape = f"[{','.join('?' if length < 0 else str(length) for length in state.shape)}]"
+        found.setdefault((re.sub(r"\d+", "N", state.name), state.type, shape), []).append(state)
+    return [
+        {
+            "name": name, "count": len(some), "dtype": kind, "shape": shape,
+            "per_token": states.per_token(some, target), "flat": states.flat(some, target),
+        }
+        for (name, kind, shape), some in sorted(found.items())
+    ]  # fmt: skip
 
 
 def memory(
-    label: str,
-    model: ov.Model,
-    contexts: Sequence[int],
-    target: str,
-    precision: str | None = None,
-    steps: Sequence[dict[str, Any]] = (),
+    label: str, these: Sequence[StateSpec], contexts: Sequence[int], target: str, precision: str | None = None
 ) -> dict[str, Any]:
-    """Bytes of all states at each context, batch 1, with what each token adds and what is there from the first on.
+    """Bytes of all states at each context, batch 1, with what each token adds and what is there besides.
 
-    `precision` is that of floating-point states which grow; None: what the model itself asks the plugin for. `steps`
-    are the passes that made the model: they tell how many tokens its packed states hold (`facts["stored"]`), the
-    others being in states of fixed length, and whether a sink's row lies in them.
+    `precision` is that of the plugin's own caches; None: as declared.
     """
-    asked = precision or cache.marked(model)
-    float_bytes = {"f16": 2, "f32": 4}.get(asked, FLOAT_BYTES[target])
-    native = asked in ("u8", "u4")
-    rule = next((step["facts"]["stored"] for step in steps if "stored" in step["facts"]), None)
-    sink = any(step["name"] == "sink-row" for step in steps)
-
-    def total(tokens: int) -> int:
-        stored = max(tokens - rule["window"], 0) // rule["multiple"] * rule["multiple"] if rule else tokens
-        size = 0
-        for variable in model.get_variables():
-            row, grows = _row(
-                variable.info, float_bytes, (lambda width: cache.row_bytes(width, asked, target)) if native else None
-            )
-            rows = stored + sink if variable.info.variable_id.startswith("ovtq.") else tokens
-            size += row * rows if grows else row
-        return size
-
-    groups = [
-        _row(variable.info, float_bytes, (lambda width: cache.row_bytes(width, asked, target)) if native else None)
-        for variable in model.get_variables()
-    ]
     return {
         "cache": label,
-        "per_token": sum(row for row, grows in groups if grows),
-        "flat": sum(row for row, grows in groups if not grows),
-        "at": {str(tokens): total(tokens) for tokens in contexts},
+        "per_token": states.per_token(these, target, precision),
+        "flat": states.flat(these, target, precision),
+        "at": {str(tokens): states.total(these, tokens, target, precision) for tokens in contexts},
     }
 
 
-def _stock(
-    model: ov.Model, description: ModelDescription, contexts: Sequence[int], target: str
-) -> list[dict[str, Any]]:
+def _stock(description: ModelDescription, contexts: Sequence[int], target: str) -> list[dict[str, Any]]:
     """The exported model in the caches that the plugin really keeps of it; see inspect_tables.NOTES."""
     if target == "cpu":
         kinds = ("f32", "f16", "u8", "u4")
-        return [memory(f"as exported, {kind}", model, contexts, target, kind) for kind in kinds]
-    return [memory("as exported, f16", model, contexts, target, "f16")] + [
+        return [memory(f"as exported, {kind}", description.states, contexts, target, kind) for kind in kinds]
+    return [memory("as exported, f16", description.states, contexts, target, "f16")] + [
         _paged(f"paged, {kind}", description, contexts, bits) for kind, bits in (("u8", 8), ("u4", 4))
     ]
 

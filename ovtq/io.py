@@ -20,6 +20,7 @@ import openvino as ov
 
 from ovtq import signals, system, weights
 from ovtq.errors import InputError
+from ovtq.states import StateSpec, of_model
 
 MODEL = "openvino_model"
 RECORD = "ovtq.json"
@@ -112,16 +113,23 @@ def stamp_of(model: ov.Model) -> dict[str, Any]:
     return {key: json.loads(str(text)) for key, text in model.get_rt_info([STAMP]).value.items()}
 
 
+def states_of(model: ov.Model) -> tuple[StateSpec, ...]:
+    """The states of a model that was read. Raises InputError if they are not what its stamp says."""
+    return of_model([variable.get_info() for variable in model.get_variables()], stamp_of(model))
+
+
 def refuse_mismatch(xml: Path) -> None:
     """Raise InputError if the record beside an IR tells of another conversion (bits, hashes, layers) than its stamp."""
     path = xml.with_name(RECORD)
     if not path.is_file():
         return
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))["passes"]
+        record = json.loads(path.read_text(encoding="utf-8"))
+        told = [record["passes"], record.get("schema"), record.get("states")]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path}: not a record of ovtq ({error}); convert the model again") from None
-    if told != stamp_of(ov.Core().read_model(xml)).get("passes"):
+    stamp = stamp_of(ov.Core().read_model(xml))
+    if told != [stamp.get(key) for key in ("passes", "schema", "states")]:
         raise InputError(f"{path}: tells of another conversion than {xml.name} beside it; convert the model again")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from ovtq.codec import AdaptiveUniform
 from ovtq.coding import UNIT, whole_scale
+from ovtq.states import scale_name
 
 
 class Place(NamedTuple):
@@ -23,7 +24,7 @@ class Place(NamedTuple):
     @property
     def states(self) -> tuple[str, str]:
         """The names of that with the codes and of that with the scales."""
-        return self.state, self.scale_state or f"{self.state}.scale"
+        return self.state, self.scale_state or scale_name(self.state)
 
     def read(self, states: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Bytes (batch, kv_heads, tokens, ·) i8 and scales (batch, kv_heads, tokens, 1)."""

@@ -11,7 +11,8 @@ import openvino as ov
 from ovtq.coding import whole_scale
 from ovtq.models import AttentionLayer
 from ovtq.packing import unpack
-from ovtq.pruning import POSITION, PRUNED, SCORE, PrunedAttention
+from ovtq.pruning import PrunedAttention
+from ovtq.states import POSITION, PRUNED, SCORE
 
 CODE_TIE = 64 * float(np.finfo(np.float32).eps)  # of the largest code
 

@@ -147,7 +147,7 @@ def with_pruning(passes: Sequence[Pass], target: str) -> tuple[Pass, ...]:
     done: list[Pass] = []
     for item in passes:
         if isinstance(item, QuantizeKv):
-            done.append(PruneKv(**dataclasses.asdict(item)))
+            done.append(PruneKv.packing(item))
         elif isinstance(item, RotateHeads) and item.layers != "left":
             done.append(dataclasses.replace(item, layers="left"))
         else:

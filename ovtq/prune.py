@@ -8,38 +8,33 @@ turn where no token leaves the recent ones, and the n-th row that stays is scatt
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
-import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.attend import Columns, Held
+from ovtq.attend_block import Far
+from ovtq.attend_blocks import Nodes
 from ovtq.beams import Beams
-from ovtq.graph import ALL, MASKED, body, dim, f32, i32, i64, new_variable, scalar
-from ovtq.models.attention import projected
+from ovtq.graph import ALL, MASKED, body, dim, f32, i32, i64, scalar
 from ovtq.models.description import AttentionLayer
 from ovtq.pruning import (
     DIGIT,
-    DIGITS,
     DROPPED,
     EMPTY,
     FIRST,
     PADDED,
-    POSITION,
-    PRUNED,
-    SCORE,
     SHOWN,
-    SPREAD,
-    TABLE,
     Pruning,
 )
 from ovtq.ring import State
+from ovtq.scores import Arriving
+from ovtq.states import POSITION, PRUNED, SCORE, Growing, StateSpec, recent_name
 
 TURNS = 26  # halvings of −2²³ … 2²³ to 1, and some; the plugins divide whole numbers as f32
-KEY_SUM = "ovtq.key_sum"
-WHOLE = 64  # in which the larger part of a sum of keys is counted: 2,048 of them an f16 still tells apart
 
 
 class Scores:
@@ -54,8 +49,9 @@ class Scores:
     ) -> None:
         self.beams, self.layers, self.pruning, self.columns = beams, layers, pruning, columns
         self.count, self.kv_heads = len(layers), layers[0].kv_heads
+        self.indices = [layer.index for layer in layers]
         self.heads = self.count * self.kv_heads
-        self.states: list[Node] = []  # Assigns of what the score itself remembers
+        self.states: list[Node]  # Assigns of what the score itself remembers
         self.arrived = self._arriving()
 
     def _arriving(self) -> Node:
@@ -64,7 +60,8 @@ class Scores:
         every = op.minimum(op.convert(columns.shown, "i32"), i32(1))
         shown = op.slice(every, columns.past, i64([ALL]), i64([1]), i64([1]))
         self.shown = op.unsqueeze(op.unsqueeze(shown, i64([1])), i64([3]))  # (batch, 1, new, 1) i32
-        score = self._raw()  # f32
+        call = Arriving(self.beams, self.layers, columns.batch, columns.past, columns.total, self.shown)
+        score, self.states = pruning.method.nodes(call)
         if pruning.shared and self.kv_heads > 1:
             shape = i64([0, self.count, self.kv_heads, -1])
             mean = op.reduce_mean(op.reshape(score, shape, True), i64([2]), True)
@@ -74,7 +71,7 @@ class Scores:
         score = op.clamp(score, -pruning.largest, pruning.largest)
         part = op.floor(score)
         whole = op.convert(part, "i32")
-        for _ in range(DIGITS[pruning.score]):
+        for _ in range(pruning.method.digits):
             score = op.multiply(op.subtract(score, part), f32(DIGIT))
             part = op.floor(score)
             whole = op.add(op.multiply(whole, i32(DIGIT)), op.convert(part, "i32"))
@@ -87,111 +84,65 @@ class Scores:
             score = op.select(op.less_equal(rank, i32(pruning.prefix)), i32(FIRST), score)
         return op.select(op.equal(self.shown, i32(0)), i32(PADDED), score)
 
-    def _raw(self) -> Node:
-        score = self.pruning.score
-        if score == "random":
-            return self._random()
-        if score == "triattention":
-            return self._triattention()
-        what = "value" if score == "value-norm" else "key"
-        tokens = op.concat([getattr(layer, what).source for layer in self.layers], 1)  # (batch, heads, new, d)
-        if score == "keydiff":
-            return self._keydiff(tokens)
-        norm = op.reduce_l2(tokens, i64([3]), True)
-        return op.negative(norm) if score == "norm-low" else norm
-
-    def _triattention(self) -> Node:
-        """A product of each key before RoPE, and of its pairs' lengths, with constants: one for each query head."""
-        H, d = self.kv_heads, self.layers[0].head_dim
-        straight = [
-            op.transpose(op.reshape(projected(x.key.source, H, d), i64([0, 0, H, d]), True), i64([0, 2, 1, 3]))
-            for x in self.layers
-        ]
-        keys = op.concat(straight, 1)  # (batch, heads, new, d)
-        first, second = op.split(keys, i64(3), 2).outputs()
-        lengths = op.sqrt(op.add(op.multiply(first, first), op.multiply(second, second)))
-        products = [self.pruning.statistics.product(layer.index, H) for layer in self.layers]
-        factors, offsets = (np.concatenate(parts)[None] for parts in zip(*products, strict=True))
-        found = op.matmul(op.concat([keys, lengths], 3), f32(SPREAD * factors), False, False)
-        return op.reduce_max(op.add(found, f32(SPREAD * offsets[:, :, None])), i64([3]), True)
-
-    def _random(self) -> Node:
-        tables = [self.pruning.table(layer.index, self.kv_heads) for layer in self.layers]
-        tables = np.concatenate(tables)  # (heads, TABLE)
-        number = op.range(scalar(self.columns.past), scalar(self.columns.total), i64(1), "i64")
-        picked = op.gather(f32(tables), op.floor_mod(number, i64(TABLE)), i64(1))  # (heads, new)
-        shape = op.concat([self.columns.batch, i64([1, 1, 1])], 0)
-        return op.multiply(op.broadcast(f32(1), shape), op.unsqueeze(op.unsqueeze(picked, i64([0])), i64([3])))
-
-    def _keydiff(self, keys: Node) -> Node:
-        """The sum of all keys is kept as how often it holds WHOLE, and the rest.
-
-        In one f16, which a GPU makes of it, what a token adds would be lost after some hundred of them. The angle is to
-        the sum over WHOLE, which does not overflow.
-        """
-        d, part = self.layers[0].head_dim, f32(1 / WHOLE)
-        unit = op.divide(keys, op.maximum(op.reduce_l2(keys, i64([3]), True), f32(1e-12)))
-        state = State(self.beams, KEY_SUM, [self.heads, 2, d], np.zeros(1, np.float32))
-        whole, rest = (op.slice(state.past, i64([k]), i64([k + 1]), i64([1]), i64([2])) for k in (0, 1))
-        counted = op.multiply(unit, op.convert(self.shown, "f32"))
-        total = op.add(op.multiply(op.add(op.cum_sum(counted, i64(2)), rest), part), whole)
-        rest = op.add(rest, op.reduce_sum(counted, i64([2]), True))
-        carry = op.floor(op.multiply(rest, part))
-        parts = [op.add(whole, carry), op.subtract(rest, op.multiply(carry, f32(WHOLE)))]
-        self.states.append(op.assign(op.concat(parts, 2), state.variable))
-        length = op.maximum(op.reduce_l2(total, i64([3]), True), f32(1e-12))
-        return op.negative(op.divide(op.reduce_sum(op.multiply(unit, total), i64([3]), True), length))
-
     def counts(self, gone: Node) -> Node:
         """The Assign of the state PRUNED; `gone` (batch, heads, 1) tokens were pruned in this call."""
-        variable = new_variable(PRUNED, [-1, self.heads, 2], ov.Type.i32)
+        variable = self.beams.variable(StateSpec.fixed(PRUNED, "i32", [self.heads, 2], "count", self.indices, rows=1))
         zero = op.broadcast(i32(0), op.concat([self.columns.batch, i64([self.heads, 2])], 0))
         past = op.gather(op.read_value(zero, variable), self.beams.index, i64(0))
         total = op.add(op.slice(past, i64([0]), i64([1]), i64([1]), i64([2])), gone)
         return op.assign(op.concat([total, op.subtract(op.unsqueeze(self.ahead, i64([2])), total)], 2), variable)
 
 
-class Survivors(Scores):
-    """The nodes of all layers, for a CPU; (batch, heads, …) with the KV heads of all layers one after the other.
+class Survivors(Scores, ABC):
+    """The history of the form for a CPU, of which some stays; (batch, heads, …) with the KV heads of all layers.
 
-    `older` tokens have left the recent rows before this call, `later` after it; `span` are the rows, the first and the
-    one after the last, of the recent and new tokens that leave them. `stay` is how many rows the history has, `masks`
-    what each layer's scores of it are added to (and multiplied by).
+    `stay` is how many rows it has, `masks` what is done to each layer's scores of it.
     """
 
-    def __init__(
-        self,
-        beams: Beams,
-        layers: Sequence[AttentionLayer],
-        pruning: Pruning,
-        columns: Columns,
-        older: Node,
-        later: Node,
-        rows: int,
-        span: tuple[Node, Node],
-    ) -> None:
-        super().__init__(beams, layers, pruning, columns)
-        self.older, self.later = older, later
+    rule: Growing
+    stay: Node
+
+    def __init__(self, nodes: Nodes) -> None:
+        plan, columns = nodes.plan, nodes.columns
+        super().__init__(nodes.beams, plan.layers, plan.pruning, columns)
+        self.nodes = nodes
+        rows, span = nodes.recent, [op.subtract(row, i64([1])) for row in (nodes.leave, nodes.left)]
         kept = op.add(i64(range(rows)), columns.new)
         start = np.full(1, EMPTY, np.int32)
-        self.recent = State(beams, f"{SCORE}.recent", [self.heads, rows, 1], start, kept)
+        recent = StateSpec.fixed(recent_name(SCORE), "i32", [self.heads, rows, 1], "score", self.indices)
+        self.recent = State(self.beams, recent, start, kept)
         leaving = op.slice(op.concat([self.recent.past, self.arrived], 2), *span, i64([1]), i64([2]))
-        self.scores = Held(beams, SCORE, self.heads, 1, ov.Type.i32)
+        self.scores = self._held(SCORE, "score")
         self.scores.append(leaving)
-        self.stay = op.minimum(older, i64([pruning.room])) if self.evicts else older
         self.masks = self._masks()
 
-    @property
-    def evicts(self) -> bool:
-        """Whether tokens leave the states."""
-        return self.pruning.mode == "evict"
+    def far(self, layer: AttentionLayer) -> Far:
+        """What is done to the scores of a layer's history."""
+        return self.masks[layer.index]
 
-    @property
-    def stored(self) -> dict[str, int]:
-        """How many rows the growing states have at most, if there is such a number."""
-        return {"most": self.pruning.room} if self.evicts else {}
+    def finish(self) -> tuple[dict[int, Output], list[Node]]:
+        """Which rows of each layer's history stay, if not all, and the Assigns of the states made here."""
+        room, scores = self.pruning.room, self.scores.appended  # (batch, heads, rows, 1)
+        rows = dim(scores, 2)
+        leaving = op.subtract(self.nodes.later, self.nodes.older)
+        best = _best(scores, room, op.minimum(op.subtract(rows, i64([room])), leaving))
+        alive = op.greater(scores, i32(SHOWN))
+        gone = op.logical_and(alive, op.logical_not(best))
+        count = op.squeeze(op.reduce_sum(op.convert(gone, "i32"), i64([2]), True), i64([3]))
+        kept, assigns = self._kept(rows, leaving, best, gone)
+        return kept, [*self.states, self.counts(count), self.recent.store(self.arrived), *assigns]
 
-    def _masks(self) -> list[list[Output]]:
+    @abstractmethod
+    def _kept(self, rows: Node, leaving: Node, best: Node, gone: Node) -> tuple[dict[int, Output], list[Node]]:
+        """What `finish` returns; `best` and `gone`, (batch, heads, rows, 1), are the rows to stay and to go.
+
+        Of `rows` rows `leaving` are new.
+        """
+
+    def _held(self, name: str, holds: str) -> Held:
+        return Held(self.beams, StateSpec.growing(name, "i32", self.heads, 1, self.rule, holds, self.indices))
+
+    def _masks(self) -> dict[int, Far]:
         scores = op.reshape(self.scores.past, i64([0, 0, 1, -1]), True)  # (batch, heads, 1, rows)
         hidden = op.less_equal(scores, i32(SHOWN))
         if self.pruning.mode == "zero":  # what is pruned is not masked, only padding is
@@ -200,30 +151,41 @@ class Survivors(Scores):
         found = [op.select(hidden, f32(MASKED), f32(0))]
         if self.pruning.mode == "zero":
             found.append(op.select(dropped, f32(0), f32(1)))
-        split = [op.split(x, i64(1), self.count).outputs() for x in found]
-        return [list(some) for some in zip(*split, strict=True)]
+        split = zip(*(op.split(x, i64(1), self.count).outputs() for x in found), strict=True)
+        return {index: Far(*some) for index, some in zip(self.indices, split, strict=True)}
 
-    def store(self) -> tuple[list[Output | None], list[Node]]:
-        """Which rows of each layer's history stay (None: all), and the Assigns of the states made here."""
-        heads, room = self.heads, self.pruning.room
-        scores = self.scores.appended  # (batch, heads, rows, 1)
-        rows = dim(scores, 2)
-        leaving = op.subtract(self.later, self.older)
-        best = _best(scores, room, op.minimum(op.subtract(rows, i64([room])), leaving))
-        alive = op.greater(scores, i32(SHOWN))
-        gone = op.logical_and(alive, op.logical_not(best))
-        count = op.squeeze(op.reduce_sum(op.convert(gone, "i32"), i64([2]), True), i64([3]))
-        assigns = [*self.states, self.counts(count), self.recent.store(self.arrived)]
-        if not self.evicts:
-            dropped = op.select(gone, i32(DROPPED), scores)
-            return [None] * self.count, [*assigns, op.assign(dropped, self.scores.variable)]
-        numbers = op.convert(op.range(scalar(self.older), scalar(self.later), i64(1), "i64"), "i32")
+
+class Masked(Survivors):
+    """Tokens stay where they are, and are masked, or read as 0."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self.rule, self.stay = Growing(nodes.plan.window, nodes.flush), nodes.older
+        super().__init__(nodes)
+
+    def _kept(self, rows: Node, leaving: Node, best: Node, gone: Node) -> tuple[dict[int, Output], list[Node]]:
+        dropped = op.select(gone, i32(DROPPED), self.scores.appended)
+        return {}, [op.assign(dropped, self.scores.variable)]
+
+
+class Evicted(Survivors):
+    """Tokens leave the states."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        room = nodes.plan.pruning.room
+        self.rule = Growing(nodes.plan.window, nodes.flush, room)
+        self.stay = op.minimum(nodes.older, i64([room]))
+        super().__init__(nodes)
+
+    def _kept(self, rows: Node, leaving: Node, best: Node, gone: Node) -> tuple[dict[int, Output], list[Node]]:
+        heads, nodes = self.heads, self.nodes
+        number = op.range(scalar(nodes.older), scalar(nodes.later), i64(1), "i64")
+        numbers = op.convert(number, "i32")
         shape = op.concat([self.columns.batch, i64([heads]), leaving, i64([1])], 0)
         numbers = op.broadcast(op.unsqueeze(op.unsqueeze(numbers, i64([0])), i64([2])), shape)
-        positions = Held(self.beams, POSITION, heads, 1, ov.Type.i32)
+        positions = self._held(POSITION, "position")
         positions.append(numbers)
         # the n-th row that stays is written to place n, all others to one behind the last
-        stay = op.minimum(rows, i64([room]))
+        stay = op.minimum(rows, i64([self.pruning.room]))
         best = op.squeeze(op.convert(best, "i32"), i64([3]))
         behind = op.convert(stay, "i32")
         place = op.select(op.equal(best, i32(0)), behind, op.subtract(op.cum_sum(best, i64(2)), i32(1)))
@@ -233,8 +195,8 @@ class Survivors(Scores):
         every = op.broadcast(every, op.concat([batch_heads, rows], 0))
         index = op.scatter_elements_update(places, place, every, i64(2))
         index = op.slice(index, i64([0]), stay, i64([1]), i64([2]))  # (batch, heads, stay)
-        assigns += [self.scores.assign(index), positions.assign(index)]
-        return list(op.split(index, i64(1), self.count).outputs()), assigns
+        kept = zip(self.indices, op.split(index, i64(1), self.count).outputs(), strict=True)
+        return dict(kept), [self.scores.assign(index), positions.assign(index)]
 
 
 def filled(above: Node, tied: Node, room: int) -> Node:

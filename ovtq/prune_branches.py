@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.attend import Columns, Held
 from ovtq.beams import Beams
-from ovtq.graph import ALL, MASKED, cut_heads, dim, either, f32, i32, i64, scalar
+from ovtq.graph import ALL, MASKED, One, cut_heads, dim, either, f32, i32, i64, scalar
 from ovtq.models.description import AttentionLayer
 from ovtq.prune import Scores, filled
-from ovtq.pruning import DROPPED, EMPTY, POSITION, SCORE, SHOWN, Pruning
+from ovtq.pruning import DROPPED, EMPTY, SHOWN, Pruning
 from ovtq.ring import State
+from ovtq.states import POSITION, SCORE, Growing, StateSpec
 
 SORTED = -(2**23)  # below minus any row number, in place of those that need not be sorted
 
@@ -45,16 +45,17 @@ class Residents(Scores):
         self.room, self.window = pruning.room, pruning.window
         # one state for residents and recent tokens: each state costs a wait
         length = self.room + self.window
-        self.scores = State(beams, SCORE, [self.heads, length, 1], np.full(1, EMPTY, np.int32))
+        spec = StateSpec.fixed(SCORE, "i32", [self.heads, length, 1], "score", self.indices)
+        self.scores = State(beams, spec, np.full(1, EMPTY, np.int32))
         every = op.concat([self.scores.past, self.arrived], 2)
         self.rivals = op.slice(every, i64([0]), op.add(columns.new, i64([self.room])), i64([1]), i64([2]))
         rivals = op.reshape(self.rivals, i64([0, self.heads, -1]), True)
-        (found,) = either(
+        found = either(
             is_prefill,
-            ([rivals.output(0)], lambda read: [self._sorted(*read)]),
-            ([rivals.output(0)], lambda read: [self._but_one(*read)]),
+            (One(rivals), lambda read: One(self._sorted(read.value))),
+            (One(rivals), lambda read: One(self._but_one(read.value))),
             ("sorted", "but_one"),
-        )
+        ).value
         self.places, self.rows = (
             op.slice(found, i64([0]), i64([count]), i64([1]), i64([2])) for count in (length, self.room)
         )
@@ -62,14 +63,15 @@ class Residents(Scores):
         hidden = op.less_equal(op.reshape(first, i64([0, 1, 1, self.room]), True), i32(SHOWN))
         self.mask = op.select(hidden, f32(MASKED), f32(0)).output(0)
 
-    def store(self) -> list[Node]:
+    def finish(self) -> list[Node]:
         """The Assigns of the states made here."""
         columns, room, window = self.columns, self.room, self.window
         before, after = (
             op.reduce_sum(op.convert(op.greater(some, i32(SHOWN)), "i32"), i64([2]), False)
             for some in (self.rivals, op.gather(self.rivals, self.rows, i64(2), 2))
         )
-        positions = State(self.beams, POSITION, [self.heads, room, 1], np.full(1, -1, np.int32))
+        spec = StateSpec.fixed(POSITION, "i32", [self.heads, room, 1], "position", self.indices)
+        positions = State(self.beams, spec, np.full(1, -1, np.int32))
         first = op.subtract(columns.past, i64([window]))
         number = op.range(scalar(first), scalar(op.add(first, columns.new)), i64(1), "i64")
         shape = op.concat([columns.batch, i64([self.heads]), columns.new, i64([1])], 0)
@@ -124,7 +126,7 @@ class Marked(Scores):
         # Masks read what was there before, for new scores depend on what layers make of the masks. One row more stands
         # before all others, so that there is always one.
         ahead = op.broadcast(i32(EMPTY), op.concat([columns.batch, i64([self.heads, 1, 1])], 0))
-        held = Held(beams, SCORE, self.heads, 1, ov.Type.i32)
+        held = Held(beams, StateSpec.growing(SCORE, "i32", self.heads, 1, Growing(), "score", self.indices))
         self.variable = held.variable
         # After reset_state the CPU plugin goes on to read this one with its old rows: the last ones are those meant
         start = op.subtract(i64([-1]), columns.past)
@@ -138,19 +140,21 @@ class Marked(Scores):
         ends = (i64([0, 0, 0]), op.concat([i64([0, 0]), columns.new], 0))
         readable = op.pad(readable, *ends, "constant", i32(EMPTY))
         readable = op.slice(readable, i64([1]), i64([ALL]), i64([1]), i64([2]))
-        self.factors: list[Output | None] = [None] * self.count
+        self.factors: dict[int, Output] = {}
         if pruning.mode == "zero":
             parts = cut_heads(op.unsqueeze(readable, i64([3])), self.count, "gpu")
-            self.factors = [op.select(op.equal(x, i32(DROPPED)), f32(0), f32(1)).output(0) for x in parts]
+            factors = [op.select(op.equal(x, i32(DROPPED)), f32(0), f32(1)).output(0) for x in parts]
+            self.factors = dict(zip(self.indices, factors, strict=True))
             readable = op.select(op.equal(readable, i32(DROPPED)), i32(0), readable)
         parts = cut_heads(op.unsqueeze(readable, i64([2])), self.count, "gpu")
-        self.masks = [op.select(op.less_equal(x, i32(SHOWN)), f32(MASKED), f32(0)).output(0) for x in parts]
+        masks = [op.select(op.less_equal(x, i32(SHOWN)), f32(MASKED), f32(0)).output(0) for x in parts]
+        self.masks = dict(zip(self.indices, masks, strict=True))
 
     def _numbers(self, tokens: Node) -> Node:
         """Of the tokens of the rows, from −1: (1, 1, 1 + tokens)."""
         return op.unsqueeze(op.range(i64(-1), scalar(tokens), i64(1), "i64"), i64([0, 1]))
 
-    def store(self) -> list[Node]:
+    def finish(self) -> list[Node]:
         """The Assigns of the states made here."""
         columns = self.columns
         later = op.subtract(columns.total, i64([self.pruning.window]))
@@ -159,12 +163,12 @@ class Marked(Scores):
         rivals = op.select(op.less(self._numbers(columns.total), later), every, i32(EMPTY))
         # (batch, heads, 1 + past + new), 1 where a token is pruned now. From one branch two of them, so that the shape
         # changes with the branch, as for residents: after a reset a text may be as long as the last one was.
-        (found,) = either(
+        found = either(
             self.is_prefill,
-            ([rivals.output(0)], lambda read: [op.concat([op.unsqueeze(self._beyond(*read), i64([0]))] * 2, 0)]),
-            ([rivals.output(0)], lambda read: [op.unsqueeze(self._worst(*read), i64([0]))]),
+            (One(rivals), lambda read: One(op.concat([op.unsqueeze(self._beyond(read.value), i64([0]))] * 2, 0))),
+            (One(rivals), lambda read: One(op.unsqueeze(self._worst(read.value), i64([0])))),
             ("beyond", "worst"),
-        )
+        ).value
         gone = op.gather(found, i64(0), i64(0))
         kept = op.select(op.equal(gone, i32(0)), every, i32(DROPPED))
         # By a Gather: an Assign that a Slice feeds corrupts other tensors on the CPU plugin

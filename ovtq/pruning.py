@@ -10,22 +10,18 @@ import numpy as np
 import openvino as ov
 
 from ovtq.packed_attention import PackedAttention
+from ovtq.scores import SCORES, Score, Tokens
+from ovtq.states import POSITION, PRUNED, SCORE, layers_named
 from ovtq.triattention import Statistics
 
-SCORES = ("norm-high", "norm-low", "keydiff", "value-norm", "triattention", "random")
 MODES = ("evict", "mask", "zero")
-# A score is kept as ⌊fraction·score⌋, fraction being DIGIT to the power of DIGITS, so that no inference precision
+# A score is kept as ⌊fraction·score⌋, fraction being DIGIT to the power of its digits, so that no inference precision
 # changes which of two is larger; what is beyond 2²¹ then is cut to it. All are exact as f32.
 DIGIT = 2**10
-DIGITS = {"norm-high": 1, "norm-low": 1, "keydiff": 2, "value-norm": 1, "triattention": 1, "random": 2}
-SPREAD = 8  # what a z-score of triattention is multiplied with first
 # What stands in place of a score:
 EMPTY, DROPPED, PADDED, FIRST = -(2**23), -(3 * 2**21), -(2**22), 2**22
 SHOWN = -(3 * 2**20)  # a token that may be attended to has a higher score
 TIE = 64 * float(np.finfo(np.float32).eps)
-TABLE = 4093  # random scores of a head before they repeat; a prime
-SCORE, POSITION, PRUNED = "ovtq.score", "ovtq.position", "ovtq.pruned"  # states that all layers share; the last one
-# holds how many tokens of each head were pruned, and how many are kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,9 +46,14 @@ class Pruning:
     statistics: Statistics | None = None
 
     @property
+    def method(self) -> Score:
+        """The score."""
+        return SCORES[self.score](self.seed, self.statistics)
+
+    @property
     def fraction(self) -> int:
         """Steps of a score in 1."""
-        return DIGIT ** DIGITS[self.score]
+        return DIGIT**self.method.digits
 
     @property
     def largest(self) -> float:
@@ -68,10 +69,6 @@ class Pruning:
         """How many of `past` tokens are no longer among the recent ones."""
         return max(past - self.window, 0) // self.flush * self.flush
 
-    def table(self, layer: int, kv_heads: int) -> np.ndarray:
-        """The random scores of a layer, (kv_heads, TABLE) f32: token t has that at t modulo TABLE."""
-        return np.random.RandomState([self.seed, layer]).rand(kv_heads, TABLE).astype(np.float32)
-
     def scores(
         self, layer: int, keys: np.ndarray, values: np.ndarray, shown: np.ndarray, straight: np.ndarray | None = None
     ) -> np.ndarray:
@@ -81,35 +78,12 @@ class Pruning:
         triattention needs.
         """
         real = shown != 0
-        if self.score == "norm-high":
-            found = np.linalg.norm(keys, axis=-1)
-        elif self.score == "norm-low":
-            found = -np.linalg.norm(keys, axis=-1)
-        elif self.score == "value-norm":
-            found = np.linalg.norm(values, axis=-1)
-        elif self.score == "keydiff":
-            found = keydiff(keys, real)
-        elif self.score == "triattention":
-            found = SPREAD * self.statistics.scores(layer, straight)
-        elif self.score == "random":
-            found = np.broadcast_to(
-                self.table(layer, keys.shape[1])[None, :, np.arange(keys.shape[2]) % TABLE], keys.shape[:3]
-            )
-        else:
-            raise ValueError(f"no score {self.score}")
+        found = self.method.numpy(Tokens(layer, keys, values, real, straight))
         if self.shared:
             found = np.broadcast_to(found.mean(1, keepdims=True), found.shape)
         first = real & (np.cumsum(real, 1) <= self.prefix)
         found = np.clip(found, -self.largest, self.largest) * self.fraction
         return np.where(real[:, None], np.where(first[:, None], FIRST, found), PADDED)
-
-
-def keydiff(keys: np.ndarray, real: np.ndarray) -> np.ndarray:
-    """−cos(k_t, Σ_{s ≤ t} k_s/‖k_s‖), higher for keys unlike those before. KeyDiff (arXiv 2504.15364), made static:
-    there the mean is of all keys at the time of pruning. Padding is not in the sum."""
-    unit = keys / np.maximum(np.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
-    total = np.cumsum(unit * real[:, None, :, None], axis=2)
-    return -(unit * total).sum(-1) / np.maximum(np.linalg.norm(total, axis=-1), 1e-12)
 
 
 def best(scores: np.ndarray, room: int) -> np.ndarray:
@@ -251,7 +225,6 @@ def _by_layer(request: ov.InferRequest, column: int) -> dict[int, np.ndarray]:
     found = {state.name: state for state in request.query_state()}
     if PRUNED not in found:
         return {}
-    parts = {name.removeprefix("ovtq.").partition(".")[0] for name in found}
-    layers = sorted({int(number) for part in parts for number in part.split("-") if number.isdigit()})
+    layers = layers_named(found)
     counts = np.array(found[PRUNED].state.data)[..., column]
     return dict(zip(layers, np.split(counts, len(layers), axis=1), strict=True))

@@ -7,20 +7,20 @@ chat that no tokens can be cut from their end: it resets and prefills again inst
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
-import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.beams import Beams
 from ovtq.coding import UNIT, Coding
-from ovtq.graph import ALL, cut_heads, dim, f32, i64, joined, new_variable, precise
-from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.packed_attention import Place
+from ovtq.graph import ALL, cut_heads, dim, f32, i64, joined, precise
+from ovtq.models.description import AttentionLayer, ModelDescription, Packed, Window
+from ovtq.packed_attention import PackedAttention, Place
 from ovtq.quantizer import encode, pack, restore
+from ovtq.states import StateSpec, scale_name
 
 
 class State:
@@ -32,8 +32,7 @@ class State:
     def __init__(
         self,
         beams: Beams,
-        name: str,
-        shape: Sequence[int],
+        state: StateSpec,
         start: np.ndarray,
         kept: Node | None = None,
         exact: bool = True,
@@ -41,9 +40,9 @@ class State:
         self.kept = kept
         # Written in another type than the state's, it would be converted in every step
         self.mark = precise if beams.target == "cpu" and exact else lambda node: node
-        self.variable = new_variable(name, [-1, *shape], ov.Type(start.dtype))
+        self.variable = beams.variable(state)
         self.beams, self.exact = beams, exact
-        self.read = op.read_value(_start(start, beams, shape), self.variable)
+        self.read = op.read_value(_start(start, beams, state.shape[1:]), self.variable)
 
     @cached_property
     def past(self) -> Output:
@@ -76,24 +75,33 @@ def _start(start: np.ndarray, beams: Beams, shape: Sequence[int]) -> Node:
 
 
 class _Rows:
-    """What layers read of a ring, one after the other, and what they put behind it.
+    """What layers read of a ring, and what they put behind it; a part is a layer's index, and which of its tensors.
 
-    Keys and values of a layer in one (batch, 2·kv_heads, rows, d); for a CPU, which splits nothing for free, apart.
+    Keys and values of a layer in one (batch, 2·kv_heads, rows, d), which is number 0; for a CPU, which splits nothing
+    for free, apart: 0 and 1.
     """
 
-    def __init__(self, parts: Sequence[Output]) -> None:
-        self._parts = iter(parts)
-        self.news: list[Node | Output] = []  # (batch, heads, new, d)
-        self.joined: list[Node] = []
+    def __init__(self, layers: Sequence[AttentionLayer], parts: Sequence[Output]) -> None:
+        each = range(len(parts) // len(layers))
+        self.parts = dict(zip([(layer.index, k) for layer in layers for k in each], parts, strict=True))
+        self.news: dict[tuple[int, int], Node | Output] = {}  # (batch, heads, new, d)
+        self.joined: dict[tuple[int, int], Node] = {}
         self.skipped = 0  # rows before what was held
 
-    def join(self, new: Node | Output, first: Node | None = None, last: Node | None = None) -> Node:
-        """What the next layer reads, `new` behind it, and maybe one more row before or after all of them."""
-        self.news.append(new)
+    def join(
+        self, layer: AttentionLayer, which: int, new: Node | Output, first: Node | None = None, last: Node | None = None
+    ) -> Node:
+        """What a layer reads, `new` behind it, and maybe one more row before or after all of them."""
+        part = layer.index, which
+        self.news[part] = new
         self.skipped = 0 if first is None else 1
-        rows = [first, next(self._parts), new, last]
-        self.joined.append(op.concat([some for some in rows if some is not None], 2))
-        return self.joined[-1]
+        rows = [first, self.parts[part], new, last]
+        self.joined[part] = op.concat([some for some in rows if some is not None], 2)
+        return self.joined[part]
+
+    def in_turn(self, some: Mapping[tuple[int, int], Node | Output]) -> Node:
+        """Those of all parts, (batch, heads, ·, d), heads in the order of the states."""
+        return op.concat([some[part] for part in self.parts], 1)
 
 
 class Ring(_Rows):
@@ -118,20 +126,27 @@ class Ring(_Rows):
             kept, length = op.concat([i64([0]), op.add(kept, i64([1]))], 0), rows + 1
             start = np.zeros((1, heads, length, d), np.float32)
             start[0, :, 0] = head
-        self.state = State(beams, name, [heads, length, d], start, kept, exact=False)
-        self.on_cpu = beams.target == "cpu"
+        these = [layer.index for layer in layers]
+        state = StateSpec.fixed(name, "f32", [heads, length, d], "tokens", these)
+        self.state = State(beams, state, start, kept, exact=False)
+        self.on_cpu, self.states = beams.target == "cpu", beams.states
         super().__init__(
+            layers,
             beams.in_parts(self.state.read, 2 * len(layers))
             if self.on_cpu
-            else op.split(self.state.past, i64(1), len(layers)).outputs()
+            else op.split(self.state.past, i64(1), len(layers)).outputs(),
         )
 
     def store(self) -> list[Node]:
         """The Assign that keeps the last tokens, once every layer has joined its own."""
         if not self.on_cpu:
-            return [self.state.store(op.concat(self.news, 1))]
+            return [self.state.store(self.in_turn(self.news))]
         kept = op.add(self.state.kept, i64([self.skipped]))
-        return [self.state.keep(op.gather(op.concat(self.joined, 1), kept, i64(2)))]
+        return [self.state.keep(op.gather(self.in_turn(self.joined), kept, i64(2)))]
+
+    def cache(self, layer: AttentionLayer, lengths: tuple[int, ...]) -> Window:
+        """What it is to a sliding layer."""
+        return Window(lengths)
 
 
 class PackedRing(_Rows):
@@ -157,7 +172,7 @@ class PackedRing(_Rows):
         coding: Coding,
         beams: Beams,
     ) -> None:
-        self.rows, self.coding, self.name = rows, coding, name
+        self.rows, self.coding, self.name, self.states = rows, coding, name, beams.states
         H = self.kv_heads = layers[0].kv_heads
         count = len(layers)
         same = coding.key == coding.value
@@ -168,8 +183,11 @@ class PackedRing(_Rows):
 
         kept = op.add(i64(range(rows)), op.minimum(dim(description.input_ids, 1), i64([rows])))
         shape = [heads.size // len(self.codecs), rows, sum(self.widths)]
-        self.codes = State(beams, name, shape, np.zeros(1, np.int8), kept)
-        self.scales = State(beams, f"{name}.scale", [heads.size, rows, 1], np.zeros(1, np.int32), kept)
+        these = [layer.index for layer in layers]
+        codes = StateSpec.fixed(name, "i8", shape, "tokens", these)
+        self.codes = State(beams, codes, np.zeros(1, np.int8), kept)
+        scale = StateSpec.fixed(scale_name(name), "i32", [heads.size, rows, 1], "scale", these)
+        self.scales = State(beams, scale, np.zeros(1, np.int32), kept)
         root = op.multiply(op.convert(self.scales.past, "f32"), f32(1 / UNIT))
         bytes_, scales = [self.codes.past], [op.multiply(root, root).output(0)]
         if not same:
@@ -180,25 +198,35 @@ class PackedRing(_Rows):
         if self.order is not None:
             past = op.gather(past, i64(np.argsort(self.order)), i64(1))
         if beams.target == "cpu":
-            super().__init__(cut_heads(past, 2 * count, beams.target))
+            super().__init__(layers, cut_heads(past, 2 * count, beams.target))
         else:
-            super().__init__(op.split(past, i64(1), count).outputs())
+            super().__init__(layers, op.split(past, i64(1), count).outputs())
 
     def store(self) -> list[Node]:
         """The Assigns that keep the last tokens, once every layer has joined its own."""
-        new = op.slice(op.concat(self.news, 1), i64([-self.rows]), i64([ALL]), i64([1]), i64([2]))
+        new = op.slice(self.in_turn(self.news), i64([-self.rows]), i64([ALL]), i64([1]), i64([2]))
         if self.order is not None:
             new = op.gather(new, i64(self.order), i64(1))
         centred, scales = encode(new, self.codecs, self.coding.rotation)
         numbers = op.convert(op.add(op.multiply(op.sqrt(scales), f32(UNIT)), f32(0.5)), "i32")
         return [self.codes.store(joined(pack(centred, self.codecs, self.layouts), 3)), self.scales.store(numbers)]
 
-    def places(self, number: int) -> tuple[Place, Place]:
-        """Where the codes of keys and values of the number-th layer are."""
+    def cache(self, layer: AttentionLayer, lengths: tuple[int, ...]) -> Packed:
+        """What it is to a sliding layer: all that a call finds in it was packed, and nothing of what came with it."""
+        definition = PackedAttention(
+            (self.coding.key, self.coding.value), self.coding.rotation, np.zeros((layer.kv_heads, layer.head_dim)),
+            layer.sink_logits.reshape(-1), scale=1, window=0, reach=layer.window, query_scale=layer.scale, whole=True,
+        )  # fmt: skip
+        return Packed(definition, self.places(layer), None, lengths)
+
+    def places(self, layer: AttentionLayer) -> tuple[Place, Place]:
+        """Where the codes of its keys and values are."""
         H, widths = self.kv_heads, self.widths
+        number = [index for index, which in self.parts if which == 0].index(layer.index)
         if self.order is None:
             spans = [slice(first, first + H) for first in (2 * number * H, (2 * number + 1) * H)]
-            return tuple(Place(self.name, span, slice(None), span) for span in spans)
+            keys, values = (Place(self.name, span, slice(None), span) for span in spans)
+            return keys, values
         key, value = (np.flatnonzero(self.order == head)[0] for head in (2 * number * H, (2 * number + 1) * H))
         heads = slice(key, key + H)
         return (

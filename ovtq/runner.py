@@ -9,8 +9,7 @@ import numpy as np
 import openvino as ov
 
 from ovtq.errors import InputError
-from ovtq.graph import PAST
-from ovtq.io import REFUSALS, last_line, refuse_mismatch, stamp_of
+from ovtq.io import REFUSALS, last_line, refuse_mismatch, states_of
 
 # f32 everywhere, so that what remains is rounding: no f16 inference, no compressed cache, no quantised activations.
 EXACT_PROPERTIES = {
@@ -103,10 +102,9 @@ class Runner:
     def fill(self, tokens: int, seed: int = 0) -> None:
         """Make the states look as after `tokens` tokens, batch 1, without running any: for timing, the text is noise.
 
-        A state whose sequence axis is dynamic, (1, heads, tokens, d), gets that length (what is packed as many tokens
-        as the model's stamp says are stored by then, one with a sink row a row more), one of fixed length keeps it.
-        Floats are 0.3·N(0, 1), those of a state named `….scale` uniform in 0.01…0.1, or whole numbers for such; other
-        integers are random bytes. Raises InputError if a state has another dynamic axis, or if the device does not take
+        A state whose sequence axis is dynamic, (1, heads, rows, d), gets as many rows as it then has, one of fixed
+        length keeps it. Floats are 0.3·N(0, 1), scales uniform in 0.01…0.1, or whole numbers for such; other integers
+        are random bytes. Raises InputError if a state has another dynamic axis, or if the device does not take
         states (the CPU's TURBO cache does not, its 4-bit cache breaks).
         """
         if tokens < 1:
@@ -116,27 +114,22 @@ class Runner:
                 "fill: the CPU plugin corrupts its memory when the state of a 4-bit cache is set; prefill it"
             )
         model = self.model if isinstance(self.model, ov.Model) else ov.Core().read_model(self.model)
-        infos = {variable.info.variable_id: variable.info for variable in model.get_variables()}
-        steps = stamp_of(model).get("passes", [])
-        rule = next((step["facts"]["stored"] for step in steps if "stored" in step["facts"]), None)
-        packed = max(tokens - rule["window"], 0) // rule["multiple"] * rule["multiple"] if rule else tokens
-        packed = min(packed, rule.get("most", packed)) if rule else packed
-        packed += any(step["name"] == "sink-row" for step in steps)
+        specs = {state.name: state for state in states_of(model)}
         draw = np.random.default_rng(seed)
         self.reset()
         for state in sorted(self.request.query_state(), key=lambda state: state.name):  # the plugin's order varies
-            shape, kind = infos[state.name].data_shape, infos[state.name].data_type.to_dtype()
-            usual = {0: 1, 2: packed if state.name.startswith("ovtq.") else tokens}
-            sizes = [usual.get(axis) if dim.is_dynamic else dim.get_length() for axis, dim in enumerate(shape)]
+            spec = specs[state.name]
+            kind, usual = spec.element_type.to_dtype(), {0: 1, 2: spec.rows(tokens)}
+            sizes = [usual.get(axis) if length < 0 else length for axis, length in enumerate(spec.shape)]
             if None in sizes or kind not in (np.float32, np.float16, np.int8, np.uint8, np.int32):
-                raise InputError(f"fill: state {state.name} is {shape} {kind}; only axes 0 and 2 may be dynamic")
+                raise InputError(f"fill: state {state.name} is {spec.shape} {kind}; only axes 0 and 2 may be dynamic")
             if kind in (np.int8, np.uint8):
                 value = np.frombuffer(draw.bytes(int(np.prod(sizes))), kind).reshape(sizes)
-            elif state.name == PAST:
+            elif spec.holds == "past":
                 value = np.full(sizes, tokens, kind)
             elif kind == np.int32:
                 value = draw.integers(400, 1300, sizes, kind)
-            elif state.name.endswith(".scale"):
+            elif spec.holds == "scale":
                 value = draw.uniform(0.01, 0.1, sizes).astype(kind)
             else:
                 value = (draw.standard_normal(sizes, np.float32) * np.float32(0.3)).astype(kind)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
 import openvino as ov
 
+from ovtq import states
 from ovtq.errors import InputError, PreconditionFailed, VerificationFailed
 from ovtq.models.description import ModelDescription
 
@@ -59,28 +60,27 @@ class Pass(ABC):
         """Raise VerificationFailed if the graph is not what this pass promises."""
 
     def apply(self, model: ov.Model, description: ModelDescription) -> Rewrite:
-        """requires → run → validate → count → ensures."""
+        """requires → run → validate → count → states → ensures."""
         self.requires(description)
         expected = self.sites(description)
         rewrite = self.run(model, description)
         rewrite.model.validate_nodes_and_infer_types()
         if rewrite.sites != expected:
             raise VerificationFailed(f"{self.name}: rewrote {rewrite.sites} sites, the model has {expected}")
+        variables = [variable.get_info() for variable in rewrite.model.get_variables()]
+        if fault := states.other_than(rewrite.description.states, variables):
+            raise VerificationFailed(f"{self.name}: {fault}")
         self.ensures(rewrite)
         return rewrite
-
-    def expect(self, model: ov.Model, states: Mapping[str, tuple[str, Sequence[int]]]) -> None:
-        """Raise VerificationFailed unless `model` has these states, each of that element type and shape."""
-        infos = {variable.get_info().variable_id: variable.get_info() for variable in model.get_variables()}
-        for name, (kind, shape) in states.items():
-            info = infos.get(name)
-            if not info or info.data_type.get_type_name() != kind or info.data_shape != ov.PartialShape(list(shape)):
-                found = f"{info.data_type.get_type_name()}{info.data_shape}" if info else "none"
-                raise VerificationFailed(f"{self.name}: expected a state {name} {kind}{shape}, found {found}")
 
     def refuse(self, reason: str) -> PreconditionFailed:
         """The error to raise in `requires`."""
         return PreconditionFailed(f"{self.name}: {reason}")
+
+    def refuse_if(self, reason: str | None) -> None:
+        """Raise that error if there is a reason; see `ovtq.checks`."""
+        if reason:
+            raise self.refuse(reason)
 
     def at(self, folder: Path) -> Pass:
         """This pass with what it needs beside the graph taken from the model's folder. Raises InputError if missing."""

@@ -9,7 +9,7 @@ import openvino as ov
 
 from ovtq.cache import mark, marked
 from ovtq.errors import VerificationFailed
-from ovtq.models.description import ModelDescription
+from ovtq.models.description import ModelDescription, SinkRow, Window
 from ovtq.passes.base import Pass, Rewrite, option
 
 
@@ -39,8 +39,8 @@ class CachePrecision(Pass):
         """Refuses a model without full layers, or with a cache that a GPU would not compress."""
         if not description.full:
             raise self.refuse("the model has no full layers")
-        sink_row = any(not layer.paths and not layer.packed for layer in description.full)
-        if sink_row and any(not layer.paths and not layer.packed for layer in description.sliding):
+        sink_row = any(isinstance(layer.cache, SinkRow) for layer in description.full)
+        if sink_row and any(isinstance(layer.cache, Window) for layer in description.sliding):
             raise self.refuse(
                 "the GPU plugin compresses no cache beside windows of floats; pack them, as with --window-bits 8,8"
             )

@@ -9,9 +9,11 @@ import openvino as ov
 from openvino import opset15 as op
 
 from ovtq.errors import VerificationFailed
-from ovtq.graph import PAST, ancestors, dim, i32, i64, id_of, new_variable, rebuild, redirect
+from ovtq.forms import TARGETS
+from ovtq.graph import ancestors, dim, i32, i64, id_of, new_variable, rebuild, redirect
 from ovtq.models.description import ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
+from ovtq.states import PAST, StateSpec
 
 REFUSAL = (
     "ovtq refuses this call: it needs input_ids (batch, at least one token), attention_mask (batch, past and new "
@@ -44,7 +46,7 @@ class CheckCall(Pass):
     exact: ClassVar[bool] = True
     paged_attention: ClassVar[bool] = False
 
-    target: str = option("gpu", "whose plugin the graph is made for", choices=("gpu", "cpu"))
+    target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
 
     def sites(self, description: ModelDescription) -> int:
         """One: the inputs."""
@@ -63,9 +65,10 @@ class CheckCall(Pass):
         sequences, columns = (dim(mask, axis) for axis in (0, 1))
         beam_count, one = dim(beams, 0), i64([1])
         rows = next((layer.token_rows for layer in description.layers if layer.token_rows), None)
-        assigns, first, last, held = [], [], [], []
+        assigns, first, last, held, made = [], [], [], [], []
         if self.target == "cpu" or rows is None:
-            variable = new_variable(PAST, [-1, 1], ov.Type.i32)
+            made = [StateSpec.fixed(PAST, "i32", [1], "past", rows=1)]
+            variable = new_variable(made[0])
             read = op.read_value(op.broadcast(i32(0), op.concat([batch, one], 0)), variable)
             past = op.slice(read, i64([0]), one, one, i64([0]))  # all sequences are as long
             past = op.convert(op.reshape(past, one, False), "i64")
@@ -88,7 +91,7 @@ class CheckCall(Pass):
             if id_of(reader.get_node()) not in earlier:
                 reader.replace_source_output(checked.output(0))
         model = rebuild(model, add=assigns)
-        return Rewrite(model, replace(description, past=None), 1)
+        return Rewrite(model, replace(description, past=None).with_states(made), 1)
 
     def ensures(self, rewrite: Rewrite) -> None:
         """What reads tokens reads them behind the check, and no length comes from the length of attention_mask."""

@@ -11,7 +11,7 @@ from openvino import opset15 as op
 
 from ovtq.errors import VerificationFailed
 from ovtq.graph import constant_of, consumers, dim, i64, id_of, redirect, scalar
-from ovtq.models.description import ModelDescription
+from ovtq.models.description import ModelDescription, shape_readers
 from ovtq.passes.base import Pass, Rewrite
 
 
@@ -66,18 +66,6 @@ class DecoupleLength(Pass):
         left = [reader for reader, *_ in shape_readers(rewrite.description) if id_of(reader) in live]
         if left:
             raise VerificationFailed(f"{self.name}: {left[0].get_friendly_name()} still reads the length of a state")
-
-
-def shape_readers(description: ModelDescription) -> list[tuple[Node, int, int, bool]]:
-    """(ShapeOf, kv_heads, head_dim, reads the appended tokens) for every ShapeOf of a KV state."""
-    return [
-        (node, layer.kv_heads, layer.head_dim, appended)
-        for layer in description.layers
-        for path in layer.paths
-        for appended, tensor in ((False, path.past), (True, path.appended))
-        for node in consumers(tensor)
-        if node.get_type_name() == "ShapeOf" and consumers(node.output(0))
-    ]
 
 
 def _typed(shape: Node, like: Output) -> Node:

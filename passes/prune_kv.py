@@ -10,25 +10,22 @@ from typing import Any, ClassVar
 import openvino as ov
 
 from ovtq import triattention
-from ovtq.attend import Plan
-from ovtq.attend_blocks import Blocks
-from ovtq.attend_branches import Branches
-from ovtq.attend_pruned import Evicting, Masking, kept_state
 from ovtq.coding import BITS
-from ovtq.errors import InputError
-from ovtq.models.attention import projected
+from ovtq.errors import InputError, VerificationFailed
+from ovtq.forms import TARGETS
+from ovtq.full_cache import FullCache
 from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.packed_attention import PackedAttention
-from ovtq.passes.base import Rewrite, option
+from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.passes.quantize_kv import QuantizeKv
-from ovtq.pruning import MODES, POSITION, PRUNED, SCORE, SCORES, PrunedAttention, Pruning
+from ovtq.pruning import MODES, Pruning
+from ovtq.scores import SCORES
 
 AUTO = -1  # as a slack
 SLACK = {"gpu": 0, "cpu": 127}
 
 
 @dataclass(frozen=True)
-class PruneKv(QuantizeKv):
+class PruneKv(Pass):
     """softmax over the `budget` tokens that are worth most, by a score written once, and over a call's own tokens.
 
     For each KV head, of the tokens older than the recent ones those of highest score stay. The first `prefix` tokens
@@ -51,15 +48,20 @@ class PruneKv(QuantizeKv):
     """
 
     name: ClassVar[str] = "prune-kv"
+    exact: ClassVar[bool] = False
+    paged_attention: ClassVar[bool] = False
 
     k_bits: str = option("none", "bits per coordinate of a key", choices=BITS)
     v_bits: str = option("none", "bits per coordinate of a value", choices=BITS)
     residual_window: int = option(0, "recent tokens kept at full precision, with bits")
+    protect: str = option("", "full layers left alone: first:N, last:N or indices, separated by commas")
     centre: str = option("none", "what is subtracted from all keys, with bits", choices=("bias", "none"))
+    seed: int = option(0, "seed of the rotation's random signs")
+    target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
     budget: int = option(1024, "tokens kept in each full layer")
     recent_window: int = option(32, "last tokens that always stay")
     prefix: int = option(4, "first tokens that always stay")
-    score: str = option("keydiff", "score that tokens are kept by", choices=SCORES)
+    score: str = option("keydiff", "score that tokens are kept by", choices=tuple(SCORES))
     mode: str = option("evict", "what becomes of tokens that are not kept", choices=MODES)
     slack: int = option(
         AUTO, f"tokens over the budget before any leaves; {AUTO}: {SLACK['cpu']} for a CPU, none for a GPU"
@@ -67,13 +69,13 @@ class PruneKv(QuantizeKv):
     heads: str = option(
         "each", "whether each KV head keeps tokens of its own, or all the same", choices=("each", "shared")
     )
-    target: str = option("gpu", "whose plugin the graph is made for", choices=("gpu", "cpu"))
     score_seed: int = option(0, "seed of random scores")
     stats: str = option("", "file of tools/calibrate_triattention.py; without: triattention.npz in the model's folder")
 
     def __post_init__(self) -> None:
         if self.k_bits != "none" or self.v_bits != "none":
-            super().__post_init__()
+            if not 0 <= self.residual_window <= 4096:
+                raise ValueError(f"residual-window must be from 0 to 4096, got {self.residual_window}")
         elif self.residual_window or self.centre != "none":
             raise ValueError("residual-window and centre are options of packed caches; give k-bits or v-bits")
         for what, value, least in (
@@ -90,6 +92,34 @@ class PruneKv(QuantizeKv):
             raise ValueError(f"stats belong to the score triattention, not to {self.score}")
         if self.mode == "zero" and self.centre != "none":
             raise ValueError("mode zero needs centre none: a centred key that reads as 0 is not a key of 0")
+        _ = self.packed
+
+    @classmethod
+    def packing(cls, item: QuantizeKv) -> PruneKv:
+        """In place of a quantize-kv: with its options."""
+        return cls(
+            k_bits=item.k_bits, v_bits=item.v_bits, residual_window=item.residual_window, protect=item.protect,
+            centre=item.centre, seed=item.seed, target=item.target,
+        )  # fmt: skip
+
+    @property
+    def packed(self) -> FullCache:
+        """What it gives to full layers, were nothing pruned."""
+        bits = self.k_bits, self.v_bits
+        return FullCache(bits, self.window, self.protect, self.centre, self.seed, self.target)
+
+    @property
+    def cache(self) -> FullCache:
+        """What it gives to full layers."""
+        return replace(self.packed, pruning=self.pruning)
+
+    def chosen(self, description: ModelDescription) -> tuple[AttentionLayer, ...]:
+        """The full layers that are not protected."""
+        return self.packed.chosen(description)
+
+    def sites(self, description: ModelDescription) -> int:
+        """One per full layer that is not protected."""
+        return len(self.chosen(description))
 
     @property
     def window(self) -> int:
@@ -135,7 +165,7 @@ class PruneKv(QuantizeKv):
             )
         if self.target == "cpu" and self.window + self.pruning.flush == 1:
             raise self.refuse("recent-window 0 with slack 0: a CPU's states need a row; give either 1 or more")
-        super().requires(description)
+        self.refuse_if(self.packed.unfit(description))
         if self.score == "triattention" and not self.stats:
             raise self.refuse("the score triattention needs stats, a file of tools/calibrate_triattention.py")
         found = self.pruning.statistics
@@ -145,47 +175,21 @@ class PruneKv(QuantizeKv):
                 raise self.refuse(f"{self.stats} {reason}; make one of this model")
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
-        """As quantize-kv does; tells which statistics the scores come from."""
-        rewrite = super().run(model, description)
-        if not self.stats:
-            return rewrite
-        found = self.pruning.statistics
+        """Replace each layer's states and attention; tells which statistics the scores come from."""
+        sites, found = self.sites(description), self.pruning.statistics
+        model, description, made = self.cache.give(model, description)
+        if found is None:
+            return Rewrite(model, description, sites, made)
         facts = {"sha256": triattention.digest(Path(self.stats)), "tokens": int(found.tokens)}
         facts |= {"text_sha256": str(found.text_sha256), "model_sha256": str(found.model_sha256)}
-        return replace(rewrite, facts={**rewrite.facts, "statistics": facts})
-
-    def _plan(self, model: ov.Model, layers: tuple[AttentionLayer, ...]) -> Plan:
-        how = super()._plan(model, layers)
-        return Plan(how.key, how.value, how.rotation, layers, how.centres, self.window, self.pruning)
-
-    def _form(self, description: ModelDescription, plan: Plan, name: str) -> Blocks | Branches:
-        if self.target == "cpu":
-            return Blocks(description, plan, name)
-        return (Evicting if self.mode == "evict" else Masking)(description, plan, name)
-
-    def _definition(self, plan: Plan, form: Blocks | Branches, layer: AttentionLayer) -> PackedAttention:
-        held = super()._definition(plan, form, layer)
-        first = next(i for i, other in enumerate(plan.layers) if other.index == layer.index) * layer.kv_heads
-        beside = [projected(layer.key.source, layer.kv_heads, layer.head_dim)] if self.stats else []
-        return PrunedAttention(
-            held.codecs, held.rotation, plan.centres[layer.index], held.sinks, held.scale, held.window, held.flush,
-            pruning=plan.pruning, layer=layer.index, first=first, beside=beside,
-        )  # fmt: skip
+        return Rewrite(model, description, sites, {**made, "statistics": facts})
 
     def ensures(self, rewrite: Rewrite) -> None:
-        """The states of keys and values, and those that all layers share: scores, how many went, which ones stay."""
-        layers, rule = self.chosen(rewrite.description), self.pruning
-        heads = len(layers) * layers[0].kv_heads
-        expected: dict[str, tuple[str, list[int]]] = {PRUNED: ("i32", [-1, heads, 2])}
-        if self.mode == "evict" and self.target == "gpu":
-            expected |= self._caches(kept_state(layers), heads, rule.room, layers[0].head_dim)
-            expected[SCORE] = ("i32", [-1, heads, rule.budget, 1])
-            expected[POSITION] = ("i32", [-1, heads, rule.room, 1])
-        else:
-            super().ensures(rewrite)
-            expected[SCORE] = ("i32", [-1, heads, -1, 1])
-            if self.target == "cpu":
-                expected[f"{SCORE}.recent"] = ("i32", [-1, heads, rule.window + rule.flush - 1, 1])
-            if self.mode == "evict":
-                expected[POSITION] = ("i32", [-1, heads, -1, 1])
-        self.expect(rewrite.model, expected)
+        """No layer has floats in place of codes; and, evicting, no more rows of tokens than the budget and a flush."""
+        if fault := self.packed.not_as_asked(rewrite.description):
+            raise VerificationFailed(f"{self.name}: {fault}")
+        limit = self.budget + self.pruning.flush
+        pruned = {layer.index for layer in self.chosen(rewrite.description)}
+        for state in rewrite.description.states if self.mode == "evict" else ():
+            if pruned & {*state.layers} and state.rows(2**40) > limit:
+                raise VerificationFailed(f"{self.name}: the state {state.name} grows beyond {limit} rows")

@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import openvino as ov
 
-from ovtq.attend import Plan, sink_logits
-from ovtq.attend_blocks import SCALES, Blocks
-from ovtq.attend_branches import Branches
-from ovtq.coding import BITS, coding, unfit
-from ovtq.graph import rebuild
+from ovtq.coding import BITS
+from ovtq.errors import VerificationFailed
+from ovtq.forms import TARGETS
+from ovtq.full_cache import FullCache
 from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.models.rope import mean_rotated_bias, norms
-from ovtq.packed_attention import PackedAttention
-from ovtq.packing import packed_bytes
 from ovtq.passes.base import Pass, Rewrite, option
-from ovtq.passes.decouple_length import shape_readers
-
-# The form that is right on a plugin and fast there. Each also runs on the other, where it is verified too; but on a CPU
-# the GPU's with a single packed layer can't be reset (see `extent.rooted`).
-FORMS = {"gpu": Branches, "cpu": Blocks}
-RECENT = "ovtq.recent"  # the name of the state of all residual windows
 
 
 @dataclass(frozen=True)
@@ -56,29 +44,24 @@ class QuantizeKv(Pass):
     protect: str = option("", "full layers left alone: first:N, last:N or indices, separated by commas")
     centre: str = option("bias", "what is subtracted from all keys", choices=("bias", "none"))
     seed: int = option(0, "seed of the rotation's random signs")
-    target: str = option("gpu", "whose plugin the graph is made for", choices=tuple(FORMS))
+    target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
 
     def __post_init__(self) -> None:
         if not 0 <= self.residual_window <= 4096:
             raise ValueError(f"residual-window must be from 0 to 4096, got {self.residual_window}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if self.k_bits == self.v_bits == "none":
             raise ValueError("k-bits and v-bits are both none; leave the pass out")
-        for part in filter(None, self.protect.split(",")):
-            if not re.fullmatch(r"(first:|last:)?\d+", part):
-                raise ValueError(f"protect: expected first:N, last:N or an index, got {part!r}")
+        _ = self.cache
+
+    @property
+    def cache(self) -> FullCache:
+        """What it gives to full layers."""
+        bits = self.k_bits, self.v_bits
+        return FullCache(bits, self.residual_window, self.protect, self.centre, self.seed, self.target)
 
     def chosen(self, description: ModelDescription) -> tuple[AttentionLayer, ...]:
         """The full layers that are not protected."""
-        full = description.full
-        kept: set[int] = set()
-        for part in filter(None, self.protect.split(",")):
-            kind, _, number = part.rpartition(":")
-            count = int(number)
-            some = {"first": full[:count], "last": full[len(full) - min(count, len(full)) :]}.get(kind)
-            kept |= {count} if some is None else {layer.index for layer in some}
-        return tuple(layer for layer in full if layer.index not in kept)
+        return self.cache.chosen(description)
 
     def sites(self, description: ModelDescription) -> int:
         """One per full layer that is not protected."""
@@ -86,98 +69,15 @@ class QuantizeKv(Pass):
 
     def requires(self, description: ModelDescription) -> None:
         """Refuses models without such layers in exported form, and those not decoupled yet."""
-        indices = {layer.index for layer in description.full}
-        for part in filter(None, self.protect.split(",")):
-            if part.isdigit() and int(part) not in indices:
-                raise self.refuse(f"protect: layer {part} is no full layer; those are {', '.join(map(str, indices))}")
-        layers = self.chosen(description)
-        if not layers:
-            raise self.refuse(
-                "no full layer is left to quantise" if description.full else "the model has no full layers"
-            )
-        for layer in layers:
-            if len(layer.paths) != 2:
-                raise self.refuse(f"layer {layer.index} no longer has the exported KV states")
-            if layer.shape != layers[0].shape:
-                raise self.refuse(f"layers {layers[0].index} and {layer.index} differ in heads or head_dim")
-        reason = unfit(self.bits, layers[0].head_dim)
-        if reason:
-            raise self.refuse(f"layer {layers[0].index} {reason}")
-        if shape_readers(description):
-            raise self.refuse("lengths in this model come from a KV state; run decouple-length first")
+        self.refuse_if(self.cache.unfit(description))
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each layer's states and attention."""
-        layers = self.chosen(description)
-        plan = self._plan(model, layers)
-        form = self._form(description, plan, RECENT)
-        changed = {layer.index: self._rewrite(form, plan, layer) for layer in layers}
-        old = [path.assign for layer in layers for path in layer.paths]
-        model = rebuild(model, drop=old, add=form.stores())
-        facts = {**_facts(plan), "stored": form.stored}
-        return Rewrite(model, description.with_layers(changed), len(changed), facts)
-
-    def _plan(self, model: ov.Model, layers: tuple[AttentionLayer, ...]) -> Plan:
-        how = coding(self.bits, layers[0].head_dim, self.seed)
-        centres = {layer.index: self._centre(model, layer) for layer in layers}
-        return Plan(how.key, how.value, how.rotation, layers, centres, self.residual_window)
-
-    def _form(self, description: ModelDescription, plan: Plan, name: str) -> Blocks | Branches:
-        return FORMS[self.target](description, plan, name)
-
-    def _definition(self, plan: Plan, form: Blocks | Branches, layer: AttentionLayer) -> PackedAttention:
-        centre, sinks = plan.centres[layer.index], sink_logits(layer).reshape(-1)
-        codecs = plan.key, plan.value
-        return PackedAttention(codecs, plan.rotation, centre, sinks, layer.scale, plan.window, form.flush)
-
-    @property
-    def bits(self) -> tuple[str, str]:
-        """Of keys and values."""
-        return self.k_bits, self.v_bits
-
-    def _centre(self, model: ov.Model, layer: AttentionLayer) -> np.ndarray:
-        """c·scale, (kv_heads, head_dim): zero if keys are not to be centred or have no bias."""
-        mean = None
-        if self.centre == "bias":
-            mean = mean_rotated_bias(model, layer.key.source, layer.kv_heads, layer.head_dim)
-        if mean is None:
-            return np.zeros((layer.kv_heads, layer.head_dim), np.float32)
-        return (mean * np.float32(layer.scale)).astype(np.float32)
-
-    def _rewrite(self, form: Blocks | Branches, plan: Plan, layer: AttentionLayer) -> AttentionLayer:
-        new, key, value = form.enter(layer)
-        context = form.attend(layer, layer.query.source, new)
-        packed, places = self._definition(plan, form, layer), form.places(layer)
-        return layer.rewritten(
-            context, key=key, value=value, packed=packed, places=places, rows=form.rows(layer), lengths=form.lengths
-        )
+        sites = self.sites(description)
+        model, description, facts = self.cache.give(model, description)
+        return Rewrite(model, description, sites, facts)
 
     def ensures(self, rewrite: Rewrite) -> None:
-        """Every layer has states of packed bytes for K and for V, as wide as promised, and their scales are there."""
-        layers = self.chosen(rewrite.description)
-        expected: dict[str, tuple[str, list[int]]] = {}
-        for layer in layers:
-            expected |= self._caches(f"ovtq.{layer.index}", layer.kv_heads, -1, layer.head_dim)
-        if self.target == "cpu":
-            each = [name for name in expected if name.endswith(".scale")]
-            heads = sum(expected.pop(name)[1][1] for name in each)
-            expected |= {SCALES: ("f32", [-1, heads, -1, 1])} if each else {}
-        self.expect(rewrite.model, expected)
-
-    def _caches(self, name: str, heads: int, rows: int, head_dim: int) -> dict[str, tuple[str, list[int]]]:
-        """The states of keys and values and of their scales: types and shapes."""
-        found: dict[str, tuple[str, list[int]]] = {}
-        for what, bits in zip(("key", "value"), self.bits, strict=True):
-            width, kind = (head_dim, "f32") if bits == "none" else (packed_bytes(int(bits), head_dim), "i8")
-            found[f"{name}.{what}"] = (kind, [-1, heads, rows, width])
-            if bits != "none":
-                found[f"{name}.{what}.scale"] = ("f32", [-1, heads, rows, 1])
-        return found
-
-
-def _facts(plan: Plan) -> dict[str, Any]:
-    return {
-        "layers": [layer.index for layer in plan.layers],
-        **plan.digests,
-        "centre_norms": norms(plan.centres),
-    }
+        """No layer that was packed has floats in place of codes."""
+        if fault := self.cache.not_as_asked(rewrite.description):
+            raise VerificationFailed(f"{self.name}: {fault}")

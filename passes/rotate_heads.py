@@ -11,7 +11,7 @@ from openvino import opset15 as op
 
 from ovtq.errors import VerificationFailed
 from ovtq.graph import consumers, f32, insert_after
-from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.models.description import AttentionLayer, Exported, ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.rotation import digest, randomized_hadamard
 
@@ -46,7 +46,7 @@ class RotateHeads(Pass):
 
     def _chosen(self, description: ModelDescription) -> tuple[AttentionLayer, ...]:
         if self.layers == "left":
-            return tuple(layer for layer in description.full if layer.paths)
+            return tuple(layer for layer in description.full if isinstance(layer.cache, Exported))
         return description.layers if self.layers == "all" else description.full
 
     def sites(self, description: ModelDescription) -> int:

@@ -10,8 +10,8 @@ from openvino import Node
 from openvino import opset15 as op
 
 from ovtq.errors import VerificationFailed
-from ovtq.graph import MASKED, ancestors, dim, f32, i64, scalar
-from ovtq.models.description import ModelDescription
+from ovtq.graph import MASKED, Port, ancestors, dim, f32, i64, scalar
+from ovtq.models.description import AttentionLayer, Exported, ModelDescription
 from ovtq.passes.base import Pass, Rewrite
 
 
@@ -32,7 +32,7 @@ class SimplifyMask(Pass):
 
     def sites(self, description: ModelDescription) -> int:
         """One per layer that has an exported mask."""
-        return sum(layer.mask is not None for layer in description.layers)
+        return len(_masks(description))
 
     def requires(self, description: ModelDescription) -> None:
         """Refuses a model without exported masks."""
@@ -42,18 +42,23 @@ class SimplifyMask(Pass):
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Make one mask per window and feed it to its layers."""
         masks: dict[int | None, Node] = {}
-        layers = [layer for layer in description.layers if layer.mask is not None]
-        for layer in layers:
+        found = _masks(description)
+        for layer, mask in found:
             if layer.window not in masks:
                 masks[layer.window] = _mask(description, layer.window)
-            layer.mask.feed(masks[layer.window])
-        return Rewrite(model, description, len(layers))
+            mask.feed(masks[layer.window])
+        return Rewrite(model, description, len(found))
 
     def ensures(self, rewrite: Rewrite) -> None:
         """No mask depends on a state."""
-        for layer in rewrite.description.layers:
-            if layer.mask and any(node.get_type_name() == "ReadValue" for node in ancestors(layer.mask.source)):
+        for layer, mask in _masks(rewrite.description):
+            if any(node.get_type_name() == "ReadValue" for node in ancestors(mask.source)):
                 raise VerificationFailed(f"{self.name}: the mask of layer {layer.index} depends on a state")
+
+
+def _masks(description: ModelDescription) -> list[tuple[AttentionLayer, Port]]:
+    """The layers with an exported mask, and where it enters."""
+    return [(layer, layer.cache.mask) for layer in description.layers if isinstance(layer.cache, Exported)]
 
 
 def _mask(description: ModelDescription, window: int | None) -> Node:

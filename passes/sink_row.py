@@ -10,13 +10,15 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
+from ovtq.checks import coupled, not_exported
 from ovtq.errors import VerificationFailed
 from ovtq.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
-from ovtq.models.description import AttentionLayer, ModelDescription, TokenRows
-from ovtq.models.rope import mean_rotated_bias, norms
+from ovtq.models.description import AttentionLayer, Exported, ModelDescription, TokenRows
+from ovtq.models.description import SinkRow as SinkRowCache
+from ovtq.models.rope import key_centre, norms
 from ovtq.passes.base import Pass, Rewrite, option
-from ovtq.passes.decouple_length import shape_readers
 from ovtq.rotation import digest, hadamard_matrix, randomized_frame
+from ovtq.states import Growing, StateSpec, cache_name
 
 PADDING = 16  # coordinates more than head_dim: kernels of the GPU plugin take a head in sixteens
 ALL = 2**31 - 1
@@ -72,27 +74,25 @@ class SinkRow(Pass):
         """Refuses models without such layers, and those not decoupled yet."""
         if not description.full:
             raise self.refuse("the model has no full layers")
-        if not description.sliding or any(layer.paths for layer in description.sliding):
+        if not description.sliding or any(isinstance(layer.cache, Exported) for layer in description.sliding):
             raise self.refuse(
                 "run truncate-window first: GenAI's chat may cut all tokens off states that grow, but not the sink's "
                 "row; seeing a state of fixed length it resets them instead"
             )
+        self.refuse_if(not_exported(description.full))
         for layer in description.full:
-            if len(layer.paths) != 2 or layer.mask is None:
-                raise self.refuse(f"layer {layer.index} no longer has the exported KV states")
             if layer.sinks is None:
                 raise self.refuse(f"layer {layer.index} has no sinks; leave this pass out")
             try:
                 hadamard_matrix(layer.head_dim + PADDING)
             except ValueError as error:
                 raise self.refuse(f"layer {layer.index} has head_dim {layer.head_dim}: {error}") from None
-        if shape_readers(description):
-            raise self.refuse("lengths in this model come from a KV state; run decouple-length first")
+        self.refuse_if(coupled(description))
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each layer's states and attention."""
         rows = _Rows(self, description)
-        centres = {layer.index: self._centre(model, layer) for layer in description.full}
+        centres = {layer.index: key_centre(model, layer, self.centre) for layer in description.full}
         changed = {layer.index: rows.attend(layer, centres[layer.index]) for layer in description.full}
         old = [path.assign for layer in description.full for path in layer.paths]
         model = rebuild(model, drop=old, add=rows.assigns)
@@ -101,23 +101,10 @@ class SinkRow(Pass):
             "matrix_sha256": digest(np.concatenate([rows.frame, rows.sink[None]])),
             "centre_norms": norms(centres),
         }
-        return Rewrite(model, description.with_layers(changed), len(changed), facts)
-
-    def _centre(self, model: ov.Model, layer: AttentionLayer) -> np.ndarray:
-        """c, (kv_heads, head_dim): zero if keys are not to be centred or have no bias."""
-        mean = None
-        if self.centre == "bias":
-            mean = mean_rotated_bias(model, layer.key.source, layer.kv_heads, layer.head_dim)
-        return np.zeros((layer.kv_heads, layer.head_dim), np.float32) if mean is None else mean
+        return Rewrite(model, description.recached(changed, rows.states), len(changed), facts)
 
     def ensures(self, rewrite: Rewrite) -> None:
-        """Each full layer has two states of the new width, and attention of five inputs."""
-        states = {v.get_info().variable_id: v.get_info().data_shape for v in rewrite.model.get_variables()}
-        for layer in rewrite.description.full:
-            shape = ov.PartialShape([-1, layer.kv_heads, -1, layer.head_dim + PADDING])
-            for what in ("key", "value"):
-                if states.get(f"ovtq.{layer.index}.{what}") != shape:
-                    raise VerificationFailed(f"{self.name}: layer {layer.index} has no {what} state {shape}")
+        """Each full layer has attention of five inputs."""
         found = [node for node in rewrite.model.get_ops() if node.get_type_name() == "ScaledDotProductAttention"]
         five = sum(node.get_input_size() == 5 for node in found)
         if five != len(rewrite.description.full):
@@ -144,6 +131,7 @@ class _Rows:
         self.first = op.subtract(i64([1]), op.minimum(past, i64([1])))  # rows before the new ones: the sink's, once
         self.masks: dict[tuple[str, int], Node] = {}
         self.assigns: list[Node] = []
+        self.states: list[StateSpec] = []
 
     def attend(self, layer: AttentionLayer, centre: np.ndarray) -> AttentionLayer:
         """Rewrite one layer."""
@@ -152,15 +140,13 @@ class _Rows:
         part = layer.sinks.reshape(1, H * G, 1, 1) / layer.scale * key / np.square(key).sum()
         moved = (-centre @ self.frame)[None, :, None]
         query = self._behind_sink(op.add(self._rotate(layer.query.source), f32(part)), H * G, 0 * key)
-        keys = self._cache(layer, "key", op.add(self._rotate(layer.key.source), f32(moved)), key + moved)
-        values = self._cache(layer, "value", self._rotate(layer.value.source), value)
-        mask = self._mask(layer.mask.source)
+        keys, _ = self._cache(layer, "key", op.add(self._rotate(layer.key.source), f32(moved)), key + moved)
+        values, past = self._cache(layer, "value", self._rotate(layer.value.source), value)
+        mask = self._mask(layer.cache.mask.source)
         context = op.scaled_dot_product_attention(query, keys, values, mask, f32(layer.scale), False)
         real = op.slice(context, self.first, i64([ALL]), i64([1]), i64([2]))
         redirect(layer.context, op.matmul(real, self.back, False, True))
-        return replace(
-            layer, context=context.output(0), mask=None, key_path=None, value_path=None, rows=TokenRows(self.past, 1)
-        )
+        return replace(layer, context=context.output(0), cache=SinkRowCache(TokenRows(past, 1)))
 
     def _rotate(self, source: Output) -> Node:
         return op.matmul(source, self.into, False, True)
@@ -175,18 +161,19 @@ class _Rows:
         rows = op.concat([op.broadcast(f32(sink), shape), new], 2)
         return op.reshape(rows, i64([0, heads, -1, self.width]), True)
 
-    def _cache(self, layer: AttentionLayer, what: str, new: Node, sink: np.ndarray) -> Node:
-        """All rows, (batch, query_heads, 1 + tokens, width): the state's and the new ones."""
+    def _cache(self, layer: AttentionLayer, what: str, new: Node, sink: np.ndarray) -> tuple[Node, Output]:
+        """All rows, (batch, query_heads, 1 + tokens, width), the state's and the new ones; and the state's own."""
         H, G, w = layer.kv_heads, layer.group, self.width
-        variable = new_variable(f"ovtq.{layer.index}.{what}", [-1, H, -1, w], ov.Type.f32)
+        name, rule = cache_name(layer.index, what), Growing(extra=1)
+        self.states.append(StateSpec.growing(name, "f32", H, w, rule, what, [layer.index], native=True))
+        variable = new_variable(self.states[-1])
         empty = op.broadcast(f32(0), op.concat([self.batch, i64([H, 0, w])], 0))
         past = op.gather(op.read_value(empty, variable), self.description.beam_idx, i64(0))
-        self.past = past.output(0)
         rows = op.concat([past, self._behind_sink(new, H, sink)], 2)
         self.assigns.append(op.assign(rows, variable))
         # in the exported form, which no plugin carries out
         grouped = op.broadcast(op.unsqueeze(rows, i64([2])), i64([1, 1, G, 1, 1]), broadcast_spec="BIDIRECTIONAL")
-        return op.reshape(grouped, i64([0, H * G, -1, w]), True)
+        return op.reshape(grouped, i64([0, H * G, -1, w]), True), past.output(0)
 
     def _mask(self, mask: Output) -> Node:
         """`mask`, (batch, 1, new, all), with the sink's column, always seen, and in the first call its query's row."""

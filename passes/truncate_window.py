@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import openvino as ov
 
-from ovtq.attend import sink_logits
-from ovtq.attend_window import WindowBlocks, WindowRows
 from ovtq.beams import Beams
-from ovtq.coding import BITS, Coding, coding, unfit
+from ovtq.checks import coupled, not_exported, unequal
+from ovtq.coding import BITS, coding, unfit
 from ovtq.errors import VerificationFailed
+from ovtq.forms import TARGETS
+from ovtq.forms import WINDOW as WINDOW_FORMS
 from ovtq.graph import rebuild
-from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.packed_attention import PackedAttention
-from ovtq.packing import packed_bytes
+from ovtq.models.description import ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
-from ovtq.passes.decouple_length import shape_readers
 from ovtq.ring import PackedRing, Ring
-
-STATE = "ovtq.window"  # the name of the one state of all sliding layers
-FORMS = {"gpu": WindowBlocks, "cpu": WindowRows}
+from ovtq.states import WINDOW, Fixed
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class TruncateWindow(Pass):
     k_bits: str = option("none", "bits per coordinate of a key", choices=BITS)
     v_bits: str = option("none", "bits per coordinate of a value", choices=BITS)
     seed: int = option(0, "seed of the rotation before packing")
-    target: str = option("gpu", "whose plugin the graph is made for", choices=("gpu", "cpu"))
+    target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
 
     def __post_init__(self) -> None:
         if not 0 <= self.slack <= 4096:
@@ -81,16 +76,10 @@ class TruncateWindow(Pass):
         layers = description.sliding
         if not layers:
             raise self.refuse("the model has no sliding-window layers")
-        for layer in layers:
-            if len(layer.paths) != 2:
-                raise self.refuse(f"layer {layer.index} no longer has the exported KV states")
-            if layer.shape != layers[0].shape:
-                raise self.refuse(f"layers {layers[0].index} and {layer.index} differ in window, heads or head_dim")
+        self.refuse_if(not_exported(layers) or unequal(layers, "window, heads or head_dim"))
         reason = None if self.exact else unfit((self.k_bits, self.v_bits), layers[0].head_dim)
-        if reason:
-            raise self.refuse(f"layer {layers[0].index} {reason}")
-        if shape_readers(description):
-            raise self.refuse("lengths in this model come from a KV state; run decouple-length first")
+        self.refuse_if(reason and f"layer {layers[0].index} {reason}")
+        self.refuse_if(coupled(description))
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each sliding layer's states and attention."""
@@ -100,41 +89,20 @@ class TruncateWindow(Pass):
         beams = Beams(description, self.target)
         ring: Ring | PackedRing
         if self.exact:
-            ring = Ring(description, STATE, layers, rows, beams)
+            ring = Ring(description, WINDOW, layers, rows, beams)
         else:
             how = coding((self.k_bits, self.v_bits), layers[0].head_dim, self.seed)
-            ring = PackedRing(description, STATE, layers, rows, how, beams)
+            ring = PackedRing(description, WINDOW, layers, rows, how, beams)
             facts |= how.digests
-        form = FORMS[self.target](description, self.slack, ring)
-        changed = {layer.index: form.attend(layer) for layer in layers}
-        if not self.exact:
-            changed = {
-                layer.index: replace(layer, packed=_packed(layer, how), places=ring.places(number))
-                for number, layer in enumerate(changed.values())
-            }
+        form = WINDOW_FORMS[self.target](description, self.slack, ring)
+        changed = {layer.index: form.rewrite(layer) for layer in layers}
         old = [path.assign for layer in layers for path in layer.paths]
-        model = rebuild(model, drop=old, add=ring.store())
-        return Rewrite(model, description.with_layers(changed), len(changed), facts)
+        model = rebuild(model, drop=old, add=form.finish())
+        return Rewrite(model, description.recached(changed, form.states), len(changed), facts)
 
     def ensures(self, rewrite: Rewrite) -> None:
-        """States of fixed length for the sliding layers, and two for each full layer, are all there are."""
-        layers = rewrite.description.sliding
-        heads, rows, d = layers[0].kv_heads * len(layers), layers[0].window - 1 + self.slack, layers[0].head_dim
-        expected = {STATE: ("f32", [-1, 2 * heads, rows, d])}
-        if not self.exact:
-            key, value = (packed_bytes(int(bits), d) for bits in (self.k_bits, self.v_bits))
-            shape = [2 * heads, rows, key] if self.k_bits == self.v_bits else [heads, rows, key + value]
-            expected = {STATE: ("i8", [-1, *shape]), f"{STATE}.scale": ("i32", [-1, 2 * heads, rows, 1])}
-        self.expect(rewrite.model, expected)
-        count = len(expected) + 2 * len(rewrite.description.full)
-        found = len(rewrite.model.get_variables())
-        if found != count:
-            raise VerificationFailed(f"{self.name}: expected {count} states, found {found}")
-
-
-def _packed(layer: AttentionLayer, how: Coding) -> PackedAttention:
-    """All that a call finds in the window was packed, and nothing of what came with it."""
-    return PackedAttention(
-        (how.key, how.value), how.rotation, np.zeros((layer.kv_heads, layer.head_dim)), sink_logits(layer).reshape(-1),
-        scale=1, window=0, reach=layer.window, query_scale=layer.scale, whole=True,
-    )  # fmt: skip
+        """What the sliding layers have is of fixed length."""
+        sliding = {layer.index for layer in rewrite.description.sliding}
+        for state in rewrite.description.states:
+            if sliding & {*state.layers} and not isinstance(state.held, Fixed):
+                raise VerificationFailed(f"{self.name}: the state {state.name} grows")

@@ -12,12 +12,13 @@ from conftest import TINY, load
 
 from ovtq.dump import dump
 from ovtq.graph import Port, consumers
-from ovtq.passes import PASSES, CheckCall, Pass, PruneKv, TruncateWindow
+from ovtq.passes import PASSES, CheckCall, Pass, PruneKv, QuantizeKv, TruncateWindow
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
 
 SUBJECTS: dict[str, Pass] = {name: cls() for name, cls in PASSES.items()}
+SUBJECTS["quantize-kv-cpu"] = QuantizeKv(target="cpu")
 SUBJECTS["prune-kv-cpu"] = PruneKv(target="cpu")
 SUBJECTS["check-call-cpu"] = CheckCall(target="cpu")
 SUBJECTS["truncate-window-cpu"] = TruncateWindow(target="cpu")

@@ -53,7 +53,7 @@ def test_the_cache_is_read_off_the_running_model(text: str, cache: str, per_toke
 def test_a_converted_models_cache(convert: Callable[..., Path]) -> None:
     packed = convert(MINI, "--preset", "k6v4", "--target", "cpu")
     found = seen(str(packed))
-    assert found.text == "3 f32 states + 6 i8 states"  # window, recent, scale
+    assert found.text == "3 f32 states + 1 i32 state + 6 i8 states"  # window, recent, scale; the past length
     assert found.per_token == 3 * 2 * (48 + 4 + 32 + 4)
     runner = Runner(packed / "openvino_model.xml", "CPU", EXACT_PROPERTIES)
     runner.step(np.zeros((1, 1), np.int64))  # too young to be packed

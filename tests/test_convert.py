@@ -26,6 +26,7 @@ from ovtq.codec import AdaptiveUniform
 from ovtq.convert import main
 from ovtq.errors import InputError
 from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.states import SCHEMA
 
 COMMAND = [sys.executable, "-c", "import sys; from ovtq.cli import convert; sys.exit(convert())"]
 
@@ -70,6 +71,7 @@ def test_record_and_stamp_say_what_was_done(exact: Path) -> None:
         "truncate-window",
         "simplify-mask",
         "rotate-heads",
+        "check-call",
     ]
     assert record["passes"][3]["options"] == {"seed": 0, "tensors": "v", "layers": "full"}
     assert re.fullmatch("[0-9a-f]{16}", record["passes"][3]["facts"]["matrix_sha256"]["64"])
@@ -79,6 +81,9 @@ def test_record_and_stamp_say_what_was_done(exact: Path) -> None:
     stamp = io.stamp_of(io.load(exact))
     assert stamp["preset"] == "exact"
     assert stamp["passes"] == record["passes"]
+    assert stamp["schema"] == record["schema"] == SCHEMA
+    assert stamp["states"] == record["states"]
+    assert [state["name"] for state in record["states"]][-1] == "ovtq.window"
 
 
 def test_a_record_of_another_conversion_is_refused(convert: Callable[..., Path], tmp_path: Path) -> None:

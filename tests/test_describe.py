@@ -25,8 +25,8 @@ def test_finds_every_layer_of_both_exports(tiny: Path) -> None:
     for index, layer in enumerate(description.layers):
         assert (layer.index, layer.query_heads, layer.kv_heads, layer.head_dim) == (index, 4, 2, 64)
         assert layer.scale == 0.125
-        assert layer.key_path.variable_id == f"past_key_values.{index}.keypresent.{index}.key"
-        assert layer.value_path.variable_id == f"past_key_values.{index}.valuepresent.{index}.value"
+        assert layer.cache.key.variable_id == f"past_key_values.{index}.keypresent.{index}.key"
+        assert layer.cache.value.variable_id == f"past_key_values.{index}.valuepresent.{index}.value"
         assert layer.sinks.shape == (4,)
         assert layer.key_bias.shape == layer.value_bias.shape == (2, 64)
 

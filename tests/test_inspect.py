@@ -105,7 +105,7 @@ def test_key_bias_beside_the_keys() -> None:
     runner.step(ids)
     held = {state.name: state.state.data for state in runner.request.query_state()}
     for layer in load(TINY["5.5"])[1].layers:
-        key = held[layer.key_path.variable_id][:, :, 0].astype(np.float64) / (0.1 * np.log(32) + 1)
+        key = held[layer.cache.key.variable_id][:, :, 0].astype(np.float64) / (0.1 * np.log(32) + 1)
         product, bias = key - layer.key_bias, layer.key_bias.astype(np.float64)
         rms = np.sqrt(np.square(product).sum(-1).mean(0))
         whole = np.sqrt(np.square(bias).sum() / np.square(product).sum((1, 2)).mean())

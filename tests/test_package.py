@@ -29,19 +29,27 @@ LAYERS = [
     {"ovtq.closeness"},
     {"ovtq.schedule"},
     {"ovtq.passes", "ovtq.extent", "ovtq.packed_check", "ovtq.calibrate"},
+    {"ovtq.full_cache"},
+    {"ovtq.forms"},
     {"ovtq.attend_pruned"},
-    {"ovtq.attend_blocks", "ovtq.attend_branches", "ovtq.attend_window"},
     {"ovtq.prune_branches"},
     {"ovtq.prune"},
-    {"ovtq.attend", "ovtq.ring"},
+    {"ovtq.attend_blocks", "ovtq.attend_branches", "ovtq.attend_window"},
+    {"ovtq.attend_block"},
+    {"ovtq.attend"},
+    {"ovtq.pruning"},
+    {"ovtq.scores"},
+    {"ovtq.ring"},
     {"ovtq.beams"},
+    {"ovtq.checks"},
     {"ovtq.models", "ovtq.runner", "ovtq.routers", "ovtq.dump", "ovtq.quantizer", "ovtq.cache", "ovtq.command"},
-    {"ovtq.graph", "ovtq.io", "ovtq.pruning"},
+    {"ovtq.graph", "ovtq.io"},
     {"ovtq.packed_attention", "ovtq.triattention"},
     {"ovtq.coding"},
     {"ovtq.codec"},
     {"ovtq.codebook", "ovtq.packing"},
     {"ovtq.rotation"},
+    {"ovtq.states"},
     {"ovtq.errors", "ovtq.weights", "ovtq.roofline", "ovtq"},
     {"ovtq.copying"},
     {"ovtq.system", "ovtq.signals"},
@@ -68,8 +76,9 @@ def _imported(node: ast.AST) -> list[str]:
 
 def test_imports_point_one_way() -> None:
     for folder in PACKAGES:
-        for path in sorted((ROOT / folder).glob("*.py")):
-            module = ("ovtq." if folder != "ovtq" else "") + f"{folder}.{path.stem}"
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            inside = ".".join(path.relative_to(ROOT / folder).with_suffix("").parts)
+            module = ("ovtq." if folder != "ovtq" else "") + f"{folder}.{inside}"
             if module == "ovtq.__init__":
                 continue
             module = module.removesuffix(".__init__")
@@ -99,9 +108,9 @@ def test_the_wheel_carries_every_module(tmp_path: Path) -> None:
     wheel = next(tmp_path.glob("*.whl"))
     names = set(zipfile.ZipFile(wheel).namelist())
     tree = {
-        f"{'' if folder == 'ovtq' else 'ovtq/'}{folder}/{path.name}"
+        f"{'' if folder == 'ovtq' else 'ovtq/'}{path.relative_to(ROOT).as_posix()}"
         for folder in PACKAGES
-        for path in (ROOT / folder).glob("*.py")
+        for path in (ROOT / folder).rglob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == tree
     assert {Path(name).name for name in names if "dist-info/licenses" in name} == {"LICENSE", "NOTICE"}

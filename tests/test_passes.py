@@ -359,7 +359,7 @@ def test_passes_refuse_a_model_without_their_layers(item: Pass) -> None:
     rewrite = applied(TINY["5.5"], DecoupleLength())
     keep = rewrite.description.full if isinstance(item, TruncateWindow) else rewrite.description.sliding
     description = ModelDescription(
-        "gpt_oss", *(getattr(rewrite.description, n) for n in ("input_ids", "attention_mask", "beam_idx")), keep
+        "gpt_oss", *(getattr(rewrite.description, n) for n in ("input_ids", "attention_mask", "beam_idx")), keep, ()
     )
     with pytest.raises(PreconditionFailed, match=re.escape(item.name)):
         item.apply(rewrite.model, description)

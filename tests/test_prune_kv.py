@@ -21,13 +21,17 @@ import ovtq.attend_pruned
 import ovtq.prune
 import ovtq.prune_branches
 from ovtq import io
+from ovtq.attend_block import Far
 from ovtq.beams import Beams
 from ovtq.convert import main
-from ovtq.errors import InputError
+from ovtq.errors import InputError, PreconditionFailed
 from ovtq.packed_check import PackedCheck
-from ovtq.passes import DecoupleLength, PruneKv, SimplifyMask, TruncateWindow
-from ovtq.pruning import FIRST, POSITION, PRUNED, SCORE, SHOWN, Pruning, best, counted, kept, pruned, told
+from ovtq.passes import DecoupleLength, PruneKv, QuantizeKv, SimplifyMask, TruncateWindow
+from ovtq.pruning import FIRST, SHOWN, Pruning, best, counted, kept, pruned, told
 from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.scores import Arriving
+from ovtq.scores.keydiff import KeyDiff
+from ovtq.states import POSITION, PRUNED, SCORE, StateSpec
 from ovtq.verify import TOLERANCE, Call, overflow
 
 EPS = float(np.finfo(np.float32).eps)
@@ -285,8 +289,13 @@ def test_keydiff_is_causal() -> None:
 
 
 def _flipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    raw = ovtq.prune.Survivors._raw
-    monkeypatch.setattr(ovtq.prune.Survivors, "_raw", lambda self: ov.opset15.negative(raw(self)))
+    nodes = KeyDiff.nodes
+
+    def flipped(self: KeyDiff, call: Arriving) -> tuple[ov.Node, list[ov.Node]]:
+        score, assigns = nodes(self, call)
+        return ov.opset15.negative(score), assigns
+
+    monkeypatch.setattr(KeyDiff, "nodes", flipped)
 
 
 def _prefix_not_protected(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,9 +310,12 @@ def _one_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
 def _mask_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = ovtq.prune.Survivors._masks
 
-    def shifted(self: ovtq.prune.Survivors) -> list:
+    def shifted(self: ovtq.prune.Survivors) -> dict[int, Far]:
         op, by_one = ov.opset15, ov.opset15.constant(np.int64([-1]))
-        return [[op.roll(x, by_one, op.constant(np.int64([3]))).output(0) for x in some] for some in masks(self)]
+        return {
+            index: far.filled([op.roll(x, by_one, op.constant(np.int64([3]))).output(0) for x in far.flatten()])
+            for index, far in masks(self).items()
+        }
 
     monkeypatch.setattr(ovtq.prune.Survivors, "_masks", shifted)
 
@@ -315,26 +327,26 @@ def _before(row: ov.Output) -> ov.Output:
 
 def _rows_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evicting takes the neighbour of each row that should stay, but for the scores."""
-    store = ovtq.prune.Survivors.store
+    finish = ovtq.prune.Survivors.finish
 
     def shifted(self: ovtq.prune.Survivors) -> tuple:
-        rows, assigns = store(self)
-        return [_before(row) for row in rows], assigns
+        rows, assigns = finish(self)
+        return {index: _before(row) for index, row in rows.items()}, assigns
 
-    monkeypatch.setattr(ovtq.prune.Survivors, "store", shifted)
+    monkeypatch.setattr(ovtq.prune.Survivors, "finish", shifted)
 
 
 def _beams_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores stay with their row of the batch when the tokens move."""
     init = ovtq.prune.Held.__init__
 
-    def deaf(self: ovtq.prune.Held, beams: Beams, name: str, *rest: object) -> None:
-        if name == SCORE:
+    def deaf(self: ovtq.prune.Held, beams: Beams, state: StateSpec) -> None:
+        if state.name == SCORE:
             op, beams = ov.opset15, copy.copy(beams)
             count = op.squeeze(op.shape_of(beams.index, "i32"), op.constant(np.int64([0])))
             beams.index = op.range(op.constant(np.int32(0)), count, op.constant(np.int32(1)), "i32")
             beams._pairs = {}
-        init(self, beams, name, *rest)
+        init(self, beams, state)
 
     monkeypatch.setattr(ovtq.prune, "Held", type("Held", (ovtq.prune.Held,), {"__init__": deaf}))
 
@@ -495,6 +507,8 @@ def test_genai_resets_when_a_history_changes(options: list[str], convert: Callab
         ),
         ({"centre": "bias"}, "residual-window and centre are options of packed caches; give k-bits or v-bits"),
         ({"k-bits": "6", "mode": "zero", "centre": "bias"}, "mode zero needs centre none"),
+        ({"protect": "middle"}, "prune-kv: protect: expected first:N, last:N or an index, got 'middle'"),
+        ({"seed": "-1"}, "prune-kv: seed must be from 0 to 4294967295, got -1"),
     ],
 )
 def test_options_are_checked(options: dict[str, str], message: str) -> None:
@@ -523,6 +537,12 @@ def test_the_command_refuses_in_one_line(flags: list[str], message: str, capsys:
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def test_two_packed_caches_in_one_model_are_refused() -> None:
+    """Their states would have the same names."""
+    with pytest.raises(PreconditionFailed, match=r"prune-kv: the model has a state ovtq\.recent already"):
+        applied(TINY["5.5"], *EXACT, QuantizeKv(protect="first:1"), PruneKv(protect="last:1"))
 
 
 def test_the_calls_overfill_the_budget() -> None:

@@ -20,9 +20,10 @@ from ovtq.convert import main
 from ovtq.errors import InputError, PreconditionFailed, UnsupportedModel, VerificationFailed
 from ovtq.models.rope import frequencies
 from ovtq.passes import PruneKv, RotateHeads
-from ovtq.pruning import SCORE, SHOWN
+from ovtq.pruning import SHOWN
 from ovtq.recheck import recheck
 from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.states import SCORE
 from ovtq.triattention import NAME, Statistics, digest
 from ovtq.triattention import load as load_statistics
 

@@ -33,6 +33,7 @@ from ovtq.passes import DecoupleLength, RotateHeads, TruncateWindow
 from ovtq.rotation import randomized_hadamard
 from ovtq.routers import undecided
 from ovtq.schedule import PASTED, STEPS, Call, calls_for, edges, lengths_of
+from ovtq.states import StateSpec
 from ovtq.verify import TOLERANCE, compare, verify
 
 
@@ -206,7 +207,7 @@ def _scales_joined_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
     store = ovtq.attend_blocks._Scales.store
 
     def late(self: ovtq.attend_blocks._Scales, *rest: object) -> ov.Node:
-        self.joined.reverse()
+        self.joined = dict(zip(self.joined, reversed(self.joined.values()), strict=True))
         return store(self, *rest)
 
     monkeypatch.setattr(ovtq.attend_blocks._Scales, "store", late)
@@ -281,11 +282,11 @@ def _beams_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes follow their beams, scales do not."""
     init = ovtq.ring.State.__init__
 
-    def deaf(self: ovtq.ring.State, beams: Beams, name: str, *rest: object) -> None:
-        if name.endswith(".scale"):
+    def deaf(self: ovtq.ring.State, beams: Beams, state: StateSpec, *rest: object) -> None:
+        if state.holds == "scale":
             beams = copy.copy(beams)
             beams.index, beams._pairs = ov.opset15.multiply(beams.index, np.int32(0)), {}
-        init(self, beams, name, *rest)
+        init(self, beams, state, *rest)
 
     monkeypatch.setattr(ovtq.ring.State, "__init__", deaf)
 

@@ -39,7 +39,7 @@ from ovtq import io
 from ovtq.cache import marked
 from ovtq.command import listed, positive
 from ovtq.errors import OvtqError
-from ovtq.inspect import memory as state_memory
+from ovtq.states import total
 
 AS_A_HOST = ("--branch-by-length", "--last-logits")
 COLUMNS = ("context", "states", "chunk", "decode", "decode_alone", "whole")
@@ -48,9 +48,8 @@ COLUMNS = ("context", "states", "chunk", "decode", "decode_alone", "whole")
 def state_bytes(model_dir: Path, contexts: list[int]) -> dict[int, int]:
     """Bytes of all states after so many tokens, as `ovtq-inspect` tells them for a GPU."""
     model = io.load(model_dir)
-    steps = (io.stamp_of(model) or {}).get("passes", [])
-    found = state_memory("", model, contexts, "gpu", marked(model), steps)
-    return {int(tokens): size for tokens, size in found["at"].items()}
+    these, asked = io.states_of(model), marked(model)
+    return {tokens: total(these, tokens, "gpu", asked) for tokens in contexts}
 
 
 def chunked(contexts: list[int], chunk: int) -> list[int]:

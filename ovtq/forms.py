@@ -1,0 +1,59 @@
+"""The forms that a layer's cache is given, by target: a row of each table is all that a new target needs here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from openvino import Node
+
+from ovtq import attend_blocks, attend_branches, attend_pruned, prune
+from ovtq.attend import Plan
+from ovtq.attend_window import WindowBlocks, WindowRows
+from ovtq.models.description import AttentionLayer, ModelDescription, TokenRows
+from ovtq.ring import PackedRing, Ring
+from ovtq.states import StateSpec
+
+
+class CacheForm(Protocol):
+    """Gives some layers another cache, and the attention to it, in the form that a plugin runs fast.
+
+    Made for all its layers at once; `rewrite` is called once for each of them, in any order, then `finish`.
+    """
+
+    states: Sequence[StateSpec]  # complete once it is finished
+    lengths: tuple[int, ...]  # of calls or texts beyond which a layer takes another way
+
+    def rewrite(self, layer: AttentionLayer) -> AttentionLayer:
+        """The layer with its new cache; what read its context reads the new one."""
+
+    def rows(self, layer: AttentionLayer) -> TokenRows | None:
+        """What tells the past length, if something of a rewritten layer's cache does."""
+
+    def finish(self) -> list[Node]:
+        """The Assigns of all states, once every layer is rewritten."""
+
+
+def _cpu(description: ModelDescription, plan: Plan) -> CacheForm:
+    nodes = attend_blocks.Nodes(description, plan)
+    kinds = {None: attend_blocks.Appended, "evict": prune.Evicted, "mask": prune.Masked, "zero": prune.Masked}
+    return attend_blocks.Blocks(nodes, kinds[plan.mode](nodes))
+
+
+def _gpu(description: ModelDescription, plan: Plan) -> CacheForm:
+    nodes = attend_branches.Nodes(description, plan)
+    kinds = {
+        None: attend_branches.Appended,
+        "evict": attend_pruned.Evicted, "mask": attend_pruned.Masked, "zero": attend_pruned.Masked,
+    }  # fmt: skip
+    return attend_branches.Branches(nodes, kinds[plan.mode](nodes))
+
+
+# Each is right on both plugins, and verified on both, but fast on its own alone; and on a CPU the GPU's with a single
+# packed layer can't be reset (see `extent.rooted`).
+FULL: dict[str, Callable[[ModelDescription, Plan], CacheForm]] = {"gpu": _gpu, "cpu": _cpu}
+WINDOW: dict[str, Callable[[ModelDescription, int, Ring | PackedRing], CacheForm]] = {
+    "gpu": WindowBlocks,
+    "cpu": WindowRows,
+}
+TARGETS = tuple(FULL)
