@@ -19,24 +19,18 @@ STRETCH, BLOCK = 16, 64  # positions in a row
 class Played:
     """One call's results (batch, tokens, width); which positions (batch, tokens) are no padding, which to compare.
 
-    Of logits the results may be those of a part of the vocabulary; `top` is the largest of all, and `margin` how far
-    the next one is below it.
+    Of logits the results may be those of a part of the vocabulary; `top` is the largest of all.
     """
 
     results: np.ndarray
     shown: np.ndarray
     usable: np.ndarray
     top: np.ndarray
-    margin: np.ndarray
 
 
 def played(results: np.ndarray, shown: np.ndarray, usable: np.ndarray, columns: np.ndarray | None = None) -> Played:
     """Keep of a call's results what is compared."""
-    top = results.argmax(-1)
-    first, second = np.moveaxis(np.partition(results, (-2, -1), -1)[..., -2:], -1, 0)[::-1]
-    with np.errstate(invalid="ignore"):
-        margin = first - second
-    return Played(results if columns is None else results[..., columns], shown, usable, top, margin)
+    return Played(results if columns is None else results[..., columns], shown, usable, results.argmax(-1))
 
 
 def scale_of(results: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
