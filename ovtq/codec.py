@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 
 from ovtq.codebook import MAX_BITS, Codebook, lloyd_max
-from ovtq.rotation import digest
+from ovtq.rotation import digest, randomized_hadamard
 
 
 def quantize(x: np.ndarray, codebook: Codebook, norm_correction: bool = True) -> tuple[np.ndarray, np.ndarray]:
@@ -110,8 +110,8 @@ class AdaptiveUniform:
 
 
 @dataclass(frozen=True, eq=False)
-class TurboQuantMSE:
-    """Algorithm 1: rotate, then quantise each coordinate; x̂ = scale·centroids[codes of √d·x·R/‖x‖]/√d · Rᵀ.
+class RotatedQuantizer:
+    """Algorithm 1 with any codebook and rotation: x̂ = scale·centroids[codes of √d·x·R/‖x‖]/√d · Rᵀ.
 
     For any unit vector, in the mean over random rotations R, ‖x − x̂‖² without norm_correction is the codebook's
     `distortion`: with `lloyd_max` at most √3·π/2 · 4^−bits (Theorem 1). No quantiser of large d goes below 4^−bits
@@ -137,6 +137,30 @@ class TurboQuantMSE:
         """The vectors again, (…, d) f32, rotated back."""
         y = dequantize(codes, scale, self.codebook)
         return (y @ self.rotation.T.astype(np.float64)).astype(np.float32)
+
+
+class TurboQuantMSE(RotatedQuantizer):
+    """Algorithm 1 for vectors of `dim` coordinates: a randomised Hadamard rotation, then Lloyd-Max codes of `bits`.
+
+    Decoding restores each vector's norm unless `norm_correction` is off, as in the paper. `seed` is that of the
+    rotation's random signs. Raises ValueError unless bits (bits per coordinate) is 1 … 8 and dim a power of two.
+    """
+
+    def __init__(self, *, dim: int, bits: int, seed: int = 0, norm_correction: bool = True) -> None:
+        if dim < 2 or dim & (dim - 1):
+            raise ValueError(f"dim must be a power of two, got {dim}")
+        super().__init__(lloyd_max(bits, dim), randomized_hadamard(dim, seed), norm_correction)
+
+    def quantize(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Vectors (…, dim) of any float type → codes (…, dim) u8 below 2^bits, and scale (…, 1) f32 of each vector.
+
+        Raises ValueError for vectors of another length, and for numbers or norms that are not finite in f32.
+        """
+        return self.encode(x)
+
+    def dequantize(self, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+        """What `quantize` returned, as vectors again, (…, dim) f32. Raises ValueError for other codes."""
+        return self.decode(codes, scale)
 
 
 def gaussian_projection(head_dim: int, seed: int) -> np.ndarray:
@@ -187,9 +211,9 @@ class TurboQuantProd:
         _square(self.projection, len(self.rotation), "projection")
 
     @cached_property
-    def first(self) -> TurboQuantMSE:
+    def first(self) -> RotatedQuantizer:
         """The first stage; norm correction would lengthen the residual that it leaves to the second."""
-        return TurboQuantMSE(lloyd_max(self.bits - 1, len(self.rotation)), self.rotation, norm_correction=False)
+        return RotatedQuantizer(lloyd_max(self.bits - 1, len(self.rotation)), self.rotation, norm_correction=False)
 
     def encode(self, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """x (…, d) → codes (…, d) u8, scale (…, 1) f32, signs (…, d) u8 of 0 and 1, residual norm (…, 1) f32."""

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import openvino as ov
 
-from ovtq.codebook import lloyd_max
 from ovtq.codec import TurboQuantMSE
 from ovtq.errors import InputError
-from ovtq.rotation import randomized_hadamard
 from ovtq.runner import Runner
 
 
@@ -39,7 +37,7 @@ class Quantize:
             return state
         codec = _codec(self.k_bits if name.endswith(".key") else self.v_bits, state.shape[-1])
         state = state.copy()
-        state[:, :, :old] = codec.decode(*codec.encode(state[:, :, :old]))
+        state[:, :, :old] = codec.dequantize(*codec.quantize(state[:, :, :old]))
         return state
 
 
@@ -74,7 +72,7 @@ class ZeroLowNorms:
 
 @functools.cache
 def _codec(bits: int, head_dim: int) -> TurboQuantMSE:
-    return TurboQuantMSE(lloyd_max(bits, head_dim), randomized_hadamard(head_dim, seed=0))
+    return TurboQuantMSE(dim=head_dim, bits=bits)
 
 
 def method(text: str) -> Quantize | ZeroLowNorms:

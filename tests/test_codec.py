@@ -11,6 +11,7 @@ from ovtq.codebook import Codebook, lloyd_max, uniform
 from ovtq.codec import (
     STEPS,
     AdaptiveUniform,
+    RotatedQuantizer,
     TurboQuantMSE,
     TurboQuantProd,
     dequantize,
@@ -452,7 +453,7 @@ def test_algorithm_1_for_the_worst_vectors(make, bits: int, rotations: list[np.n
     codebook, x = make(bits, 64), np.eye(64)
     errors = []
     for rotation in rotations:
-        algorithm = TurboQuantMSE(codebook, rotation, norm_correction=False)
+        algorithm = RotatedQuantizer(codebook, rotation, norm_correction=False)
         errors.append(np.sum((algorithm.decode(*algorithm.encode(x)) - x) ** 2, axis=-1).mean())
     assert within(np.array(errors), codebook.distortion, sharpness=0.03 * codebook.distortion)
 
@@ -461,7 +462,7 @@ def test_algorithm_1_for_the_worst_vectors(make, bits: int, rotations: list[np.n
 def test_algorithm_1_for_random_vectors(bits: int) -> None:
     """For these any rotation will do."""
     x = unit_vectors(20000, 64, seed=bits)
-    algorithm = TurboQuantMSE(lloyd_max(bits, 64), randomized_hadamard(64, 0), norm_correction=False)
+    algorithm = RotatedQuantizer(lloyd_max(bits, 64), randomized_hadamard(64, 0), norm_correction=False)
     errors = np.sum((algorithm.decode(*algorithm.encode(x)) - x) ** 2, axis=-1)
     assert within(errors, algorithm.codebook.distortion, sharpness=0.02 * algorithm.codebook.distortion)
 
@@ -470,7 +471,7 @@ def test_theorem_1_needs_more_than_a_hadamard_rotation() -> None:
     """One coordinate becomes ±1/√d everywhere: every y is ±1, whatever the seed."""
     codebook = lloyd_max(1, 64)
     for seed in range(5):
-        algorithm = TurboQuantMSE(codebook, randomized_hadamard(64, seed), norm_correction=False)
+        algorithm = RotatedQuantizer(codebook, randomized_hadamard(64, seed), norm_correction=False)
         errors = np.sum((algorithm.decode(*algorithm.encode(np.eye(64))) - np.eye(64)) ** 2, axis=-1)
         assert errors == pytest.approx((1 - codebook.centroids[1]) ** 2, rel=1e-5)
         assert errors.max() < codebook.distortion / 5
@@ -479,7 +480,7 @@ def test_theorem_1_needs_more_than_a_hadamard_rotation() -> None:
 def test_algorithm_1_is_the_codec_between_two_rotations() -> None:
     codebook, rotation = lloyd_max(4, 64), random_orthogonal(64, 3)
     x = np.random.RandomState(3).standard_normal((2, 5, 64)).astype(np.float32)
-    algorithm = TurboQuantMSE(codebook, rotation)
+    algorithm = RotatedQuantizer(codebook, rotation)
     codes, scale = quantize(x @ rotation.astype(np.float64), codebook)
     found = algorithm.encode(x)
     assert np.array_equal(found[0], codes)
@@ -489,7 +490,43 @@ def test_algorithm_1_is_the_codec_between_two_rotations() -> None:
     assert decoded == pytest.approx(dequantize(codes, scale, codebook) @ rotation.T.astype(np.float64), abs=1e-6)
     for bad in (rotation[:32], rotation[:32, :32], np.eye(65)):
         with pytest.raises(ValueError, match=r"rotation must be \(64, 64\), got"):
-            TurboQuantMSE(codebook, bad)
+            RotatedQuantizer(codebook, bad)
+
+
+@pytest.mark.parametrize(("bits", "dim"), [(1, 64), (4, 64), (6, 128), (8, 256)])
+@pytest.mark.parametrize("norm_correction", [True, False])
+def test_turboquant_by_its_public_name(bits: int, dim: int, norm_correction: bool) -> None:
+    """Codes are the nearest centroids of √d·x·R/‖x‖; decoding is scale·centroids/√d, rotated back."""
+    x = 3 * np.random.RandomState(bits).standard_normal((2, 7, dim)).astype(np.float32)
+    codec = TurboQuantMSE(dim=dim, bits=bits, norm_correction=norm_correction)
+    codes, scale = codec.quantize(x)
+    assert (codes.dtype, codes.shape, scale.dtype, scale.shape) == (np.uint8, x.shape, np.float32, (2, 7, 1))
+    rotation, norm = randomized_hadamard(dim, 0).astype(np.float64), np.linalg.norm(x.astype(np.float64), axis=-1)
+    centroids = lloyd_max(bits, dim).centroids.astype(np.float64)
+    turned = np.sqrt(dim) * x @ rotation / norm[..., None]
+    nearest = np.abs(turned[..., None] - centroids).argmin(-1)
+    assert np.array_equal(codes, nearest)
+    unit = centroids[nearest] / np.sqrt(dim) @ rotation.T
+    expected = norm / np.linalg.norm(unit, axis=-1) if norm_correction else norm
+    assert scale[..., 0] == pytest.approx(expected, rel=1e-6)
+    assert codec.dequantize(codes, scale) == pytest.approx(expected[..., None] * unit, abs=1e-5)
+
+
+def test_turboquant_refuses_what_it_can_not_do() -> None:
+    for arguments, message in (
+        ({"dim": 64, "bits": 9}, "bits must be 1 to 8, got 9"),
+        ({"dim": 80, "bits": 4}, "dim must be a power of two, got 80"),
+        ({"dim": 0, "bits": 4}, "dim must be a power of two, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TurboQuantMSE(**arguments)
+    codec = TurboQuantMSE(dim=64, bits=4)
+    with pytest.raises(ValueError, match="expected vectors of 64"):
+        codec.quantize(np.ones((3, 32)))
+    with pytest.raises(ValueError, match="must be finite"):
+        codec.quantize(np.full((1, 64), np.nan))
+    with pytest.raises(ValueError, match="below 16"):
+        codec.dequantize(np.full((1, 64), 16, np.uint8), np.ones((1, 1), np.float32))
 
 
 # ------------------------------------------------------------------------------------------ algorithm 2
@@ -526,7 +563,7 @@ def test_algorithm_1_is_biased(bits: int, rotations: list[np.ndarray]) -> None:
     x, codebook = 2 * unit_vectors(8, 64, seed=1), lloyd_max(bits, 64)
     errors = []
     for rotation in rotations:
-        algorithm = TurboQuantMSE(codebook, rotation, norm_correction=False)
+        algorithm = RotatedQuantizer(codebook, rotation, norm_correction=False)
         errors.append((np.sum(x * algorithm.decode(*algorithm.encode(x)), axis=-1) - 4).mean())
     assert within(np.array(errors), -4 * codebook.distortion, 0.1)
     assert not within(np.array(errors), 0, 0.1)
