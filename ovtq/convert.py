@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import platform
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,17 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ovtq import __version__, cache, io, pipeline, states, verify
+from ovtq import __version__, conversion, io, pipeline, states
 from ovtq.closeness import STRETCH
-from ovtq.command import Out, Parser, phase, progress, run
+from ovtq.command import Out, Parser, progress, run
+from ovtq.conversion import CONTEXTS
 from ovtq.dump import dump
 from ovtq.errors import InputError
-from ovtq.extent import BIG, BIG_LAYERS, Scope, usual
-from ovtq.models import AttentionLayer, ModelDescription, describe
-from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv
-from ovtq.runner import check_device
+from ovtq.extent import BIG, BIG_LAYERS
+from ovtq.options import PRESET, Checks, Options
+from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
+from ovtq.wording import COMMAND_LINE
 
-CONTEXTS = (4096, 131072)
 PACKED_OPTIONS = ("k-bits", "v-bits", "residual-window", "protect", "centre")  # of quantize-kv, with flags of their own
 PRUNING_OPTIONS = ("recent-window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv, likewise
 
@@ -60,8 +58,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model_dir", type=Path, help="folder with a stateful IR: openvino_model.xml/.bin, config.json")
     p.add_argument("out_dir", type=Path, nargs="?", help="folder to write; not needed with --dry-run")
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--preset", choices=pipeline.PRESETS, default="k6v4", help="default: %(default)s")
-    what.add_argument("--passes", metavar="LIST", help="passes in order, NAME[:OPTION=VALUE]…,NAME…")
+    what.add_argument("--preset", choices=pipeline.PRESETS, help=f"default: {PRESET}")
+    what.add_argument(
+        "--passes", type=pipeline.parse_passes, metavar="LIST", help="passes in order, NAME[:OPTION=VALUE]…,NAME…"
+    )
     p.add_argument(
         "--set",
         metavar="PASS.OPTION=VALUE",
@@ -81,19 +81,31 @@ def parser() -> argparse.ArgumentParser:
     packed = p.add_argument_group("packed caches (short for --set quantize-kv.…, --set truncate-window.…)")
     for option in PACKED_OPTIONS:
         packed.add_argument(
-            f"--{option}", metavar=option.rpartition("-")[2].upper(), help=helps[option.replace("-", "_")]
+            f"--{option}",
+            type=_value_of(QuantizeKv, option),
+            metavar=option.rpartition("-")[2].upper(),
+            help=helps[option.replace("-", "_")],
         )
     packed.add_argument(
         "--window-bits",
+        type=_window_bits,
         metavar="K,V",
         help="pack what sliding layers keep, too: bits of a key's and of a value's coordinate (default none,none)",
     )
     pruning = p.add_argument_group("pruning, which is lossy (short for --set prune-kv.…)")
-    pruning.add_argument("--budget", metavar="N", help="keep N tokens in each full layer (default: all)")
+    pruning.add_argument(
+        "--budget",
+        type=_value_of(PruneKv, "budget"),
+        metavar="N",
+        help="keep N tokens in each full layer (default: all)",
+    )
     helps = PruneKv.option_help()
     for option in PRUNING_OPTIONS:
         pruning.add_argument(
-            f"--{option}", metavar=option.rpartition("-")[2].upper(), help=helps[option.replace("-", "_")]
+            f"--{option}",
+            type=_value_of(PruneKv, option),
+            metavar=option.rpartition("-")[2].upper(),
+            help=helps[option.replace("-", "_")],
         )
     p.add_argument(
         "--verify",
@@ -126,126 +138,62 @@ def parser() -> argparse.ArgumentParser:
 
 def convert(options: argparse.Namespace, console: Console, errors: Console) -> None:
     """Do what the command line asks. Raises OvtqError; leaves the input untouched, and OUT_DIR whole or as it was."""
-    preset = options.preset if options.passes is None else None
-    target = options.target
-    passes = (
-        pipeline.PRESETS[preset].on(target)
-        if preset
-        else pipeline.for_target(pipeline.parse_passes(options.passes), target)
-    )
-    budget = {name: getattr(options, name.replace("-", "_")) for name in ("budget", *PRUNING_OPTIONS)}
-    pruning = [f"prune-kv.{name}={value}" for name, value in budget.items() if value]
-    if pruning and not options.budget and PruneKv.name not in _names(passes):
-        raise InputError(f"--{pruning[0][9:].split('=')[0]} has no effect without --budget")
-    packing, settings = _settings(options)
-    passes = pipeline.with_settings(passes, packing)
-    if options.budget:
-        passes = pipeline.with_pruning(passes, target)
-    passes = pipeline.with_settings(passes, [*pruning, *settings])
-    passes = tuple(item.at(options.model_dir) for item in passes)
-    if not 0 <= options.verify_seed < 2**32:
-        raise InputError(f"--verify-seed must be from 0 to {2**32 - 1}, got {options.verify_seed}")
-    if options.verify_layers is not None and options.verify_layers < 1:
-        raise InputError(f"--verify-layers must be at least 1, got {options.verify_layers}")
-    source = io.model_xml(options.model_dir)
-    if options.json:
+    given = dict(vars(options), settings=pipeline.parse_settings(options.settings))
+    asked = Options(**{field.name: given[field.name] for field in dataclasses.fields(Options)})
+    checks = Checks(**{field.name: given[field.name] for field in dataclasses.fields(Checks)})
+    if options.out_dir is None and not options.dry_run:
+        raise InputError("OUT_DIR is missing (only --dry-run does without)")
+    if options.json and options.out_dir:
         io.check_json(options.json, options.model_dir, options.out_dir)
-    if not options.dry_run:
-        if options.out_dir is None:
-            raise InputError("OUT_DIR is missing (only --dry-run does without)")
-        io.check_output(options.model_dir, options.out_dir, options.force)
-        if options.verify:
-            check_device(options.verify_device)
+
+    def after(item: Pass, result: ov.Model) -> None:
+        if item.name in options.dump_after:
+            sys.stdout.write(f"# after {item.name}\n{dump(result)}")
 
     started = time.perf_counter()
     with progress(errors) as bars:
-        with phase(bars, "read", 2) as tick:
-            model = io.load(options.model_dir)
-            tick()
-            _refuse_converted(options.model_dir, model)
-            description = describe(model, io.load_config(options.model_dir))
-            tick()
-        weights = source.with_suffix(".bin").stat().st_size
-        extent = usual(description, source, options.verify_layers)
-        before = _memory(model, description.states, target)
-        with phase(bars, "rewrite", len(passes)) as tick:
-
-            def after(item: Pass, result: ov.Model) -> None:
-                tick()
-                if item.name in options.dump_after:
-                    sys.stdout.write(f"# after {item.name}\n{dump(result)}")
-
-            model, description, steps = pipeline.run(model, description, passes, after=after)
-        record: dict[str, Any] = {
-            "ovtq": __version__,
-            "schema": states.SCHEMA,
-            "preset": preset,
-            "passes": [dataclasses.asdict(step) for step in steps],
-            "layers": [_layer(layer) for layer in description.layers],
-            "target": target,
-            "states": [state.told() for state in description.states],
-            "state_bytes": {"before": before, "after": _memory(model, description.states, target)},
-            "paged_attention": all(item.paged_attention for item in passes),
-            "source": {"xml_sha256": io.text_sha256(source), "bin_bytes": weights},
-            "versions": {"openvino": ov.__version__, "python": platform.python_version()},
-            "verified": None,
-        }
-        if options.dry_run:
-            _write_json(options, record)
-        else:
-            _write(options, model, description, passes, extent, record, source, bars)
-    _report(console, options, record, time.perf_counter() - started)
+        made = conversion.convert(
+            options.model_dir,
+            None if options.dry_run else options.out_dir,
+            asked,
+            checks,
+            force=options.force,
+            record_to=options.json,
+            on_progress=_shown(bars),
+            after=after,
+            wording=COMMAND_LINE,
+        )
+    _report(console, options, made.record, time.perf_counter() - started)
 
 
-def _settings(options: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """The options for packed caches, written as for --set, and what --set says."""
-    short = {f"quantize-kv.{name}": getattr(options, name.replace("-", "_")) for name in PACKED_OPTIONS}
-    if options.window_bits:
-        bits = options.window_bits.split(",")
-        if len(bits) != 2:
-            raise InputError(f"--window-bits: expected K,V such as 8,4, got {options.window_bits!r}")
-        short |= zip(("truncate-window.k-bits", "truncate-window.v-bits"), bits, strict=True)
-    return [f"{name}={value}" for name, value in short.items() if value], options.settings
+def _shown(bars: Progress) -> conversion.OnProgress:
+    """A bar for each stage."""
+    tasks: dict[str, Any] = {}
+
+    def show(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total)
+        bars.update(tasks[stage], completed=done)
+
+    return show
 
 
-def _write(
-    options: argparse.Namespace,
-    model: ov.Model,
-    description: ModelDescription,
-    passes: Sequence[Pass],
-    extent: Scope,
-    record: dict[str, Any],
-    source: Path,
-    bars: Progress,
-) -> None:
-    io.stamp(model, {key: record[key] for key in ("ovtq", "schema", "preset", "passes", "states", "versions")})
-    layers, device = description.layers, options.verify_device
-    with io.staged(options.out_dir) as folder:
-        with phase(bars, "write", 2) as tick, io.saving(model, folder, source) as written:
-            tick()
-            record["weights"] = written.how
-            io.copy_rest(options.model_dir, folder)
-            for item in passes:
-                item.leave(folder)
-            if options.verify:  # while the rest of the weights is copied
-                with phase(bars, "verify", verify.calls_of(layers)) as checked:
-                    xml, seed, ready = folder / source.name, options.verify_seed, written.wait_for
-                    found = verify.verify(source, xml, layers, device, seed, extent, checked, ready)
-                    precision = verify.kept_precision(xml, layers, device, extent, ready)
-                record["verified"] = {
-                    "device": device,
-                    "tolerance": verify.TOLERANCE,
-                    "experts": not extent.joins,
-                    **dataclasses.asdict(found),
-                    "cache_precision": precision,
-                }
-            written.wait()
-            tick()
-        (folder / io.RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8", newline="\n")
-        _write_json(options, record)
+def _value_of(cls: type[Pass], option: str) -> Callable[[str], Any]:
+    """The parser of a flag that is an option of a pass; nothing at all is no value."""
+    return lambda text: cls.values({option: text})[option.replace("-", "_")] if text else None
 
 
-def _packed_line(found: dict[str, Any]) -> str:
+def _window_bits(text: str) -> tuple[Any, ...] | None:
+    if not text:
+        return None
+    bits = text.split(",")
+    if len(bits) != 2:
+        raise InputError(f"--window-bits: expected K,V such as 8,4, got {text!r}")
+    found = TruncateWindow.values({"k-bits": bits[0], "v-bits": bits[1]})
+    return found["k_bits"], found["v_bits"]
+
+
+def _packed_line(found: Mapping[str, Any]) -> str:
     packed = found["packed"]
     line = (
         f"that is where no token read was quantised{' and none pruned' if packed['pruned'] else ''}; elsewhere each of "
@@ -262,39 +210,11 @@ def _packed_line(found: dict[str, Any]) -> str:
     )
 
 
-def _write_json(options: argparse.Namespace, record: dict[str, Any]) -> None:
-    if options.json:
-        options.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def _refuse_converted(model_dir: Path, model: ov.Model) -> None:
-    stamp = io.stamp_of(model)
-    if stamp:
-        raise InputError(
-            f"{model_dir}: already converted ({stamp.get('preset') or 'a pass list'}, ovtq "
-            f"{stamp.get('ovtq')}); convert the original model instead"
-        )
-
-
-def _memory(model: ov.Model, these: Sequence[states.StateSpec], target: str) -> dict[str, int]:
-    """Bytes of the states: those there however long the text, those each token adds, and all of them at some contexts.
-
-    A plugin's own cache is counted in the precision that the model asks for.
-    """
-    asked = cache.marked(model)
-    at = {str(tokens): states.total(these, tokens, target, asked) for tokens in CONTEXTS}
-    return {"flat": states.flat(these, target, asked), "per_token": states.per_token(these, target, asked), **at}
-
-
-def _layer(layer: AttentionLayer) -> dict[str, Any]:
-    return {name: getattr(layer, name) for name in ("index", "window", "query_heads", "kv_heads", "head_dim")}
-
-
 def _names(passes: Sequence[Pass]) -> str:
     return ", ".join(item.name for item in passes)
 
 
-def _report(console: Console, options: argparse.Namespace, record: dict[str, Any], seconds: float) -> None:
+def _report(console: Console, options: argparse.Namespace, record: Mapping[str, Any], seconds: float) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column, justify in (("pass", "left"), ("sites", "right"), ("", "left")):
         table.add_column(column, justify=justify)

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from ovtq import convert
 from ovtq.cli import run_command
 from ovtq.command import Out, Parser, run
+from ovtq.convert import main as convert
 from ovtq.errors import InputError
 from ovtq.runner import EXACT_PROPERTIES, Runner
 
@@ -48,7 +48,7 @@ def demo(out_dir: Path, console: Out) -> int:
     if not MODEL.is_dir() or not TEXT.is_file():
         raise InputError(f"{MODEL}: no such folder; the demo runs in a clone of the repository, with the package of it")
     model = Path(os.path.relpath(MODEL)) if MODEL.is_relative_to(Path.cwd()) else MODEL
-    if code := convert.main([str(model), str(out_dir), "--force", "--target", "cpu"]):
+    if code := convert([str(model), str(out_dir), "--force", "--target", "cpu"]):
         return code
     folders = [model, out_dir]
     story = TEXT.read_text(encoding="utf-8")

@@ -152,16 +152,15 @@ def _converted(xml: Path, model: ov.Model) -> dict[str, Any] | None:
     stamp = io.stamp_of(model)
     if not stamp:
         return None
-    path = xml.with_name(io.RECORD)
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    record = io.record_of(xml.parent)
     paged = all(step["name"] in PASSES and PASSES[step["name"]].paged_attention for step in stamp["passes"])
     return {
         **stamp,
-        "record": path.name if record else None,
-        "target": record.get("target"),
+        "record": io.RECORD if record else None,
+        "target": record.get("target", stamp.get("target")),
         "verified": record.get("verified"),
         "paged_attention": paged,
-        "layers": record.get("layers", []),
+        "layers": record.get("layers", stamp.get("layers", [])),
     }
 
 

@@ -60,7 +60,8 @@ def _model(console: Console, facts: dict[str, Any]) -> None:
             f"result (allowed {found['tolerance']:.2g})"
         )
     else:
-        console.print("not verified" if made["record"] else f"no {RECORD} beside it: target and verification unknown")
+        unknown = "verification" if made["target"] else "target and verification"
+        console.print("not verified" if made["record"] else f"no {RECORD} beside it: {unknown} unknown")
 
 
 def _layers(console: Console, facts: dict[str, Any]) -> None:

@@ -118,6 +118,12 @@ def states_of(model: ov.Model) -> tuple[StateSpec, ...]:
     return of_model([variable.get_info() for variable in model.get_variables()], stamp_of(model))
 
 
+def record_of(model_dir: Path) -> dict[str, Any]:
+    """What the record in a converted folder says; empty if there is none. Raises InputError if it can't be read."""
+    folder = system.long_path(model_dir)
+    return load_config(folder, RECORD) if (folder / RECORD).is_file() else {}
+
+
 def refuse_mismatch(xml: Path) -> None:
     """Raise InputError if the record beside an IR tells of another conversion (bits, hashes, layers) than its stamp."""
     path = xml.with_name(RECORD)
@@ -133,18 +139,18 @@ def refuse_mismatch(xml: Path) -> None:
         raise InputError(f"{path}: tells of another conversion than {xml.name} beside it; convert the model again")
 
 
-def check_output(model_dir: Path, out_dir: Path, force: bool) -> None:
-    """Raise InputError if `out_dir` can't take the result."""
+def check_output(model_dir: Path, out_dir: Path, force: bool, flag: str = "--force") -> None:
+    """Raise InputError if `out_dir` can't take the result; `flag` is what `force` is called there."""
     source, target = system.resolved(model_dir), system.resolved(out_dir)
     if source == target or source in target.parents or target in source.parents:
         raise InputError(f"{out_dir}: must not be the model's folder, inside it or around it; choose another")
     target = system.long_path(target)
     if target.is_dir() and any(target.iterdir()):
         if not force:
-            raise InputError(f"{out_dir}: not empty; --force replaces it")
+            raise InputError(f"{out_dir}: not empty; {flag} replaces it")
         if not (target / RECORD).is_file():
             raise InputError(
-                f"{out_dir}: not made by ovtq (no {RECORD} in it), so --force won't replace it; "
+                f"{out_dir}: not made by ovtq (no {RECORD} in it), so {flag} won't replace it; "
                 "remove it yourself or choose another"
             )
     if target.exists() and not target.is_dir():

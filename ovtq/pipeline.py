@@ -30,6 +30,7 @@ from ovtq.passes import (
     SinkRow,
     TruncateWindow,
 )
+from ovtq.wording import COMMAND_LINE, Wording
 
 
 @dataclass(frozen=True)
@@ -132,18 +133,19 @@ def for_target(passes: Sequence[Pass], target: str) -> tuple[Pass, ...]:
     return tuple(dataclasses.replace(item, target=target) if hasattr(item, "target") else item for item in passes)
 
 
-def with_pruning(passes: Sequence[Pass], target: str) -> tuple[Pass, ...]:
+def with_pruning(passes: Sequence[Pass], target: str, wording: Wording = COMMAND_LINE) -> tuple[Pass, ...]:
     """`passes` with prune-kv in place of quantize-kv, whose options it takes over, or else before any rotation.
 
     Full layers that it prunes are no longer cached by the runtime: what rotates them is left to the others. Raises
     InputError for a list in which it has no place.
     """
+    budget = wording.option("budget")
     if any(isinstance(item, SinkRow | CachePrecision | PruneKv) for item in passes):
         raise InputError(
-            "--budget goes with the presets exact, k8v4, k6v4 and k4v4; others keep their caches otherwise"
+            f"{budget} goes with the presets exact, k8v4, k6v4 and k4v4; others keep their caches otherwise"
         )
     if not any(isinstance(item, DecoupleLength) for item in passes):
-        raise InputError("--budget needs the pass decouple-length; take the preset exact, k8v4, k6v4 or k4v4")
+        raise InputError(f"{budget} needs the pass decouple-length; take the preset exact, k8v4, k6v4 or k4v4")
     done: list[Pass] = []
     for item in passes:
         if isinstance(item, QuantizeKv):
@@ -210,18 +212,29 @@ def parse_passes(text: str) -> tuple[Pass, ...]:
     return tuple(passes)
 
 
-def with_settings(passes: Sequence[Pass], settings: Sequence[str]) -> tuple[Pass, ...]:
-    """`passes` with options changed by `PASS.OPTION=VALUE` texts."""
-    changes: dict[str, dict[str, str]] = {}
-    for text in settings:
+def parse_settings(texts: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Options by pass, from `PASS.OPTION=VALUE` texts; a later one replaces an earlier."""
+    settings: dict[str, dict[str, str]] = {}
+    for text in texts:
         target, value = _setting(text)
         name, dot, field = target.partition(".")
-        if not dot or name not in {item.name for item in passes}:
-            raise InputError(
-                f"--set {text}: write PASS.OPTION=VALUE with one of the passes "
-                f"{', '.join(item.name for item in passes)}"
-            )
-        changes.setdefault(name, {})[field] = value
+        settings.setdefault(name if dot else "", {})[field if dot else name] = value
+    return settings
+
+
+def with_settings(
+    passes: Sequence[Pass], settings: Mapping[str, Mapping[str, Any]] | Sequence[str], wording: Wording = COMMAND_LINE
+) -> tuple[Pass, ...]:
+    """`passes` with options changed: by pass, or as `PASS.OPTION=VALUE` texts.
+
+    Raises InputError for a pass that is not among them, and as `Pass.changed` does.
+    """
+    changes = settings if isinstance(settings, Mapping) else parse_settings(settings)
+    names = [item.name for item in passes]
+    for name, options in changes.items():
+        if name not in names:
+            option, value = next(iter(options.items()), ("", ""))
+            raise InputError(wording.setting(name, option, value, names))
     return tuple(item.changed(changes[item.name]) if item.name in changes else item for item in passes)
 
 

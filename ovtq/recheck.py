@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ovtq import io, pipeline, verify
+from ovtq import io, pipeline
 from ovtq.errors import InputError, VerificationFailed
 from ovtq.extent import usual
 from ovtq.models import describe
 from ovtq.passes import PASSES, Pass
+from ovtq.verify import Difference, verify
 
 
 def passes_of(folder: Path) -> tuple[Pass, ...]:
@@ -26,7 +27,7 @@ def passes_of(folder: Path) -> tuple[Pass, ...]:
     )
 
 
-def recheck(model_dir: Path, converted: Path, device: str) -> verify.Difference:
+def recheck(model_dir: Path, converted: Path, device: str) -> Difference:
     """Verify `converted`, made of `model_dir`, as ovtq-convert does; packed layers are held to numpy once more.
 
     Raises VerificationFailed if it is wrong, or not what this version of ovtq writes.
@@ -41,4 +42,4 @@ def recheck(model_dir: Path, converted: Path, device: str) -> verify.Difference:
             f"its graph is not what its recorded passes make of the model: {len(names ^ written)} nodes differ, "
             f"such as {min(names ^ written)}"
         )
-    return verify.verify(io.model_xml(model_dir), io.model_xml(converted), description.layers, device, 0, extent)
+    return verify(io.model_xml(model_dir), io.model_xml(converted), description.layers, device, 0, extent)

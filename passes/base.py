@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -105,23 +106,26 @@ class Pass(ABC):
         }
 
     @classmethod
-    def parse(cls, options: Mapping[str, str]) -> Pass:
-        """Make the pass from option texts. Raises InputError for an unknown option or an unusable value."""
+    def parse(cls, options: Mapping[str, Any]) -> Pass:
+        """Make the pass from options, texts or values. Raises InputError for an unknown option or an unusable value."""
         try:
             return cls(**cls.values(options))
         except ValueError as error:
             raise InputError(f"{cls.name}: {error}") from None
 
-    def changed(self, options: Mapping[str, str]) -> Pass:
-        """This pass with some options changed, given as texts. Raises InputError as `parse` does."""
+    def changed(self, options: Mapping[str, Any]) -> Pass:
+        """This pass with some options changed, given as texts or values. Raises InputError as `parse` does."""
         try:
             return dataclasses.replace(self, **self.values(options))
         except ValueError as error:
             raise InputError(f"{self.name}: {error}") from None
 
     @classmethod
-    def values(cls, options: Mapping[str, str]) -> dict[str, Any]:
-        """Option texts as values of the fields. Raises InputError for an unknown option or another type."""
+    def values(cls, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Options, texts or values, as values of the fields; their names may have dashes.
+
+        Raises InputError for an unknown option or another type.
+        """
         hints, values = get_type_hints(cls), {}
         known = {option.name: option for option in dataclasses.fields(cls)}
         for name, text in options.items():
@@ -130,7 +134,7 @@ class Pass(ABC):
                 raise InputError(f"{cls.name} has no option {name!r}; it has {', '.join(known) or 'none'}")
             try:
                 values[option] = _value(hints[option], text)
-            except ValueError:
+            except (TypeError, ValueError):
                 raise InputError(f"{cls.name}: {name} needs {hints[option].__name__}, got {text!r}") from None
             choices = known[option].metadata.get("choices")
             if choices and values[option] not in choices:
@@ -138,7 +142,13 @@ class Pass(ABC):
         return values
 
 
-def _value(kind: type, text: str) -> Any:
+def _value(kind: type, text: Any) -> Any:
+    if not isinstance(text, str):
+        if kind is str and isinstance(text, int | Path) and not isinstance(text, bool):
+            return str(text)  # bits, a layer's index, a file
+        if isinstance(text, bool) != (kind is bool):
+            raise TypeError(text)
+        return text if kind is bool else operator.index(text)
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(text)

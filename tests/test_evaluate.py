@@ -13,7 +13,7 @@ import pytest
 from conftest import MINI, ROOT
 from test_verify import _band_off_by_one, _not_undone, _scales_too_large
 
-from ovtq import convert as converter
+from ovtq.convert import main as convert_by
 from ovtq.divergence import Reference, Text
 from ovtq.evaluate import main
 from ovtq.needles import agreement, haystacks, right
@@ -95,7 +95,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             harm(patch)
             made[name] = folder / name
             options = ["--preset", preset, "--target", "cpu", "--no-verify"]
-            assert converter.main([str(MINI), str(made[name]), *options]) == 0
+            assert convert_by([str(MINI), str(made[name]), *options]) == 0
     return made
 
 

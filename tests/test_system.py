@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from conftest import MINI, ROOT, TINY
 
-from ovtq import io, pipeline, signals, system, verify, weights
+from ovtq import io, pipeline, signals, system, weights
 from ovtq.convert import main
 from ovtq.runner import Runner
 
@@ -170,7 +170,7 @@ def test_nothing_is_open_when_a_failed_run_is_removed(
     if where == "step":
         monkeypatch.setattr(Runner, "step", failing_step)
     else:
-        monkeypatch.setattr(verify, "compiled_precisions", lambda *_: fail())
+        monkeypatch.setattr(sys.modules["ovtq.verify"], "compiled_precisions", lambda *_: fail())
     try:
         code = main([str(TINY["5.5"]), str(tmp_path / "out"), "--preset", "u8"])
     except MemoryError:

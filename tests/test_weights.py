@@ -18,7 +18,7 @@ import pytest
 from conftest import MINI, TINY, load
 
 import ovtq.extent
-from ovtq import copying, io, pipeline, system, verify, weights
+from ovtq import conversion, copying, io, pipeline, system, weights
 from ovtq.convert import main
 from ovtq.runner import EXACT_PROPERTIES, Runner
 
@@ -203,7 +203,7 @@ def test_verification_reads_the_copy_and_waits_for_it(
     name = "self.model.layers.3.self_attn.o_proj._openvino_orig_weight"
     weight = next(layer.find("data") for layer in tree.iter("layer") if layer.get("name") == name)
     byte = int(weight.get("offset")) + 1000
-    real, precision, copies, left = copying.Copy._copy, verify.kept_precision, [], []
+    real, precision, copies, left = copying.Copy._copy, conversion.kept_precision, [], []
 
     def slowly(self: copying.Copy, buffer: object, start: int) -> None:
         time.sleep(0.05)
@@ -221,7 +221,7 @@ def test_verification_reads_the_copy_and_waits_for_it(
         return precision(*args)
 
     monkeypatch.setattr(copying.Copy, "_copy", slowly)
-    monkeypatch.setattr(verify, "kept_precision", last)
+    monkeypatch.setattr(conversion, "kept_precision", last)
     assert main([str(MINI), str(tmp_path / "out"), "--preset", "exact"]) == (2 if harm else 0)
     if harm:
         assert "the converted model is wrong on CPU" in capsys.readouterr().err

@@ -1,0 +1,245 @@
+"""Rewriting a model by options, in memory or from folder to folder, and what is recorded of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openvino as ov
+
+from ovtq import __version__, cache, io, pipeline, states
+from ovtq.errors import InputError
+from ovtq.extent import usual
+from ovtq.models import ModelDescription, describe
+from ovtq.options import Checks, Options
+from ovtq.passes import Pass
+from ovtq.pipeline import Step
+from ovtq.runner import check_device
+from ovtq.states import StateSpec
+from ovtq.verify import TOLERANCE, Difference, calls_of, kept_precision, verify
+from ovtq.wording import PROGRAM, Wording
+
+CONTEXTS = (4096, 131072)  # tokens at which bytes are recorded
+# What of the record is in the IR, too: what a host that saves the model again keeps of it.
+STAMPED = ("ovtq", "schema", "preset", "passes", "target", "layers", "states", "versions")
+
+OnProgress = Callable[[str, int, int], None]  # a stage (read, rewrite, write, verify), steps done and in all
+After = Callable[[Pass, ov.Model], None]  # behind each pass
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention layer of a converted model; `window` is how many tokens a query can see (None: all)."""
+
+    index: int
+    window: int | None
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was done to a model: `record` is what ovtq.json holds, the rest the same as objects.
+
+    `verification` is how far original and converted are apart where both were run, None if they were not.
+    """
+
+    record: Mapping[str, Any]
+    passes: tuple[Step, ...]
+    layers: tuple[Layer, ...]
+    verification: Difference | None
+    states: tuple[StateSpec, ...]
+    target: str
+    cache_precision: str | None  # of the plugin's own caches that the model asks for
+
+    def state_bytes(self, tokens: int, *, batch: int = 1) -> int:
+        """Bytes of all states after `tokens` tokens on the target. Raises InputError for less than 0 tokens."""
+        return counted(self.states, tokens, self.target, self.cache_precision, batch)
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """A rewritten model with its description, its passes and what is recorded of them."""
+
+    model: ov.Model
+    description: ModelDescription
+    steps: tuple[Step, ...]
+    record: dict[str, Any]
+
+
+def counted(these: Sequence[StateSpec], tokens: int, target: str, precision: str | None = None, batch: int = 1) -> int:
+    """Bytes of states after `tokens` tokens. Raises InputError for less than 0 tokens or an unknown target."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 0:
+        raise InputError(f"tokens must be a whole number from 0, got {tokens!r}")
+    if target not in states.FLOAT_BYTES:
+        raise InputError(f"target is one of {', '.join(states.FLOAT_BYTES)}, got {target!r}")
+    return states.total(these, tokens, target, precision, batch)
+
+
+def refuse_converted(what: Path | str, model: ov.Model) -> None:
+    """Raise InputError if a model was made by ovtq."""
+    stamp = io.stamp_of(model)
+    if stamp:
+        raise InputError(
+            f"{what}: already converted ({stamp.get('preset') or 'a pass list'}, ovtq "
+            f"{stamp.get('ovtq')}); convert the original model instead"
+        )
+
+
+def rewrite(
+    model: ov.Model,
+    description: ModelDescription,
+    options: Options,
+    passes: Sequence[Pass],
+    after: After = lambda item, model: None,
+) -> Rewritten:
+    """Run the passes; the graph of `model` is used up. Raises the errors of `Pass.apply`."""
+    target = options.target
+    before = _memory(model, description.states, target)
+    model, description, steps = pipeline.run(model, description, passes, after=after)
+    record: dict[str, Any] = {
+        "ovtq": __version__,
+        "schema": states.SCHEMA,
+        "preset": options.named,
+        "passes": [dataclasses.asdict(step) for step in steps],
+        "layers": [dataclasses.asdict(layer) for layer in _layers(description)],
+        "target": target,
+        "states": [state.told() for state in description.states],
+        "state_bytes": {"before": before, "after": _memory(model, description.states, target)},
+        "paged_attention": all(item.paged_attention for item in passes),
+    }
+    record["versions"] = {"openvino": ov.__version__, "python": platform.python_version()}
+    return Rewritten(model, description, tuple(steps), record)
+
+
+def stamp(rewritten: Rewritten) -> None:
+    """Write into the IR's rt_info what was done to it."""
+    io.stamp(rewritten.model, {key: rewritten.record[key] for key in STAMPED})
+
+
+def convert(
+    model_dir: Path,
+    out_dir: Path | None,
+    options: Options,
+    checks: Checks,
+    *,
+    force: bool = False,
+    record_to: Path | None = None,
+    on_progress: OnProgress = lambda stage, done, total: None,
+    after: After = lambda item, model: None,
+    wording: Wording = PROGRAM,
+) -> Conversion:
+    """Convert a folder into another; `out_dir` None: say what would be done, write nothing but the record.
+
+    The input is left untouched, and `out_dir` is whole or as it was. `record_to` is a file that the record is written
+    to besides. Raises OvtqError, worded as the options were given.
+    """
+    passes = tuple(item.at(model_dir) for item in options.chosen(wording))
+    checks.refuse_bad(wording)
+    source = io.model_xml(model_dir)
+    if record_to:
+        io.check_json(record_to, model_dir, out_dir)
+    if out_dir is not None:
+        io.check_output(model_dir, out_dir, force, wording.option("force"))
+        if checks.verify:
+            check_device(checks.verify_device)
+
+    tick = _stage(on_progress, "read", 2)
+    model = io.load(model_dir)
+    tick()
+    refuse_converted(model_dir, model)
+    description = describe(model, io.load_config(model_dir))
+    tick()
+    weights = source.with_suffix(".bin").stat().st_size
+    extent = usual(description, source, checks.verify_layers)
+    tick = _stage(on_progress, "rewrite", len(passes))
+
+    def done(item: Pass, result: ov.Model) -> None:
+        tick()
+        after(item, result)
+
+    made = rewrite(model, description, options, passes, done)
+    description, record = made.description, made.record
+    record["source"] = {"xml_sha256": io.text_sha256(source), "bin_bytes": weights}
+    record["verified"] = None
+    precision, found = cache.marked(made.model), None
+    if out_dir is None:
+        _write_record(record_to, record)
+        return _told(made, found, precision)
+    stamp(made)
+    layers, device = description.layers, checks.verify_device
+    with io.staged(out_dir) as folder:
+        tick = _stage(on_progress, "write", 2)
+        with io.saving(made.model, folder, source) as written:
+            tick()
+            record["weights"] = written.how
+            io.copy_rest(model_dir, folder)
+            for item in passes:
+                item.leave(folder)
+            if checks.verify:  # while the rest of the weights is copied
+                checked = _stage(on_progress, "verify", calls_of(layers))
+                xml, seed, ready = folder / source.name, checks.verify_seed, written.wait_for
+                found = verify(source, xml, layers, device, seed, extent, checked, ready)
+                kept = kept_precision(xml, layers, device, extent, ready)
+                record["verified"] = {
+                    "device": device,
+                    "tolerance": TOLERANCE,
+                    "experts": not extent.joins,
+                    **dataclasses.asdict(found),
+                    "cache_precision": kept,
+                }
+            written.wait()
+            tick()
+        (folder / io.RECORD).write_text(_text(record), encoding="utf-8", newline="\n")
+        _write_record(record_to, record)
+    return _told(made, found, precision)
+
+
+def _told(made: Rewritten, found: Difference | None, precision: str | None) -> Conversion:
+    description, target = made.description, made.record["target"]
+    return Conversion(made.record, made.steps, _layers(description), found, description.states, target, precision)
+
+
+def _layers(description: ModelDescription) -> tuple[Layer, ...]:
+    return tuple(
+        Layer(layer.index, layer.window, layer.query_heads, layer.kv_heads, layer.head_dim)
+        for layer in description.layers
+    )
+
+
+def _memory(model: ov.Model, these: Sequence[StateSpec], target: str) -> dict[str, int]:
+    """Bytes of the states: those there however long the text, those each token adds, and all of them at some contexts.
+
+    A plugin's own cache is counted in the precision that the model asks for.
+    """
+    asked = cache.marked(model)
+    at = {str(tokens): states.total(these, tokens, target, asked) for tokens in CONTEXTS}
+    return {"flat": states.flat(these, target, asked), "per_token": states.per_token(these, target, asked), **at}
+
+
+def _stage(on_progress: OnProgress, name: str, total: int) -> Callable[[], None]:
+    """Tells that a stage begins; what is returned tells of one step more, never of more than there are."""
+    done = 0
+    on_progress(name, done, total)
+
+    def tick() -> None:
+        nonlocal done
+        done = min(done + 1, total)
+        on_progress(name, done, total)
+
+    return tick
+
+
+def _text(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, indent=1) + "\n"
+
+
+def _write_record(path: Path | None, record: Mapping[str, Any]) -> None:
+    if path:
+        path.write_text(_text(record), encoding="utf-8")

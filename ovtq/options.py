@@ -1,0 +1,126 @@
+"""What a conversion is asked for: the options of ovtq-convert and of `ovtq.convert`, as values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ovtq import pipeline
+from ovtq.errors import InputError
+from ovtq.forms import TARGETS
+from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
+from ovtq.wording import PROGRAM, Wording
+
+PRESET = "k6v4"  # unless there is another, or a list of passes
+PACKING = ("k_bits", "v_bits", "residual_window", "protect", "centre")  # of quantize-kv
+PRUNING = ("budget", "recent_window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv
+
+PassList = str | Sequence[str | Pass]  # as on the command line, or each so or made
+Settings = Mapping[str, Mapping[str, Any]]  # options by pass
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which passes run, and with which options; None: as the preset has it.
+
+    `k_bits` to `centre` are options of quantize-kv, or of prune-kv in its place; `window_bits` are bits of keys and of
+    values that sliding layers keep; `budget` puts prune-kv among the passes, and `recent_window` to `heads` are its
+    options. `settings` are any other options by pass, such as {"truncate-window": {"slack": 16}}.
+    """
+
+    preset: str | None = None
+    target: str = "gpu"
+    passes: PassList | None = None
+    k_bits: int | str | None = None
+    v_bits: int | str | None = None
+    residual_window: int | None = None
+    protect: str | None = None
+    centre: str | None = None
+    window_bits: Sequence[int | str] | None = None
+    budget: int | None = None
+    recent_window: int | None = None
+    prefix: int | None = None
+    score: str | None = None
+    stats: str | Path | None = None
+    mode: str | None = None
+    slack: int | None = None
+    heads: str | None = None
+    settings: Settings | None = None
+
+    @property
+    def named(self) -> str | None:
+        """The preset; None of a list of passes."""
+        return None if self.passes is not None else self.preset or PRESET
+
+    def chosen(self, wording: Wording = PROGRAM) -> tuple[Pass, ...]:
+        """The passes. Raises InputError for options that can't be used, or not together."""
+        passes = self._listed(wording)
+        pruning = self._given(PRUNING)
+        if pruning and self.budget is None and not any(isinstance(item, PruneKv) for item in passes):
+            raise InputError(f"{wording.option(next(iter(pruning)))} has no effect without {wording.option('budget')}")
+        packing = {QuantizeKv.name: self._given(PACKING)}
+        if self.window_bits is not None:
+            bits = self.window_bits
+            if isinstance(bits, str) or not isinstance(bits, Sequence) or len(bits) != 2:
+                raise InputError(f"{wording.option('window_bits')}: expected (K, V) such as (8, 4), got {bits!r}")
+            packing[TruncateWindow.name] = dict(zip(("k_bits", "v_bits"), bits, strict=True))
+        passes = pipeline.with_settings(passes, {name: some for name, some in packing.items() if some}, wording)
+        if self.budget is not None:
+            passes = pipeline.with_pruning(passes, self.target, wording)
+        settings = {name: dict(some) for name, some in self._settings(wording).items()}
+        if pruning:
+            settings[PruneKv.name] = pruning | settings.get(PruneKv.name, {})
+        return pipeline.with_settings(passes, settings, wording)
+
+    def _listed(self, wording: Wording) -> tuple[Pass, ...]:
+        if self.target not in TARGETS:
+            raise InputError(f"{wording.option('target')} is one of {', '.join(TARGETS)}, got {self.target!r}")
+        if self.passes is None:
+            name = self.preset or PRESET
+            if name not in pipeline.PRESETS:
+                raise InputError(f"no preset is named {name!r}; there are {', '.join(pipeline.PRESETS)}")
+            return pipeline.PRESETS[name].on(self.target)
+        if self.preset is not None:
+            raise InputError(f"give {wording.option('preset')} or {wording.option('passes')}, not both")
+        items = [self.passes] if isinstance(self.passes, str) else self.passes
+        found: list[Pass] = []
+        for item in items:
+            if not isinstance(item, str | Pass):
+                raise InputError(f"{wording.option('passes')}: {item!r} is no pass; there are {', '.join(PASSES)}")
+            found += [item] if isinstance(item, Pass) else pipeline.parse_passes(item)
+        if not found:
+            raise InputError(f"{wording.option('passes')} names no pass")
+        return pipeline.for_target(found, self.target)
+
+    def _given(self, names: Sequence[str]) -> dict[str, Any]:
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def _settings(self, wording: Wording) -> Settings:
+        settings = {} if self.settings is None else self.settings
+        if isinstance(settings, Mapping) and all(isinstance(some, Mapping) for some in settings.values()):
+            return settings
+        name = wording.option("settings")
+        raise InputError(f'{name}: expected options by pass, such as {{"truncate-window": {{"slack": 16}}}}')
+
+
+@dataclass(frozen=True)
+class Checks:
+    """How the written model is verified: whether at all, where, with which random prompts, and how many layers of it.
+
+    `verify_layers` None: all, or the first few of a big model.
+    """
+
+    verify: bool = True
+    verify_device: str = "CPU"
+    verify_seed: int = 0
+    verify_layers: int | None = None
+
+    def refuse_bad(self, wording: Wording = PROGRAM) -> None:
+        """Raise InputError for a number out of range."""
+        if not isinstance(self.verify_seed, int) or not 0 <= self.verify_seed < 2**32:
+            raise InputError(f"{wording.option('verify_seed')} must be from 0 to {2**32 - 1}, got {self.verify_seed}")
+        layers = self.verify_layers
+        if layers is not None and (not isinstance(layers, int) or layers < 1):
+            raise InputError(f"{wording.option('verify_layers')} must be at least 1, got {layers}")
