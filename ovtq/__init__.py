@@ -1,10 +1,60 @@
 """ovtq: shrinks the KV cache of stateful OpenVINO language models by rewriting their graph."""
 
+import importlib
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ovtq import codec, errors
+    from ovtq.api import PRESETS, Conversion, compress, convert, describe, pruning_counts, state_bytes, verify
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "Conversion",
+    "__version__",
+    "codec",
+    "compress",
+    "convert",
+    "describe",
+    "errors",
+    "pruning_counts",
+    "state_bytes",
+    "verify",
+]
 
 # A checkout keeps passes/ and models/ beside ovtq/; a wheel carries them inside it.
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
+
+_MODULES = ("codec", "errors")
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when they are first asked for: `import ovtq` alone loads no OpenVINO."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _MODULES:
+        return importlib.import_module(f"ovtq.{name}")
+    found = getattr(importlib.import_module("ovtq.api"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Importing a module binds its name here: `ovtq.convert` and `ovtq.verify` are the functions all the same."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (isinstance(value, ModuleType) and name in __all__ and name not in _MODULES):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
