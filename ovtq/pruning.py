@@ -191,7 +191,8 @@ class PrunedAttention(PackedAttention):
 def pruned(request: ov.InferRequest) -> dict[int, np.ndarray]:
     """How many tokens each full layer of a running model has pruned so far, {layer: (batch, kv_heads)}.
 
-    Padding is not counted. Empty for a model without prune-kv; all 0 where the budget was never exceeded.
+    Padding is not counted. Empty for a model without prune-kv, and before the first call; all 0 where the budget was
+    never exceeded.
     """
     return _by_layer(request, 0)
 
@@ -223,7 +224,7 @@ def told(counts: Mapping[str, Sequence[int]]) -> str:
 
 def _by_layer(request: ov.InferRequest, column: int) -> dict[int, np.ndarray]:
     found = {state.name: state for state in request.query_state()}
-    if PRUNED not in found:
+    if PRUNED not in found or not found[PRUNED].state.size:  # nothing was run yet
         return {}
     layers = layers_named(found)
     counts = np.array(found[PRUNED].state.data)[..., column]

@@ -248,6 +248,7 @@ def test_state_bytes_are_the_devices_own(options: dict[str, Any], tmp_path: Path
     made = ovtq.convert(SMALL, tmp_path / "out", target="cpu", verify=False, **options)
     runner = Runner(tmp_path / "out" / "openvino_model.xml", "CPU", EXACT_PROPERTIES)
     past = 0
+    assert ovtq.pruning_counts(runner.request) == {}
     for tokens in (1, 64, 200, 330):
         while past < tokens:
             count = min(64, tokens - past)

@@ -114,6 +114,7 @@ def test_the_wheel_carries_every_module(tmp_path: Path) -> None:
         for path in (ROOT / folder).rglob("*.py")
     }
     assert {name for name in names if name.endswith(".py")} == tree
+    assert "ovtq/py.typed" in names
     assert {Path(name).name for name in names if "dist-info/licenses" in name} == {"LICENSE", "NOTICE"}
     target = tmp_path / "installed"
     zipfile.ZipFile(wheel).extractall(target)
@@ -123,7 +124,8 @@ def test_the_wheel_carries_every_module(tmp_path: Path) -> None:
             "-S",
             "-c",
             f"import sys; sys.path[:0] = [{str(target)!r}, {_site()!r}]\n"
-            "import ovtq.passes, ovtq.models, ovtq.convert; print(ovtq.__version__, ovtq.passes.__file__)",
+            "import ovtq.passes, ovtq.models; ovtq.compress, ovtq.convert; from ovtq.convert import main\n"
+            "print(ovtq.__version__, ovtq.passes.__file__)",
         ],
         cwd=tmp_path,
         capture_output=True,
