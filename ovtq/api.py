@@ -226,8 +226,8 @@ def state_bytes(model: ov.Model | Host | Folder, tokens: int, *, target: str | N
 def pruning_counts(request: ov.InferRequest) -> dict[int, PruningCounts]:
     """How many tokens each pruned layer of a running model has lost so far and still has, by layer.
 
-    Empty for a model without prune-kv, and before the first call. `request` is what runs the model: an infer request, such as
-    an OVModelForCausalLM has in `.request`.
+    Empty for a model without prune-kv, and before the first call. `request` is what runs the model: an infer request,
+    such as an OVModelForCausalLM has in `.request`.
     """
     went, stay = pruning.pruned(request), pruning.kept(request)
     return {layer: PruningCounts(count, stay[layer]) for layer, count in went.items()}
