@@ -75,7 +75,8 @@ def parser() -> argparse.ArgumentParser:
         choices=states.FLOAT_BYTES,
         default="gpu",
         help="where the model will run: chooses the form of packed caches that is fast there, and counts bytes at f16 "
-        "(gpu) or f32 (cpu); gpu's form is right on a CPU, too, only slower, but cpu's does not run on a GPU "
+        "(gpu) or f32 (cpu); each form is for its own device alone: packed layers of gpu's "
+        "can be wrong on a CPU, cpu's do not run on a GPU "
         "(default: %(default)s)",
     )
     packed = p.add_argument_group("packed caches (short for --set quantize-kv.…, --set truncate-window.…)")

@@ -9,6 +9,7 @@ from ovtq.models import AttentionLayer
 from ovtq.pruning import PrunedAttention
 
 PASTED = 1025  # tokens of one call, as of a text that somebody pastes; no multiple of any block
+PART = 513  # of a big model, whose form for a GPU would take 1.5 GB more for 1,025 tokens on a CPU
 NEAR = 4  # tokens apart
 STEPS = 16  # single tokens in a row, as in every answer
 
@@ -33,22 +34,22 @@ def lengths_of(layers: Sequence[AttentionLayer]) -> list[int]:
     return [length for length, after in zip(found, [*found[1:], PASTED * 2], strict=True) if after - length > NEAR]
 
 
-def calls_for(layers: Sequence[AttentionLayer]) -> list[Call]:
-    """The calls that reach every case of these layers: of lengths, of the cache, of pruning."""
+def calls_for(layers: Sequence[AttentionLayer], longest: int = PASTED) -> list[Call]:
+    """The calls that reach every case of these layers: of lengths, of the cache, of pruning; none over `longest`."""
     windows = [layer.window for layer in layers if layer.window is not None]
     packed = [layer.packed.window + layer.packed.flush for layer in layers if layer.packed]
     window = max([*windows, *packed], default=0) or 128
     limits = [x.packed.room + x.packed.window + x.packed.flush for x in layers if isinstance(x.packed, PrunedAttention)]
-    calls = [*pasted(lengths_of(layers)), *edges(window)]
+    calls = [*pasted(lengths_of(layers), longest), *edges(window)]
     return [*calls, *overflow(max(limits))] if limits else calls
 
 
-def pasted(lengths: Sequence[int]) -> list[Call]:
+def pasted(lengths: Sequence[int], longest: int) -> list[Call]:
     """A long text in one call, and the answer begun; then a text in calls one longer than each length, the shortest and
     the longest twice, for what a plugin keeps from a call it uses in the next of that shape, and a short one again."""
-    ways = [length + 1 for length in lengths if 1 < length < PASTED] or [2]
+    ways = [length + 1 for length in lengths if 1 < length < longest] or [2]
     text = [ways[0], *ways, ways[-1], ways[0]]
-    return [Call(PASTED, reset=True), Call(1), Call(1), Call(text[0], reset=True), *map(Call, text[1:])]
+    return [Call(longest, reset=True), Call(1), Call(1), Call(text[0], reset=True), *map(Call, text[1:])]
 
 
 def edges(window: int) -> list[Call]:

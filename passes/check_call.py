@@ -27,8 +27,8 @@ class CheckCall(Pass):
 
     decouple-length takes the past length from attention_mask. Of a mask that is too long an exported model reads the
     first columns: behind this pass that is so again. On a GPU the past length is that of a cache that holds all tokens;
-    on a CPU, where no cache of ovtq does, and where all are pruned, it comes from a state of its own, (batch, 1) i32.
-    On a CPU beam_idx is checked by value, too; a GPU would have to wait for it.
+    on a CPU, where no cache of ovtq does, it comes from a state of its own, (batch, 1) i32; on a GPU whose caches are
+    all pruned it stays that of attention_mask. On a CPU beam_idx is checked by value, too; a GPU would have to wait.
 
     A call for which there is no right result is refused, by a node whose name says what a call must be, for plugins
     quote the name. Of a call that any node refuses, the CPU plugin (of an exported model, too) keeps the shapes that
@@ -66,7 +66,7 @@ class CheckCall(Pass):
         beam_count, one = dim(beams, 0), i64([1])
         rows = next((layer.token_rows for layer in description.layers if layer.token_rows), None)
         assigns, first, last, held, made = [], [], [], [], []
-        if self.target == "cpu" or rows is None:
+        if self.target == "cpu":
             made = [StateSpec.fixed(PAST, "i32", [1], "past", rows=1)]
             variable = new_variable(made[0])
             read = op.read_value(op.broadcast(i32(0), op.concat([batch, one], 0)), variable)
@@ -76,13 +76,16 @@ class CheckCall(Pass):
             assigns = [op.assign(op.broadcast(total, op.concat([batch, one], 0)), variable)]
             first, last = ([op.convert(find(beams, i64([0]), True), "i64")] for find in (op.reduce_min, op.reduce_max))
             held = [op.subtract(dim(read, 0), one)]
-        else:
+        elif rows:
             past = rows.count()
+        else:  # pruned, all of them: a count would have to be waited for, so it stays that of the mask
+            past = description.past
         # What must not be more than what; of lengths alone, which the GPU plugin compares on the host
         these = [one, sequences, batch, beam_count, batch, op.add(past, new), *[i64([0])] * len(first), *last]
         those = [new, batch, sequences, batch, beam_count, columns, *first, *held]
         excess = op.reduce_max(op.subtract(op.concat(these, 0), op.concat(those, 0)), i64([0]), True)
-        redirect(description.past.output(0), past)
+        if past is not description.past:
+            redirect(description.past.output(0), past)
 
         checked = op.variadic_split(ids, i64(1), op.add(new, op.maximum(excess, i64([0]))))
         checked.set_friendly_name(REFUSAL)

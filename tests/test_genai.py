@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import pytest
 from conftest import MINI, ROOT
 from scipy.special import log_softmax
 
+from ovtq import demo
 from ovtq.attend_blocks import FLUSH
 from ovtq.runner import EXACT_PROPERTIES, Runner
 from ovtq.verify import TOLERANCE
@@ -160,9 +160,8 @@ def test_packed_batch_says_what_each_prompt_says_alone(folder: Path) -> None:
 @pytest.mark.parametrize("preset", ON_CPU)
 def test_packed_history_still_tells_a_fact(folder: Path) -> None:
     """As in `tools/demo`, but asked in a call of its own, so that the fact is read from packed tokens alone."""
-    demo = runpy.run_path(str(ROOT / "tools" / "demo.py"))
-    story = f"{TEXT[:500]}\n{demo['FACT']}\n{TEXT[500:2500]}\n"
-    answers = [by_runner(model, story, demo["QUESTION"], tokens=6) for model in (folder, MINI)]
+    story = f"{TEXT[:500]}\n{demo.FACT}\n{TEXT[500:2500]}\n"
+    answers = [by_runner(model, story, demo.QUESTION, tokens=6) for model in (folder, MINI)]
     assert answers[0] == answers[1]
     assert genai.Tokenizer(MINI).decode(answers[0]).strip().startswith("40213")
 

@@ -29,10 +29,11 @@ from ovtq.packed_check import PackedCheck
 from ovtq.passes import DecoupleLength, PruneKv, QuantizeKv, SimplifyMask, TruncateWindow
 from ovtq.pruning import FIRST, SHOWN, Pruning, best, counted, kept, pruned, told
 from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.schedule import Call, overflow
 from ovtq.scores import Arriving
 from ovtq.scores.keydiff import KeyDiff
 from ovtq.states import POSITION, PRUNED, SCORE, StateSpec
-from ovtq.verify import TOLERANCE, Call, overflow
+from ovtq.verify import TOLERANCE
 
 EPS = float(np.finfo(np.float32).eps)
 EXACT = (DecoupleLength(), TruncateWindow(), SimplifyMask())

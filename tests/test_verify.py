@@ -112,7 +112,7 @@ def test_a_conversion_wrong_at_bf16_alone_is_refused(
 
     monkeypatch.setattr(ovtq.passes.rotate_heads, "insert_after", drowned)
     assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--preset", "rotate"]) == 2
-    assert "the converted model is wrong on CPU as hosts load it, with no property (bf16)" in capsys.readouterr().err
+    assert "the converted model is wrong on CPU as hosts load it, with no property (bf16" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
 
 

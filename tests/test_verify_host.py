@@ -14,13 +14,14 @@ from openvino import opset15 as op
 import ovtq.attend_blocks
 import ovtq.attend_window
 import ovtq.passes.check_call
+import ovtq.states
 from ovtq.attend_window import BLOCK, WindowRows
 from ovtq.closeness import Loss, divergence, loss, lost, played, relative, scale_of, too_lossy
 from ovtq.convert import main
 from ovtq.errors import VerificationFailed
 from ovtq.graph import MASKED, f32, i64, new_variable
-from ovtq.passes import TruncateWindow
 from ovtq.schedule import Call
+from ovtq.states import StateSpec
 from ovtq.verify import compare
 
 Harm = Callable[[pytest.MonkeyPatch], None]
@@ -81,17 +82,17 @@ def _second_of_equal_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call of more than a block, as long as the call before, weighs the sink of its last queries otherwise."""
 
     def change(rows: WindowRows) -> None:
-        variable, store = new_variable("fault", [-1, 1], ov.Type.i32), rows.ring.store
+        variable, store = new_variable(StateSpec.fixed("fault", "i32", [1], "past", rows=1)), rows.ring.store
         new = op.convert(op.reshape(rows.columns, i64([1, 1]), False), "i32")
         before = op.read_value(op.multiply(new, op.constant(np.int32(0))), variable)
         again = op.logical_and(op.equal(before, new), op.greater(rows.trips, i64([0])))
         column = op.range(i64(0), op.squeeze(rows.columns, i64([0])), i64(1), "i64")
         raised = op.select(op.logical_and(op.squeeze(again, i64([0])), op.equal(column, i64(0))), f32(100), f32(0))
-        rows.sinks = (op.add(sinks, raised) for sinks in list(rows.sinks))
+        rows.sinks = {index: op.add(sinks, raised) for index, sinks in rows.sinks.items()}
         monkeypatch.setattr(rows.ring, "store", lambda: [*store(), op.assign(new, variable)])
 
     after_init(monkeypatch, change)
-    monkeypatch.setattr(TruncateWindow, "ensures", lambda self, rewrite: None)
+    monkeypatch.setattr(ovtq.states, "other_than", lambda specs, infos: "")
 
 
 def _later_blocks_shifted(monkeypatch: pytest.MonkeyPatch) -> None:

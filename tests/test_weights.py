@@ -206,7 +206,7 @@ def test_verification_reads_the_copy_and_waits_for_it(
     real, precision, copies, left = copying.Copy._copy, conversion.kept_precision, [], []
 
     def slowly(self: copying.Copy, buffer: object, start: int) -> None:
-        time.sleep(0.05)
+        time.sleep(0.15)
         real(self, buffer, start)
         copies.append(self)
         if harm and start <= byte < start + copying.BLOCK:
