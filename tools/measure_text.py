@@ -23,6 +23,7 @@ import openvino as ov
 from scipy.special import logsumexp
 
 from ovtq.convert import main as convert
+from ovtq.errors import InputError
 from ovtq.pipeline import PRESETS
 from ovtq.runner import Runner
 
@@ -52,7 +53,7 @@ def perplexities(folder: Path, hint: str, text: np.ndarray, shown: np.ndarray, c
     properties = {} if hint == "none" else {"INFERENCE_PRECISION_HINT": hint}
     try:
         runner = Runner(folder / "openvino_model.xml", "CPU", properties)
-    except Exception as error:
+    except InputError as error:
         print(f"{folder}: {hint}: {error}", file=sys.stderr)
         return []
     real = shown[:, :-1].astype(bool)
