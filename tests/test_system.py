@@ -83,7 +83,7 @@ def test_one_module_asks_for_the_system() -> None:
     assert asking == {"system.py"}
     assert {path.name for path in SOURCES if re.search(r"\b(platform)\b", _says(path))} <= {
         "system.py",
-        "convert.py",  # Python's version, for the record
+        "conversion.py",  # the version of Python, for the record
         "evaluate.py",
         "bench.py",
     }
