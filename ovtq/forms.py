@@ -49,8 +49,8 @@ def _gpu(description: ModelDescription, plan: Plan) -> CacheForm:
     return attend_branches.Branches(nodes, kinds[plan.mode](nodes))
 
 
-# Each is right on both plugins, and verified on both, but fast on its own alone; and on a CPU the GPU's with a single
-# packed layer can't be reset (see `extent.rooted`).
+# Each is made for its own plugin alone. The GPU's is verified on a CPU, too, but not to be run there: with a single
+# packed layer it can't be reset (P01, `extent.rooted`), and at many heads some long calls are wrong (P59).
 FULL: dict[str, Callable[[ModelDescription, Plan], CacheForm]] = {"gpu": _gpu, "cpu": _cpu}
 WINDOW: dict[str, Callable[[ModelDescription, int, Ring | PackedRing], CacheForm]] = {
     "gpu": WindowBlocks,
