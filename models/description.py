@@ -10,6 +10,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.graph import MASKED, Port, consumers, dim, i64, redirect
+from ovtq.kernel_layout import KernelLayout
 from ovtq.packed_attention import PackedAttention, Place
 from ovtq.states import StateSpec
 
@@ -103,9 +104,16 @@ class Packed:
     """Packed codes, of a window or all tokens: `definition` is what the layer computes, `places` where they are."""
 
     definition: PackedAttention
-    places: tuple[Place, Place]
+    places: tuple[Place, ...]
     rows: TokenRows | None
     lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class InPlace(Packed):
+    """Packed codes of all tokens of one sequence, in a state of fixed length that kernels of ovtq write into."""
+
+    layout: KernelLayout
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,12 @@ import numpy as np
 import openvino as ov
 
 from ovtq.attend import Plan
+from ovtq.attend_kernels import Kernels
 from ovtq.checks import coupled, not_exported, taken, unequal
 from ovtq.coding import coding, unfit
 from ovtq.forms import FULL
 from ovtq.graph import rebuild
+from ovtq.kernel_layout import HEAD_DIMS, MOST_HEADS
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.models.rope import key_centre, norms
 from ovtq.pruning import Pruning
@@ -35,6 +37,7 @@ class FullCache:
     seed: int
     target: str
     pruning: Pruning | None = None
+    capacity: int | None = None  # tokens that kernels of ovtq have room for; None: no kernels
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -65,12 +68,25 @@ class FullCache:
             return "no full layer is left to quantise" if description.full else "the model has no full layers"
         reason = unfit(self.bits, layers[0].head_dim)
         return (
-            not_exported(layers)
+            (self.capacity and self._without_kernels(layers[0]))
+            or not_exported(layers)
             or unequal(layers, "heads or head_dim")
             or (f"layer {layers[0].index} {reason}" if reason else "")
             or coupled(description)
             or taken(description.states, RECENT)
         )
+
+    def _without_kernels(self, layer: AttentionLayer) -> str:
+        if self.target != "gpu":
+            return "kernels are for a GPU; add --target gpu, or leave them out"
+        if "none" in self.bits:
+            return "kernels read packed keys and values alone; give k-bits and v-bits numbers"
+        if layer.head_dim not in HEAD_DIMS or layer.group > MOST_HEADS:
+            return (
+                f"layer {layer.index} has head_dim {layer.head_dim} and {layer.group} query heads to a KV head; kernels "
+                f"take head_dim {' or '.join(map(str, HEAD_DIMS))} and up to {MOST_HEADS} heads"
+            )
+        return ""
 
     def plan(self, model: ov.Model, layers: tuple[AttentionLayer, ...]) -> Plan:
         """The same with what it needs of the model."""
@@ -87,7 +103,7 @@ class FullCache:
         """The model with that cache; facts tell the layers, and what tells these codecs from others."""
         layers = self.chosen(description)
         plan = self.plan(model, layers)
-        form = FULL[self.target](description, plan)
+        form = FULL[self.target](description, plan) if self.capacity is None else Kernels(description, plan, self.capacity)
         changed = {layer.index: form.rewrite(layer) for layer in layers}
         model = rebuild(model, drop=[path.assign for layer in layers for path in layer.paths], add=form.finish())
         facts = {"layers": plan.indices, **plan.digests, "centre_norms": norms(plan.centres)}

@@ -45,19 +45,26 @@ class QuantizeKv(Pass):
     centre: str = option("bias", "what is subtracted from all keys", choices=("bias", "none"))
     seed: int = option(0, "seed of the rotation's random signs")
     target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
+    kernels: bool = option(False, "attend with OpenCL kernels of ovtq, which a GPU is given by the property CONFIG_FILE")
+    capacity: int = option(32768, "tokens that kernels have room for, taken up front")
 
     def __post_init__(self) -> None:
         if not 0 <= self.residual_window <= 4096:
             raise ValueError(f"residual-window must be from 0 to 4096, got {self.residual_window}")
         if self.k_bits == self.v_bits == "none":
             raise ValueError("k-bits and v-bits are both none; leave the pass out")
+        if not 64 <= self.capacity <= 2**20:
+            raise ValueError(f"capacity must be from 64 to {2**20} tokens, got {self.capacity}")
         _ = self.cache
 
     @property
     def cache(self) -> FullCache:
         """What it gives to full layers."""
         bits = self.k_bits, self.v_bits
-        return FullCache(bits, self.residual_window, self.protect, self.centre, self.seed, self.target)
+        capacity = self.capacity if self.kernels else None
+        return FullCache(
+            bits, self.residual_window, self.protect, self.centre, self.seed, self.target, capacity=capacity
+        )
 
     def chosen(self, description: ModelDescription) -> tuple[AttentionLayer, ...]:
         """The full layers that are not protected."""
