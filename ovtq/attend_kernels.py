@@ -17,8 +17,8 @@ from openvino import Node, Output
 from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
-from ovtq.attend import NEVER, Plan
-from ovtq.graph import ALL, MASKED, One, Port, Tensors, dim, either, f32, i64, joined, new_variable, numbers
+from ovtq.forms.attend import NEVER, Plan
+from ovtq.ir.graph import ALL, MASKED, One, Port, Tensors, dim, either, f32, i64, joined, new_variable, numbers
 from ovtq.kernel_layout import READ_ROWS, KernelLayout, in_two
 from ovtq.models.description import AttentionLayer, InPlace, ModelDescription
 from ovtq.states import Fixed, StateSpec, cache_name
@@ -95,7 +95,10 @@ class Kernels:
         ports = layer.query.source, layer.key.source, layer.value.source
         context = either(
             self.is_prefill,
-            (Text(state, *ports, self.mask, self.past, self.new, self.shown), lambda read: One(self._prefill(layer, read))),
+            (
+                Text(state, *ports, self.mask, self.past, self.new, self.shown),
+                lambda read: One(self._prefill(layer, read)),
+            ),
             (Step(state, *ports, self.facts), lambda read: One(self._decode(layer, read))),
             ("prefill", "decode"),
         ).value
@@ -162,7 +165,9 @@ class Kernels:
             output_dim=1, group_size=layout.side, spatial_scale=1.0, spatial_bins_x=1, spatial_bins_y=1, mode="bilinear",
         )  # fmt: skip
         heads = f32(np.zeros((layout.query_heads, 5)))
-        context = _carrier("opset2", "ROIPooling", [parts, heads], output_roi=[1, layout.head_dim], spatial_scale=1.0, method="max")
+        context = _carrier(
+            "opset2", "ROIPooling", [parts, heads], output_roi=[1, layout.head_dim], spatial_scale=1.0, method="max"
+        )
         return op.reshape(context, i64([-1, layout.query_heads, 1, layout.head_dim]), False)
 
     def _prefill(self, layer: AttentionLayer, read: Text) -> Node:
@@ -205,7 +210,8 @@ class Kernels:
         more = op.subtract(rows, read.new)
         behind = op.concat([i64([0, 0]), more, i64([0])], 0)
         flat = [
-            op.reshape(op.pad(x, i64([0] * 4), behind, "constant", op.constant(np.float32(0))), i64([-1]), False) for x in (read.key, read.value)
+            op.reshape(op.pad(x, i64([0] * 4), behind, "constant", op.constant(np.float32(0))), i64([-1]), False)
+            for x in (read.key, read.value)
         ]
         shown = op.slice(read.shown, read.past, i64([ALL]), i64([1]), i64([1]))
         shown = op.convert(op.greater(op.reshape(shown, i64([-1]), False), i64([0])), "f32")

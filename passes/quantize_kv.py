@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import openvino as ov
 
-from ovtq.coding import BITS
+from ovtq.codec.coding import BITS
 from ovtq.errors import VerificationFailed
-from ovtq.forms import TARGETS
-from ovtq.full_cache import FullCache
+from ovtq.forms.table import TARGETS
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
+from ovtq.passes.full_cache import FullCache
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class QuantizeKv(Pass):
     centre: str = option("bias", "what is subtracted from all keys", choices=("bias", "none"))
     seed: int = option(0, "seed of the rotation's random signs")
     target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
-    kernels: bool = option(False, "attend with OpenCL kernels of ovtq, which a GPU is given by the property CONFIG_FILE")
+    kernels: bool = option(
+        False, "attend with OpenCL kernels of ovtq, which a GPU is given by the property CONFIG_FILE"
+    )
     capacity: int = option(32768, "tokens that kernels have room for, taken up front")
 
     def __post_init__(self) -> None:
