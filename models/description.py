@@ -11,7 +11,7 @@ from openvino import opset15 as op
 
 from ovtq.codec.packed_attention import PackedAttention, Place
 from ovtq.ir.graph import MASKED, Port, consumers, dim, i64, redirect
-from ovtq.kernel_layout import KernelLayout
+from ovtq.forms.kernel_layout import KernelLayout
 from ovtq.states import StateSpec
 
 
