@@ -9,9 +9,9 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
+from ovtq.codec.kernel_layout import KernelLayout
 from ovtq.codec.packed_attention import PackedAttention, Place
 from ovtq.ir.graph import MASKED, Port, consumers, dim, i64, redirect
-from ovtq.forms.kernel_layout import KernelLayout
 from ovtq.states import StateSpec
 
 

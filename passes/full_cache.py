@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import openvino as ov
 
-from ovtq.forms.gpu.kernels import Kernels
 from ovtq.codec.coding import coding, unfit
+from ovtq.codec.kernel_layout import HEAD_DIMS, MOST_HEADS
 from ovtq.forms.attend import Plan
+from ovtq.forms.gpu.kernels import Kernels
 from ovtq.forms.pruning import Pruning
 from ovtq.forms.table import FULL
 from ovtq.ir.graph import rebuild
-from ovtq.forms.kernel_layout import HEAD_DIMS, MOST_HEADS
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.models.rope import key_centre, norms
 from ovtq.passes.checks import coupled, not_exported, taken, unequal

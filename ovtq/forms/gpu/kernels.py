@@ -1,4 +1,4 @@
-"""The form for the GPU plugin with kernels of our own: `ovtq/forms/opencl`, called as `ovtq/kernel_layout.py` says.
+"""The form for the GPU plugin with kernels of our own: `ovtq/codec/opencl`, called as `ovtq/kernel_layout.py` says.
 
 A state of fixed length holds a layer's constants, packed rows of all tokens, and the last tokens as they came; kernels
 write new tokens into it in place, which its ReadValue alone would not keep the plugin from copying: so it has one
@@ -17,9 +17,9 @@ from openvino import Node, Output
 from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
+from ovtq.codec.kernel_layout import READ_ROWS, KernelLayout, in_two
 from ovtq.forms.attend import NEVER, Plan
 from ovtq.ir.graph import ALL, MASKED, One, Port, Tensors, dim, either, f32, i64, joined, new_variable, numbers
-from ovtq.forms.kernel_layout import READ_ROWS, KernelLayout, in_two
 from ovtq.models.description import AttentionLayer, InPlace, ModelDescription
 from ovtq.states import Fixed, StateSpec, cache_name
 

@@ -1,4 +1,4 @@
-"""What the OpenCL kernels of `ovtq/forms/opencl` and the graph that calls them have in common: sizes, offsets, the files.
+"""What the OpenCL kernels of `ovtq/codec/opencl` and the graph that calls them have in common: sizes, offsets, the files.
 
 A kernel is called through an operation of OpenVINO's own, which a CONFIG_FILE binds to it (`CARRIERS`): so a model needs
 that property and nothing else. What these operations compute where they are not bound, a graph must never show: that is
@@ -162,7 +162,7 @@ class KernelLayout:
         target = folder / FOLDER
         target.mkdir()
         texts = {CONFIG: self.config(), CONSTANTS: self.constants()}
-        for source in files("ovtq.forms").joinpath("opencl").iterdir():
+        for source in files("ovtq.codec").joinpath("opencl").iterdir():
             texts[source.name] = source.read_text(encoding="utf-8")
         for name, text in texts.items():
             (target / name).write_text(text, encoding="utf-8", newline="\n")
