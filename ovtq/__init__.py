@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ovtq import codec, errors
-    from ovtq.api import PRESETS, Conversion, compress, convert, describe, pruning_counts, state_bytes, verify
+    from ovtq.api import (
+        PRESETS,
+        Conversion,
+        compress,
+        convert,
+        describe,
+        properties,
+        pruning_counts,
+        state_bytes,
+        verify,
+    )
 
 __version__ = "0.1.0"
 
@@ -19,6 +29,7 @@ __all__ = [
     "convert",
     "describe",
     "errors",
+    "properties",
     "pruning_counts",
     "state_bytes",
     "verify",

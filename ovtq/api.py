@@ -23,11 +23,22 @@ from ovtq.models import ModelDescription
 from ovtq.models import describe as described
 from ovtq.options import Checks, Options, PassList, Settings
 from ovtq.pipeline import PRESETS
+from ovtq.runtime.kernels import properties
 from ovtq.runtime.runner import check_device
 from ovtq.verification.recheck import recheck
 from ovtq.verification.verify import Difference
 
-__all__ = ["PRESETS", "Conversion", "compress", "convert", "describe", "pruning_counts", "state_bytes", "verify"]
+__all__ = [
+    "PRESETS",
+    "Conversion",
+    "compress",
+    "convert",
+    "describe",
+    "properties",
+    "pruning_counts",
+    "state_bytes",
+    "verify",
+]
 
 Folder = str | Path
 Config = Mapping[str, Any] | str | Path  # of a model: what config.json holds, that file, or its folder
@@ -66,6 +77,8 @@ def compress(
     residual_window: int | None = None,
     protect: str | None = None,
     centre: str | None = None,
+    kernels: bool | None = None,
+    capacity: int | None = None,
     window_bits: Sequence[int | str] | None = None,
     budget: int | None = None,
     recent_window: int | None = None,
@@ -88,8 +101,8 @@ def compress(
     then as it was.
     """
     options = Options(
-        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, window_bits,
-        budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
+        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, kernels, capacity,
+        window_bits, budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     graph = _graph(model)
     items = options.chosen()
@@ -118,6 +131,8 @@ def convert(
     residual_window: int | None = None,
     protect: str | None = None,
     centre: str | None = None,
+    kernels: bool | None = None,
+    capacity: int | None = None,
     window_bits: Sequence[int | str] | None = None,
     budget: int | None = None,
     recent_window: int | None = None,
@@ -143,8 +158,8 @@ def convert(
     `model_dir` is never changed.
     """
     options = Options(
-        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, window_bits,
-        budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
+        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, kernels, capacity,
+        window_bits, budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     checks = Checks(verify, verify_device, verify_seed, verify_layers)
     raised: list[OSError] = []

@@ -13,11 +13,13 @@ from typing import Any
 import openvino as ov
 
 from ovtq import __version__, pipeline, states
+from ovtq.codec.kernel_layout import CONFIG, FOLDER
 from ovtq.errors import InputError
 from ovtq.ir import cache, io
 from ovtq.models import ModelDescription, describe
+from ovtq.models.description import InPlace
 from ovtq.options import Checks, Options
-from ovtq.passes import Pass
+from ovtq.passes import Pass, QuantizeKv
 from ovtq.pipeline import Step
 from ovtq.runtime.runner import check_device
 from ovtq.states import StateSpec
@@ -146,10 +148,9 @@ def convert(
     source = io.model_xml(model_dir)
     if record_to:
         io.check_json(record_to, model_dir, out_dir)
+    device = _device(passes, checks) if checks.verify and out_dir is not None else None
     if out_dir is not None:
         io.check_output(model_dir, out_dir, force, wording.option("force"))
-        if checks.verify:
-            check_device(checks.verify_device)
 
     tick = _stage(on_progress, "read", 2)
     model = io.load(model_dir)
@@ -169,12 +170,14 @@ def convert(
     description, record = made.description, made.record
     record["source"] = {"xml_sha256": io.text_sha256(source), "bin_bytes": weights}
     record["verified"] = None
+    in_place = [layer.cache.layout for layer in description.layers if isinstance(layer.cache, InPlace)]
+    record["config_file"] = f"{FOLDER}/{CONFIG}" if in_place else None
     precision, found = cache.marked(made.model), None
     if out_dir is None:
         _write_record(record_to, record)
         return _told(made, found, precision)
     stamp(made)
-    layers, device = description.layers, checks.verify_device
+    layers = description.layers
     with io.staged(out_dir) as folder:
         tick = _stage(on_progress, "write", 2)
         with io.saving(made.model, folder, source) as written:
@@ -183,7 +186,9 @@ def convert(
             io.copy_rest(model_dir, folder)
             for item in passes:
                 item.leave(folder)
-            if checks.verify:  # while the rest of the weights is copied
+            for layout in in_place[:1]:  # all layers have the same
+                layout.write(folder)
+            if device:  # while the rest of the weights is copied
                 checked = _stage(on_progress, "verify", calls_of(layers))
                 xml, seed, ready = folder / source.name, checks.verify_seed, written.wait_for
                 found = verify(source, xml, layers, device, seed, extent, checked, ready)
@@ -200,6 +205,14 @@ def convert(
         (folder / io.RECORD).write_text(_text(record), encoding="utf-8", newline="\n")
         _write_record(record_to, record)
     return _told(made, found, precision)
+
+
+def _device(passes: Sequence[Pass], checks: Checks) -> str | None:
+    """Where to verify: as asked for, but what only a GPU runs on a GPU, or nowhere if there is none here."""
+    if checks.verify_device == "CPU" and any(isinstance(item, QuantizeKv) and item.kernels for item in passes):
+        return "GPU" if any(name.startswith("GPU") for name in ov.Core().available_devices) else None
+    check_device(checks.verify_device)
+    return checks.verify_device
 
 
 def _told(made: Rewritten, found: Difference | None, precision: str | None) -> Conversion:

@@ -14,7 +14,7 @@ from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
 from ovtq.wording import PROGRAM, Wording
 
 PRESET = "k6v4"  # unless there is another, or a list of passes
-PACKING = ("k_bits", "v_bits", "residual_window", "protect", "centre")  # of quantize-kv
+PACKING = ("k_bits", "v_bits", "residual_window", "protect", "centre", "kernels", "capacity")
 PRUNING = ("budget", "recent_window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv
 
 PassList = str | Sequence[str | Pass]  # as on the command line, or each so or made
@@ -25,7 +25,7 @@ Settings = Mapping[str, Mapping[str, Any]]  # options by pass
 class Options:
     """Which passes run, and with which options; None: as the preset has it.
 
-    `k_bits` to `centre` are options of quantize-kv, or of prune-kv in its place; `window_bits` are bits of keys and of
+    `k_bits` to `capacity` are options of quantize-kv, or of prune-kv in its place; `window_bits` are bits of keys and of
     values that sliding layers keep; `budget` puts prune-kv among the passes, and `recent_window` to `heads` are its
     options. `settings` are any other options by pass, such as {"truncate-window": {"slack": 16}}.
     """
@@ -38,6 +38,8 @@ class Options:
     residual_window: int | None = None
     protect: str | None = None
     centre: str | None = None
+    kernels: bool | None = None
+    capacity: int | None = None
     window_bits: Sequence[int | str] | None = None
     budget: int | None = None
     recent_window: int | None = None

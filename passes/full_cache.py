@@ -83,8 +83,8 @@ class FullCache:
             return "kernels read packed keys and values alone; give k-bits and v-bits numbers"
         if layer.head_dim not in HEAD_DIMS or layer.group > MOST_HEADS:
             return (
-                f"layer {layer.index} has head_dim {layer.head_dim} and {layer.group} query heads to a KV head; kernels "
-                f"take head_dim {' or '.join(map(str, HEAD_DIMS))} and up to {MOST_HEADS} heads"
+                f"layer {layer.index} has head_dim {layer.head_dim} and {layer.group} query heads to a KV head; "
+                f"kernels take head_dim {' or '.join(map(str, HEAD_DIMS))} and up to {MOST_HEADS} heads"
             )
         return ""
 

@@ -55,8 +55,8 @@ class QuantizeKv(Pass):
             raise ValueError(f"residual-window must be from 0 to 4096, got {self.residual_window}")
         if self.k_bits == self.v_bits == "none":
             raise ValueError("k-bits and v-bits are both none; leave the pass out")
-        if not 64 <= self.capacity <= 2**20:
-            raise ValueError(f"capacity must be from 64 to {2**20} tokens, got {self.capacity}")
+        if not 1024 <= self.capacity <= 2**20:
+            raise ValueError(f"capacity must be from 1024 to {2**20} tokens, got {self.capacity}")
         _ = self.cache
 
     @property

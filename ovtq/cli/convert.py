@@ -27,7 +27,14 @@ from ovtq.verification.closeness import STRETCH
 from ovtq.verification.extent import BIG, BIG_LAYERS
 from ovtq.wording import COMMAND_LINE
 
-PACKED_OPTIONS = ("k-bits", "v-bits", "residual-window", "protect", "centre")  # of quantize-kv, with flags of their own
+PACKED_OPTIONS = (
+    "k-bits",
+    "v-bits",
+    "residual-window",
+    "protect",
+    "centre",
+    "capacity",
+)  # of quantize-kv, with flags of their own
 PRUNING_OPTIONS = ("recent-window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv, likewise
 
 
@@ -88,6 +95,7 @@ def parser() -> argparse.ArgumentParser:
             metavar=option.rpartition("-")[2].upper(),
             help=helps[option.replace("-", "_")],
         )
+    packed.add_argument("--kernels", action="store_true", default=None, help=helps["kernels"])
     packed.add_argument(
         "--window-bits",
         type=_window_bits,
@@ -279,4 +287,11 @@ def _report(console: Console, options: argparse.Namespace, record: Mapping[str, 
         console.print("dry run: nothing was written")
     else:
         doubt = "" if record["verified"] else "; not verified"
+        if record["config_file"]:
+            if options.verify and not record["verified"]:
+                doubt += ": its kernels run on a GPU alone, and there is none here (tools/gpu/emulated makes one)"
+            console.print(
+                "its kernels are loaded by the property CONFIG_FILE: LLMPipeline(DIR, 'GPU', **ovtq.properties(DIR)), "
+                "OVModelForCausalLM.from_pretrained(DIR, device='GPU', ov_config=ovtq.properties(DIR))"
+            )
         console.print(f"written to {options.out_dir} in {seconds:.1f} s{doubt}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from ovtq.errors import VerificationFailed
 from ovtq.ir.cache import compiled_precisions, mark, marked
 from ovtq.ir.io import stamp_of
 from ovtq.models import AttentionLayer
+from ovtq.runtime import kernels
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 from ovtq.system import trim_memory
 from ovtq.verification.closeness import Played, columns_of, divergence, loss, lost, played, relative, too_lossy
@@ -223,12 +224,15 @@ def _verify(
         """What only a CPU gets wrong in a form that is not for it (P01, P59) no GPU does; its taps end that."""
         return rooted(check.tapped(_part(converted, extent, ready)[0]))
 
-    after = _played(tapped() if check.layers else _part(converted, extent, ready)[0], device, *at, tick, check=check)
+    own = kernels.properties(converted.parent)
+    model = tapped() if check.layers else _part(converted, extent, ready)[0]
+    after = _played(model, device, *at, tick, check=check, properties=own)
+    del model
     difference = _at_f32(calls, before, after, check, extent, device, seed)  # what is wrong at f32 is said first
 
     def as_hosts(seed: int, at_f32: Sequence[Played], tick: Callable[[], None] = lambda: None) -> Hosted:
         model = tapped() if foreign else _part(converted, extent, ready)[0]
-        found = hosted(model, device, {}, calls, vocabulary, seed, at_f32, tick)
+        found = hosted(model, device, own, calls, vocabulary, seed, at_f32, tick)
         gc.collect()
         return found
 
@@ -244,7 +248,7 @@ def _verify(
                 f"{reason}; nothing was written"
             )
         other = (seed + len(runs)) % 2**32
-        again = _played(_part(converted, extent, ready)[0], device, calls, vocabulary, other)
+        again = _played(_part(converted, extent, ready)[0], device, calls, vocabulary, other, properties=own)
         runs.append(as_hosts(other, again).losses)
     longest = max(call.tokens for call in calls)
     return replace(difference, host=HostDifference(host.precision, original_host.cache, longest, reference, found))
@@ -259,9 +263,10 @@ def _played(
     tick: Callable[[], None] = lambda: None,
     chosen: Sequence[int] = (),
     check: PackedCheck | None = None,
+    properties: Mapping[str, str] | None = None,
 ) -> list[Played]:
-    """What a model says at f32."""
-    runner = Runner(model, device, EXACT_PROPERTIES)
+    """What a model says at f32, with `properties` besides."""
+    runner = Runner(model, device, EXACT_PROPERTIES | dict(properties or {}))
     found = play(runner, calls, vocabulary, seed, tick, chosen, check if check and check.layers else None)
     runner.close()
     del runner, model

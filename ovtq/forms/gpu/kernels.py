@@ -19,10 +19,29 @@ from openvino.utils.node_factory import NodeFactory
 
 from ovtq.codec.kernel_layout import READ_ROWS, KernelLayout, in_two
 from ovtq.forms.attend import NEVER, Plan
-from ovtq.ir.graph import ALL, MASKED, One, Port, Tensors, dim, either, f32, i64, joined, new_variable, numbers
+from ovtq.ir.graph import (
+    ALL,
+    MASKED,
+    One,
+    Port,
+    Tensors,
+    ancestors,
+    dim,
+    either,
+    f32,
+    i64,
+    id_of,
+    joined,
+    new_variable,
+    numbers,
+)
 from ovtq.models.description import AttentionLayer, InPlace, ModelDescription
 from ovtq.states import Fixed, StateSpec, cache_name
 
+GUARD = (
+    "ovtq's kernels, which run on a GPU with the property CONFIG_FILE = the path of the file ovtq_kernels/kernels.xml in "
+    "the model's folder; it is missing, or this is no GPU, and without it"
+)  # the name of an operation, before what a plugin says of it: it is not supported
 FLUSH = 1  # tokens that join the history at a time
 LEAST = 64  # rows that new or past tokens are brought to, at the least; then a power of two
 
@@ -40,25 +59,32 @@ class Step(Tensors):
 
 @dataclass(frozen=True)
 class Text(Tensors):
-    """What several tokens read: their `mask`, and the numbers of past and new tokens, (1,) i64 each."""
+    """What several tokens read: their `mask`, and attention_mask. Lengths come from shapes, which the host knows."""
 
     state: Output
     query: Output
     key: Output
     value: Output
     mask: Output
-    past: Output
-    new: Output
     shown: Output
+
+    @property
+    def new(self) -> Node:
+        """How many new tokens there are, (1,) i64."""
+        return dim(self.query, 2)
+
+    @property
+    def past(self) -> Node:
+        """How many there were before."""
+        return op.subtract(dim(self.shown, 1), self.new)
 
 
 @dataclass(frozen=True)
 class Seen(Tensors):
-    """What a mask is made of: attention_mask, and the numbers of past and new tokens."""
+    """What a mask is made of: attention_mask, and the numbers of the new tokens, (1, 1, new, 1)."""
 
     shown: Output
-    past: Output
-    new: Output
+    query: Output
 
 
 class Kernels:
@@ -68,17 +94,17 @@ class Kernels:
         first, bits = plan.layers[0], (plan.key.bits, plan.value.bits)
         self.plan = plan
         self.layout = KernelLayout(first.kv_heads, first.group, first.head_dim, bits, plan.window, capacity)
-        self.new, total = dim(description.input_ids, 1).output(0), description.length
-        self.batch = dim(description.input_ids, 0)
-        self.past = op.subtract(total, self.new).output(0)
+        self.batch, new = (dim(description.input_ids, axis) for axis in (0, 1))
+        self.new, self.past = new.output(0), description.past.output(0)
         self.shown = description.attention_mask.output(0)
+        self._limit(description, capacity)
         self.is_prefill = op.not_equal(self.new, i64([1])).output(0)
         self.facts = self._facts().output(0)
-        seen = Seen(self.shown, self.past, self.new)
+        seen = Seen(self.shown, numbers(self.new, 2).output(0))
         self.mask = either(
             self.is_prefill,
             (seen, lambda read: One(_mask(read, capacity))),
-            (Seen(self.shown, self.past, self.new), lambda read: One(f32(np.zeros((1, 1, 1, 1))))),
+            (seen, lambda read: One(f32(np.zeros((1, 1, 1, 1))))),
             ("mask", "none"),
         ).value
         self.states: list[StateSpec] = []
@@ -96,7 +122,7 @@ class Kernels:
         context = either(
             self.is_prefill,
             (
-                Text(state, *ports, self.mask, self.past, self.new, self.shown),
+                Text(state, *ports, self.mask, self.shown),
                 lambda read: One(self._prefill(layer, read)),
             ),
             (Step(state, *ports, self.facts), lambda read: One(self._decode(layer, read))),
@@ -116,6 +142,24 @@ class Kernels:
     def finish(self) -> list[Node]:
         """The Assigns of all states, once every layer is rewritten."""
         return self.assigns
+
+    def _limit(self, description: ModelDescription, capacity: int) -> None:
+        """Let the model's tokens pass through a node that refuses a call for which there is no right result.
+
+        The GPU plugin computes it once whether the kernels are there, and compares lengths on the host.
+        """
+        guard = _carrier("opset14", "Inverse", [f32(np.full((1, 1, 1), 2))], adjoint=False)
+        guard.set_friendly_name(GUARD)
+        missing = op.convert(op.less(op.reshape(guard, i64([1]), False), f32(np.array([0.75]))), "i64")
+        over = [op.subtract(self.batch, i64([1])), op.subtract(op.add(self.past, self.new), i64([capacity]))]
+        over = op.reduce_max(op.concat([i64([0]), missing, *over], 0), i64([0]), True)
+        ids = description.input_ids
+        taken = op.variadic_split(ids, i64(1), op.add(self.new, over))
+        taken.set_friendly_name(refusal(capacity))
+        earlier = {id_of(node) for node in ancestors(taken.output(0))}
+        for reader in list(ids.output(0).get_target_inputs()):
+            if id_of(reader.get_node()) not in earlier:
+                reader.replace_source_output(taken.output(0))
 
     def _facts(self) -> Node:
         """What is behind query, key and value of one token, (1, rows, 1, head_dim): its place, whether it is shown."""
@@ -174,12 +218,13 @@ class Kernels:
         """The plugin's attention, one KV head after the other, to what `read` gives and what is new; then `append`."""
         layout = self.layout
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
-        rows = brought(read.past, layout.capacity)
+        past = read.past
+        rows = brought(past, layout.capacity)
         groups = op.multiply(op.divide(rows, i64([READ_ROWS])), i64([H]))
-        past = op.broadcast(op.convert(read.past, "i32"), groups)
+        counts = op.broadcast(op.convert(past, "i32"), groups)
         corners = op.broadcast(f32(0), op.concat([groups, i64([4])], 0))
         found = _carrier(
-            "opset9", "ROIAlign", [read.state, corners, past],
+            "opset9", "ROIAlign", [read.state, corners, counts],
             pooled_h=2 * READ_ROWS, pooled_w=d, sampling_ratio=1, spatial_scale=1.0, mode="avg", aligned_mode="asymmetric",
         )  # fmt: skip
         found = op.reshape(found, i64([1, 2 * H, -1, d]), False)  # keys, then values
@@ -206,18 +251,19 @@ class Kernels:
         """Zero, (1, 1, 1, 1), once the new tokens are appended, behind what reads those before them."""
         layout = self.layout
         H, d = layout.kv_heads, layout.head_dim
-        rows = brought(read.new, layout.capacity)
-        more = op.subtract(rows, read.new)
+        new, past = read.new, read.past
+        rows = brought(new, layout.capacity)
+        more = op.subtract(rows, new)
         behind = op.concat([i64([0, 0]), more, i64([0])], 0)
         flat = [
             op.reshape(op.pad(x, i64([0] * 4), behind, "constant", op.constant(np.float32(0))), i64([-1]), False)
             for x in (read.key, read.value)
         ]
-        shown = op.slice(read.shown, read.past, i64([ALL]), i64([1]), i64([1]))
+        shown = op.slice(read.shown, past, i64([ALL]), i64([1]), i64([1]))
         shown = op.convert(op.greater(op.reshape(shown, i64([-1]), False), i64([0])), "f32")
-        left = op.subtract(op.multiply(rows, i64([5 * layout.fives - 2 * H * d])), read.new)
+        left = op.subtract(op.multiply(rows, i64([5 * layout.fives - 2 * H * d])), new)
         shown = op.pad(shown, i64([0]), left, "constant", op.constant(np.float32(0)))
-        counts = op.convert(op.concat([*_in_two(read.past), *_in_two(read.new)], 0), "f32")
+        counts = op.convert(op.concat([*_in_two(past), *_in_two(new)], 0), "f32")
         last = op.reshape(_first(context), i64([1]), False)
         step = op.reshape(op.concat([counts, last, *flat, shown], 0), i64([-1, 5]), False)
         done = _carrier(
@@ -228,28 +274,40 @@ class Kernels:
         return _first(done)
 
 
+def refusal(capacity: int) -> str:
+    """The name of the node that refuses, which plugins quote."""
+    return (
+        f"ovtq refuses this call: this model takes one sequence at a time (batch 1), and {capacity} tokens at the most, "
+        "past and new (--capacity of ovtq-convert); a GPU with the property CONFIG_FILE = the path of the file "
+        "ovtq_kernels/kernels.xml in the model's folder"
+    )
+
+
 def brought(count: Node | Output, most: int) -> Node:
     """LEAST, or the power of two above it that is not below `count`: few lengths, for a kernel is built for each."""
     steps = [LEAST]
     while steps[-1] < most:
         steps.append(2 * steps[-1])
-    more = op.multiply(op.convert(op.greater(count, i64(steps)), "i64"), i64([*np.diff([*steps, 2 * steps[-1]])]))
-    return op.add(op.reduce_sum(more, i64([0]), True), i64([LEAST]))
+    # by sums and products of whole numbers, which the plugin computes on the host
+    over = op.minimum(op.maximum(op.subtract(count, i64([0, *steps[:-1]])), i64([0])), i64([1]))
+    return op.maximum(op.reduce_max(op.multiply(over, i64(steps)), i64([0]), True), i64([LEAST]))
 
 
 def _mask(read: Seen, capacity: int) -> Node:
     """(1, 1, new, rows of the past + new), additive: what is shown and not later than the query."""
-    rows = brought(read.past, capacity)
-    query, column = numbers(read.new, 2), numbers(op.add(rows, read.new), 3)
+    new = dim(read.query, 2)
+    past = op.subtract(dim(read.shown, 1), new)
+    rows = brought(past, capacity)
+    column = numbers(op.add(rows, new), 3)
     own = op.subtract(column, rows)  # of a new column, which new token it is
-    past, new = (
+    old, own_shown = (
         op.unsqueeze(op.slice(read.shown, a, b, i64([1]), i64([1])), i64([1, 2]))
-        for a, b in ((i64([0]), read.past), (read.past, i64([ALL])))
+        for a, b in ((i64([0]), past), (past, i64([ALL])))
     )
-    behind = op.concat([i64([0, 0, 0]), op.subtract(rows, read.past)], 0)
-    shown = op.concat([op.pad(past, i64([0] * 4), behind, "constant", i64(0)), new], 3)
+    behind = op.concat([i64([0, 0, 0]), op.subtract(rows, past)], 0)
+    shown = op.concat([op.pad(old, i64([0] * 4), behind, "constant", i64(0)), own_shown], 3)
     since = op.select(op.greater(shown, i64([0])), own, i64(NEVER))
-    return op.select(op.less_equal(since, query), f32(0), f32(MASKED))
+    return op.select(op.less_equal(since, read.query), f32(0), f32(MASKED))
 
 
 def _carrier(opset: str, kind: str, inputs: list[Node | Output], **attributes: object) -> Node:
@@ -257,7 +315,7 @@ def _carrier(opset: str, kind: str, inputs: list[Node | Output], **attributes: o
     return NodeFactory(opset).create(kind, ports, attributes)
 
 
-def _in_two(count: Output) -> list[Node]:
+def _in_two(count: Node | Output) -> list[Node]:
     """1024·high + low, exact in f16: (1,) i64 each."""
     high = op.divide(count, i64([1024]))
     return [high, op.subtract(count, op.multiply(high, i64([1024])))]
