@@ -25,9 +25,9 @@ Settings = Mapping[str, Mapping[str, Any]]  # options by pass
 class Options:
     """Which passes run, and with which options; None: as the preset has it.
 
-    `k_bits` to `capacity` are options of quantize-kv, or of prune-kv in its place; `window_bits` are bits of keys and of
-    values that sliding layers keep; `budget` puts prune-kv among the passes, and `recent_window` to `heads` are its
-    options. `settings` are any other options by pass, such as {"truncate-window": {"slack": 16}}.
+    `k_bits` to `capacity` are options of quantize-kv, or of prune-kv in its place (but for kernels); `window_bits` are
+    bits of keys and of values that sliding layers keep; `budget` puts prune-kv among the passes, and `recent_window` to
+    `heads` are its options. `settings` are any other options by pass, such as {"truncate-window": {"slack": 16}}.
     """
 
     preset: str | None = None

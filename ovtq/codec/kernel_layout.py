@@ -1,8 +1,8 @@
-"""What the OpenCL kernels of `ovtq/codec/opencl` and the graph that calls them have in common: sizes, offsets, the files.
+"""What the OpenCL kernels of `ovtq/codec/opencl` and the graph that calls them share: sizes, offsets, the files.
 
-A kernel is called through an operation of OpenVINO's own, which a CONFIG_FILE binds to it (`CARRIERS`): so a model needs
-that property and nothing else. What these operations compute where they are not bound, a graph must never show: that is
-what the guard is for, an operation that the GPU plugin does not know, with a name that says what is missing.
+A kernel is called through an operation of OpenVINO's own, which a CONFIG_FILE binds to it (`CARRIERS`): so a model
+needs that property and nothing else. What these operations compute where they are not bound, a graph must never show:
+that is what the guard is for, an operation that the GPU plugin does not know, with a name that says what is missing.
 """
 
 from __future__ import annotations
@@ -172,13 +172,18 @@ def _binding(kind: str, kernel: str, inputs: int, items: str) -> str:
     sources = [f"{kernel}.cl"] if kernel == "guard" else [CONSTANTS, "common.cl", f"{kernel}.cl"]
     tensors = [("input", number, number) for number in range(inputs)] + [("output", inputs, 0)]
     local = LOCAL.get(kernel, WORK_GROUP)
-    return (
-        f'<CustomLayer name="{kind}" type="SimpleGPU" version="1">\n'
-        f' <Kernel entry="ovtq_{kernel}">{"".join(f"<Source filename={name!r}/>" for name in sources)}</Kernel>\n'
-        " <Buffers>"
-        + "".join(f"<Tensor arg-index={str(a)!r} type={what!r} port-index={str(b)!r} format='ANY'/>" for what, a, b in tensors)
-        + f'</Buffers>\n <WorkSizes global="{items},1,1" local="{local},1,1"/>\n</CustomLayer>\n'
-    )  # fmt: skip
+    lines = [
+        f'<CustomLayer name="{kind}" type="SimpleGPU" version="1">',
+        f' <Kernel entry="ovtq_{kernel}">',
+        *(f'  <Source filename="{name}"/>' for name in sources),
+        " </Kernel>",
+        " <Buffers>",
+        *(f'  <Tensor arg-index="{a}" type="{what}" port-index="{b}" format="ANY"/>' for what, a, b in tensors),
+        " </Buffers>",
+        f' <WorkSizes global="{items},1,1" local="{local},1,1"/>',
+        "</CustomLayer>",
+    ]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def in_two(values: np.ndarray) -> np.ndarray:

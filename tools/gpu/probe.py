@@ -81,7 +81,7 @@ def stop(code: int, what: str, error: RuntimeError) -> NoReturn:
 
 
 def branch_by_length(model: ov.Model) -> None:
-    """Give the model an input `several`, the condition of every If; what tells that kernels of ovtq are there says so."""
+    """Give the model an input `several`, the condition of every If; what asks for kernels of ovtq is told they run."""
     several = op.parameter([1], ov.Type.boolean, name=SEVERAL)
     several.output(0).set_names({SEVERAL})
     for node in model.get_ops():

@@ -39,8 +39,8 @@ from ovtq.models.description import AttentionLayer, InPlace, ModelDescription
 from ovtq.states import Fixed, StateSpec, cache_name
 
 GUARD = (
-    "ovtq's kernels, which run on a GPU with the property CONFIG_FILE = the path of the file ovtq_kernels/kernels.xml in "
-    "the model's folder; it is missing, or this is no GPU, and without it"
+    "ovtq's kernels, which run on a GPU with the property CONFIG_FILE = the path of the file ovtq_kernels/kernels.xml "
+    "in the model's folder; it is missing, or this is no GPU, and without it"
 )  # the name of an operation, before what a plugin says of it: it is not supported
 FLUSH = 1  # tokens that join the history at a time
 LEAST = 64  # rows that new or past tokens are brought to, at the least; then a power of two
@@ -190,7 +190,8 @@ class Kernels:
             head[layout.offsets[name] :][: values.size] = values.reshape(-1)
         one, rows, width = layout.shape
         spec = StateSpec(
-            cache_name(layer.index, "packed"), "f32", (-1, one, rows, width), Fixed(layout.capacity), "packed", (layer.index,)
+            cache_name(layer.index, "packed"), "f32", (-1, one, rows, width), Fixed(layout.capacity), "packed",
+            (layer.index,),
         )  # fmt: skip
         rest = op.concat([self.batch, i64([rows * width - head.size])], 0)
         first = op.broadcast(f32(head), op.concat([self.batch, i64([head.size])], 0))
@@ -206,7 +207,8 @@ class Kernels:
         step = op.concat([read.query, read.key, read.value, read.facts], 1)
         parts = _carrier(
             "opset1", "PSROIPooling", [read.state, op.reshape(step, i64([-1, 5]), False)],
-            output_dim=1, group_size=layout.side, spatial_scale=1.0, spatial_bins_x=1, spatial_bins_y=1, mode="bilinear",
+            output_dim=1, group_size=layout.side, spatial_scale=1.0, spatial_bins_x=1, spatial_bins_y=1,
+            mode="bilinear",
         )  # fmt: skip
         heads = f32(np.zeros((layout.query_heads, 5)))
         context = _carrier(
@@ -225,7 +227,8 @@ class Kernels:
         corners = op.broadcast(f32(0), op.concat([groups, i64([4])], 0))
         found = _carrier(
             "opset9", "ROIAlign", [read.state, corners, counts],
-            pooled_h=2 * READ_ROWS, pooled_w=d, sampling_ratio=1, spatial_scale=1.0, mode="avg", aligned_mode="asymmetric",
+            pooled_h=2 * READ_ROWS, pooled_w=d, sampling_ratio=1, spatial_scale=1.0, mode="avg",
+            aligned_mode="asymmetric",
         )  # fmt: skip
         found = op.reshape(found, i64([1, 2 * H, -1, d]), False)  # keys, then values
         queries = op.reshape(read.query, i64([0, H, -1, d]), True)
@@ -268,8 +271,8 @@ class Kernels:
         step = op.reshape(op.concat([counts, last, *flat, shown], 0), i64([-1, 5]), False)
         done = _carrier(
             "opset1", "DeformablePSROIPooling", [read.state, step],
-            output_dim=1, group_size=1, spatial_scale=1.0, trans_std=0.0, part_size=1, spatial_bins_x=1, spatial_bins_y=1,
-            mode="bilinear_deformable",
+            output_dim=1, group_size=1, spatial_scale=1.0, trans_std=0.0, part_size=1, spatial_bins_x=1,
+            spatial_bins_y=1, mode="bilinear_deformable",
         )  # fmt: skip
         return _first(done)
 
@@ -277,8 +280,8 @@ class Kernels:
 def refusal(capacity: int) -> str:
     """The name of the node that refuses, which plugins quote."""
     return (
-        f"ovtq refuses this call: this model takes one sequence at a time (batch 1), and {capacity} tokens at the most, "
-        "past and new (--capacity of ovtq-convert); a GPU with the property CONFIG_FILE = the path of the file "
+        f"ovtq refuses this call: this model takes one sequence at a time (batch 1), and {capacity} tokens at most, "
+        "past and new (--capacity of ovtq-convert), on a GPU with the property CONFIG_FILE = the path of the file "
         "ovtq_kernels/kernels.xml in the model's folder"
     )
 
