@@ -22,6 +22,7 @@ from ovtq.ir import cache, io
 from ovtq.models import ModelDescription
 from ovtq.models import describe as described
 from ovtq.options import Checks, Options, PassList, Settings
+from ovtq.passes import QuantizeKv
 from ovtq.pipeline import PRESETS
 from ovtq.runtime.kernels import properties
 from ovtq.runtime.runner import check_device
@@ -106,6 +107,8 @@ def compress(
     )  # fmt: skip
     graph = _graph(model)
     items = options.chosen()
+    if any(isinstance(item, QuantizeKv) and item.kernels for item in items):
+        raise InputError("kernels are files beside a model, which is written for them: use ovtq.convert")
     if isinstance(config, str | Path):
         items = tuple(item.at(_folder_of(config)) for item in items)
     facts = _config(model, config)

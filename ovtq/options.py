@@ -62,6 +62,8 @@ class Options:
         pruning = self._given(PRUNING)
         if pruning and self.budget is None and not any(isinstance(item, PruneKv) for item in passes):
             raise InputError(f"{wording.option(next(iter(pruning)))} has no effect without {wording.option('budget')}")
+        if self.capacity is not None and not self.kernels:
+            raise InputError(f"{wording.option('capacity')} has no effect without {wording.option('kernels')}")
         packing = {QuantizeKv.name: self._given(PACKING)}
         if self.window_bits is not None:
             bits = self.window_bits

@@ -109,6 +109,8 @@ class FullCache:
         changed = {layer.index: form.rewrite(layer) for layer in layers}
         model = rebuild(model, drop=[path.assign for layer in layers for path in layer.paths], add=form.finish())
         facts = {"layers": plan.indices, **plan.digests, "centre_norms": norms(plan.centres)}
+        if isinstance(form, Kernels):
+            facts["kernels_sha256"] = form.layout.digest
         return model, description.recached(changed, form.states), facts
 
     def not_as_asked(self, description: ModelDescription) -> str:

@@ -1,10 +1,10 @@
 """One layer of the form with kernels on a GPU, call by call, as JSON: run by test_kernels.py on the emulated device.
 
-usage: tools/gpu/emulated python tests/kernels_on_gpu.py FOLDER PRECISION SINGLES K,V[,HEAD_DIM]…
+usage: tools/gpu/emulated python tests/kernels_on_gpu.py FOLDER PRECISION TEXTS K,V[,HEAD_DIM]…
 
-For each of the bits prints the largest error of any call's context, as a share of the largest element that numpy
-computes there, over a text that is read in one call, in chunks and by SINGLES tokens one by one, twice with a reset
-between them; then what is said of calls that must be refused.
+TEXTS are tokens of each call, such as 37,1x40,20/1,70: a stroke is a reset, 1x40 forty calls of one. Some tokens on the
+left of each longer call are padding. For each of the bits prints the largest error of any call's context, as a share of
+the largest element that numpy computes there. TEXTS - : what is said of calls that must be refused, instead.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def one_layer(bits: tuple[int, int], head_dim: int) -> tuple[ov.Model, Attention
     )
     result = op.result(op.add(stand_in, op.multiply(tokens, tokens)))
     how = coding(tuple(map(str, bits)), head_dim, 0)
-    centre = 0.3 * np.random.RandomState(2).standard_normal((HEADS, head_dim)).astype(np.float32)
+    centre = rounded(0.3 * np.random.RandomState(2).standard_normal((HEADS, head_dim)))
     plan = Plan(how.key, how.value, how.rotation, (layer,), {0: centre}, WINDOW)
     past = op.subtract(dim(mask, 1), dim(ids, 1))
     form = Kernels(ModelDescription("none", ids, mask, None, (layer,), (), past), plan, CAPACITY)
@@ -59,24 +59,37 @@ def one_layer(bits: tuple[int, int], head_dim: int) -> tuple[ov.Model, Attention
     return model, made
 
 
+def rounded(x: np.ndarray) -> np.ndarray:
+    """To f16: else another rounding of the input would choose another code, which is no error of a kernel."""
+    return x.astype(np.float16).astype(np.float32)
+
+
 def inputs(rng: np.random.RandomState, tokens: int, shown: np.ndarray, head_dim: int, batch: int = 1) -> dict:
     shapes = [(batch, heads, tokens, head_dim) for heads in (HEADS * GROUP, HEADS, HEADS)]
-    query, key, value = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    query, key, value = (rounded(rng.standard_normal(shape)) for shape in shapes)
     ids = np.zeros((batch, tokens), np.int64)
     return {"input_ids": ids, "attention_mask": shown, "query": query, "key": key, "value": value}
 
 
-def worst(folder: Path, precision: str, singles: int, bits: tuple[int, int], head_dim: int) -> float:
+def calls(text: str) -> list[int]:
+    found: list[int] = []
+    for item in text.split(","):
+        tokens, _, times = item.partition("x")
+        found += [int(tokens)] * int(times or 1)
+    return found
+
+
+def worst(folder: Path, precision: str, texts: str, bits: tuple[int, int], head_dim: int) -> float:
     model, layer = one_layer(bits, head_dim)
     layer.cache.layout.write(folder)
     config = {"INFERENCE_PRECISION_HINT": precision, **properties(folder)}
     request = ov.Core().compile_model(model, "GPU", config).create_infer_request()
     rng, largest, one = np.random.RandomState(0), 0.0, np.zeros(1, np.int32)
-    for begin in ([37], [1, 70]):
+    for text in texts.split("/"):
         request.reset_state()
         layer.packed.reset()
         shown = np.ones((1, 0), np.int64)
-        for tokens in (*begin, *[1] * singles, 20, 1, 5, 1, 1):
+        for tokens in calls(text):
             new = np.ones((1, tokens), np.int64)
             new[:, : tokens // 6] = 0  # padding, on the left of each
             shown = np.concatenate([shown, new], 1)
@@ -92,7 +105,8 @@ def worst(folder: Path, precision: str, singles: int, bits: tuple[int, int], hea
 def refused(folder: Path) -> dict[str, str]:
     """What is said, by what is wrong; empty where something is computed."""
     said: dict[str, str] = {}
-    model, _ = one_layer((6, 4), 64)
+    model, layer = one_layer((6, 4), 64)
+    layer.cache.layout.write(folder)
     rng, config = np.random.RandomState(0), {"INFERENCE_PRECISION_HINT": "f32"}
 
     def attempt(what: str, device: str, given: dict[str, str], batch: int, tokens: int, past: int = 0) -> None:
@@ -112,16 +126,16 @@ def refused(folder: Path) -> dict[str, str]:
     return said
 
 
-def main(folder: str, precision: str, singles: str, *bits: str) -> None:
-    """Print the errors, and, at f32, what is refused."""
+def main(folder: str, precision: str, texts: str, *bits: str) -> None:
+    """Print the errors, or what is refused."""
     found: dict[str, object] = {}
+    if texts == "-":
+        found = dict(refused(Path(folder)))
     for number, text in enumerate(bits):
         key, value, *dims = map(int, text.split(","))
         place = Path(folder) / str(number)
         place.mkdir()
-        found[text] = worst(place, precision, int(singles), (key, value), *(dims or [64]))
-    if precision == "f32":
-        found["refused"] = refused(place)
+        found[text] = worst(place, precision, texts, (key, value), *(dims or [64]))
     print(json.dumps(found))
 
 

@@ -7,6 +7,7 @@ that is what the guard is for, an operation that the GPU plugin does not know, w
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
@@ -157,14 +158,30 @@ class KernelLayout:
             _binding(kind, kernel, inputs, items.format(**values)) for kind, (kernel, inputs, items) in CARRIERS.items()
         )
 
+    @cached_property
+    def texts(self) -> dict[str, str]:
+        """What each file holds, by name."""
+        found = {CONFIG: self.config(), CONSTANTS: self.constants()}
+        for source in files("ovtq.codec").joinpath("opencl").iterdir():
+            if source.name.endswith(".cl"):
+                found[source.name] = source.read_text(encoding="utf-8")
+        return found
+
+    @property
+    def digest(self) -> str:
+        """The first 16 hex digits of a SHA-256 of all files.
+
+        In the record that an IR has of itself, it keeps a model cache from handing out a model with other kernels: of
+        the files that CONFIG_FILE names, OpenVINO's key knows nothing.
+        """
+        text = "".join(f"{name}\n{text}" for name, text in sorted(self.texts.items()))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
     def write(self, folder: Path) -> None:
         """Write the files into the folder of a model."""
         target = folder / FOLDER
         target.mkdir()
-        texts = {CONFIG: self.config(), CONSTANTS: self.constants()}
-        for source in files("ovtq.codec").joinpath("opencl").iterdir():
-            texts[source.name] = source.read_text(encoding="utf-8")
-        for name, text in texts.items():
+        for name, text in self.texts.items():
             (target / name).write_text(text, encoding="utf-8", newline="\n")
 
 

@@ -42,6 +42,7 @@ GUARD = (
     "ovtq's kernels, which run on a GPU with the property CONFIG_FILE = the path of the file ovtq_kernels/kernels.xml "
     "in the model's folder; it is missing, or this is no GPU, and without it"
 )  # the name of an operation, before what a plugin says of it: it is not supported
+NEEDED = "for a GPU with the property CONFIG_FILE"  # before the names of what only that runs: a CPU quotes one
 FLUSH = 1  # tokens that join the history at a time
 LEAST = 64  # rows that new or past tokens are brought to, at the least; then a power of two
 
@@ -126,7 +127,7 @@ class Kernels:
                 lambda read: One(self._prefill(layer, read)),
             ),
             (Step(state, *ports, self.facts), lambda read: One(self._decode(layer, read))),
-            ("prefill", "decode"),
+            (f"{NEEDED}: prefill", f"{NEEDED}: decode"),
         ).value
         entry = context.get_node()
         context = op.reshape(context, i64([0, layer.query_heads, -1, layer.head_dim]), True)
