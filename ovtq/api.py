@@ -21,11 +21,24 @@ from ovtq.models import ModelDescription
 from ovtq.models import describe as described
 from ovtq.options import Checks, Options, PassList, Settings
 from ovtq.pipeline import PRESETS
+from ovtq.prefix import load_state, read_prompt, save_state
 from ovtq.recheck import recheck
 from ovtq.runner import check_device
 from ovtq.verify import Difference
 
-__all__ = ["PRESETS", "Conversion", "compress", "convert", "describe", "pruning_counts", "state_bytes", "verify"]
+__all__ = [
+    "PRESETS",
+    "Conversion",
+    "compress",
+    "convert",
+    "describe",
+    "load_state",
+    "pruning_counts",
+    "read_prompt",
+    "save_state",
+    "state_bytes",
+    "verify",
+]
 
 Folder = str | Path
 Config = Mapping[str, Any] | str | Path  # of a model: what config.json holds, that file, or its folder
@@ -81,19 +94,21 @@ def compress(
     one has. `config` is what its config.json holds, that file, or its folder. An OVModelForCausalLM of optimum-intel is
     changed in place and returned; it compiles again when it is used next, and `save_pretrained` writes the new model.
 
-    `preset` is one of PRESETS ("k6v4" if there is none, nor `passes`), `target` gpu or cpu. All else as for
-    ovtq-convert; None: as the preset has it. Raises InputError, UnsupportedModel or PreconditionFailed; the model is
-    then as it was.
+    `preset` is one of PRESETS, or "auto" (if there is none, nor `passes`), which takes what was measured to be best for
+    target and model (`ovtq.automatic`); `target` is gpu or cpu. All else as for ovtq-convert; None: as the preset has
+    it. Raises InputError, UnsupportedModel or PreconditionFailed; the model is then as it was.
     """
     options = Options(
         preset, target, passes, k_bits, v_bits, residual_window, protect, centre, window_bits,
         budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     graph = _graph(model)
+    options.settled({})[0].chosen()
+    facts = _config(model, config)
+    options, _ = options.settled(facts)
     items = options.chosen()
     if isinstance(config, str | Path):
         items = tuple(item.at(_folder_of(config)) for item in items)
-    facts = _config(model, config)
     conversion.refuse_converted("the model", graph)
     copy = graph.clone()  # passes reuse the nodes of what they are given
     made = conversion.rewrite(copy, described(copy, facts), options, items)

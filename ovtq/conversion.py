@@ -140,9 +140,11 @@ def convert(
     The input is left untouched, and `out_dir` is whole or as it was. `record_to` is a file that the record is written
     to besides. Raises OvtqError, worded as the options were given.
     """
-    passes = tuple(item.at(model_dir) for item in options.chosen(wording))
+    options.settled({})[0].chosen(wording)  # what is wrong with the options is told before what is with the folder
     checks.refuse_bad(wording)
     source = io.model_xml(model_dir)
+    options, choice = options.settled(io.load_config(model_dir))
+    passes = tuple(item.at(model_dir) for item in options.chosen(wording))
     if record_to:
         io.check_json(record_to, model_dir, out_dir)
     if out_dir is not None:
@@ -167,6 +169,7 @@ def convert(
     made = rewrite(model, description, options, passes, done)
     description, record = made.description, made.record
     record["source"] = {"xml_sha256": io.text_sha256(source), "bin_bytes": weights}
+    record["reason"] = choice and choice.reason
     record["verified"] = None
     precision, found = cache.marked(made.model), None
     if out_dir is None:

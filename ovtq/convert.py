@@ -16,13 +16,14 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ovtq import __version__, conversion, io, pipeline, states
+from ovtq.automatic import AUTO, caution
 from ovtq.closeness import STRETCH
 from ovtq.command import Out, Parser, progress, run
 from ovtq.conversion import CONTEXTS
 from ovtq.dump import dump
 from ovtq.errors import InputError
 from ovtq.extent import BIG, BIG_LAYERS
-from ovtq.options import PRESET, Checks, Options
+from ovtq.options import Checks, Options
 from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
 from ovtq.wording import COMMAND_LINE
 
@@ -58,7 +59,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("model_dir", type=Path, help="folder with a stateful IR: openvino_model.xml/.bin, config.json")
     p.add_argument("out_dir", type=Path, nargs="?", help="folder to write; not needed with --dry-run")
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--preset", choices=pipeline.PRESETS, help=f"default: {PRESET}")
+    what.add_argument(
+        "--preset",
+        choices=(AUTO, *pipeline.PRESETS, *pipeline.ALIASES),
+        default=None,
+        help="auto (the default) takes what was measured to be best for target and model, and says why",
+    )
     what.add_argument(
         "--passes", type=pipeline.parse_passes, metavar="LIST", help="passes in order, NAME[:OPTION=VALUE]…,NAME…"
     )
@@ -164,7 +170,7 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             after=after,
             wording=COMMAND_LINE,
         )
-    _report(console, options, made.record, time.perf_counter() - started)
+    _report(console, options, made.record, made.cache_precision, time.perf_counter() - started)
 
 
 def _shown(bars: Progress) -> conversion.OnProgress:
@@ -215,7 +221,9 @@ def _names(passes: Sequence[Pass]) -> str:
     return ", ".join(item.name for item in passes)
 
 
-def _report(console: Console, options: argparse.Namespace, record: Mapping[str, Any], seconds: float) -> None:
+def _report(
+    console: Console, options: argparse.Namespace, record: Mapping[str, Any], precision: str | None, seconds: float
+) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column, justify in (("pass", "left"), ("sites", "right"), ("", "left")):
         table.add_column(column, justify=justify)
@@ -223,7 +231,12 @@ def _report(console: Console, options: argparse.Namespace, record: Mapping[str, 
         notes = [f"{key}={value}" for key, value in step["options"].items()]
         table.add_row(step["name"], str(step["sites"]), " ".join([*notes, "" if step["exact"] else "lossy"]))
     made = f"preset {record['preset']}" if record["preset"] else "these passes"
-    console.print(f"{made}, in the form for the {record['target'].upper()} (--target)")
+    other = "cpu" if record["target"] == "gpu" else "gpu"
+    console.print(f"{made}, in the form for a {record['target'].upper()} (for the other: --target {other})")
+    if record["reason"]:
+        console.print(f"chosen (--preset auto): {record['reason']}")
+    if line := caution(record["target"], precision):
+        console.print(line)
     console.print(table)
 
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ovtq import pipeline
+from ovtq.automatic import AUTO, Choice, choose
 from ovtq.errors import InputError
 from ovtq.forms import TARGETS
 from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
 from ovtq.wording import PROGRAM, Wording
 
-PRESET = "k6v4"  # unless there is another, or a list of passes
 PACKING = ("k_bits", "v_bits", "residual_window", "protect", "centre")  # of quantize-kv
 PRUNING = ("budget", "recent_window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv
 
@@ -51,11 +51,25 @@ class Options:
 
     @property
     def named(self) -> str | None:
-        """The preset; None of a list of passes."""
-        return None if self.passes is not None else self.preset or PRESET
+        """The preset by its own name; None of a list of passes."""
+        if self.passes is not None:
+            return None
+        return pipeline.ALIASES.get(self.preset, self.preset) if self.preset else AUTO
+
+    def settled(self, config: Mapping[str, Any]) -> tuple[Options, Choice | None]:
+        """These options with a preset in the place of `auto`, and why it is that one; None if another was named.
+
+        `config` is what config.json of the model holds.
+        """
+        if self.named != AUTO or self.target not in TARGETS:  # the latter is for `chosen` to refuse
+            return self, None
+        settings = self.settings if isinstance(self.settings, Mapping) else {}
+        packed = bool(self._given((*PACKING, *PRUNING))) or bool({QuantizeKv.name, PruneKv.name} & {*settings})
+        choice = choose(self.target, config, packed)
+        return replace(self, preset=choice.preset), choice
 
     def chosen(self, wording: Wording = PROGRAM) -> tuple[Pass, ...]:
-        """The passes. Raises InputError for options that can't be used, or not together."""
+        """The passes of settled options. Raises InputError for options that can't be used, or not together."""
         passes = self._listed(wording)
         pruning = self._given(PRUNING)
         if pruning and self.budget is None and not any(isinstance(item, PruneKv) for item in passes):
@@ -78,10 +92,9 @@ class Options:
         if self.target not in TARGETS:
             raise InputError(f"{wording.option('target')} is one of {', '.join(TARGETS)}, got {self.target!r}")
         if self.passes is None:
-            name = self.preset or PRESET
-            if name not in pipeline.PRESETS:
-                raise InputError(f"no preset is named {name!r}; there are {', '.join(pipeline.PRESETS)}")
-            return pipeline.PRESETS[name].on(self.target)
+            if self.named not in pipeline.PRESETS:
+                raise InputError(f"no preset is named {self.named!r}; there are {', '.join((AUTO, *pipeline.PRESETS))}")
+            return pipeline.PRESETS[self.named].on(self.target, pruned=self.budget is not None)
         if self.preset is not None:
             raise InputError(f"give {wording.option('preset')} or {wording.option('passes')}, not both")
         items = [self.passes] if isinstance(self.passes, str) else self.passes

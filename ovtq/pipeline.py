@@ -35,15 +35,20 @@ from ovtq.wording import COMMAND_LINE, Wording
 
 @dataclass(frozen=True)
 class Preset:
-    """A named list of passes and what it is for; `cpu` are the passes for a CPU, where they are others."""
+    """A named list of passes and what it is for.
+
+    `cpu` are the passes for a CPU, `pruned` those that prune-kv goes with, where they are others.
+    """
 
     passes: tuple[Pass, ...]
     purpose: str
     cpu: tuple[Pass, ...] | None = None
+    pruned: tuple[Pass, ...] | None = None
 
-    def on(self, target: str) -> tuple[Pass, ...]:
-        """The passes for a target, gpu or cpu."""
-        return for_target(self.cpu if target == "cpu" and self.cpu else self.passes, target)
+    def on(self, target: str, pruned: bool = False) -> tuple[Pass, ...]:
+        """The passes for a target, gpu or cpu; `pruned`: prune-kv will be among them."""
+        passes = self.cpu if target == "cpu" and self.cpu else self.passes
+        return for_target(self.pruned if pruned and self.pruned else passes, target)
 
 
 def _packed(bits: str, purpose: str) -> Preset:
@@ -63,7 +68,8 @@ def _packed(bits: str, purpose: str) -> Preset:
     )
 
 
-EXACT: tuple[Pass, ...] = (
+# Full layers are left to the runtime's own cache and attention.
+PLAIN: tuple[Pass, ...] = (
     # lengths first: layer 0, whose state every length is read from, is one that truncate-window cuts
     DecoupleLength(),
     TruncateWindow(),
@@ -89,14 +95,17 @@ def _native(precision: str, purpose: str) -> Preset:
             CheckCall(),
         ),
         purpose=purpose,
-        cpu=(*EXACT, CachePrecision(precision)),
+        cpu=(*PLAIN, CachePrecision(precision)),
     )
 
 
 PRESETS: dict[str, Preset] = {
     "exact": Preset(
-        passes=EXACT,
-        purpose="lossless: sliding-window layers keep their window only, values of full layers are rotated",
+        passes=(DecoupleLength(), TruncateWindow(), SimplifyMask(), SinkRow(), CheckCall()),
+        purpose="lossless: sliding-window layers keep their window only; on a GPU full layers are read in place by the "
+        "plugin's fused attention, 30,720 bytes a token of GPT-OSS-20B",
+        cpu=PLAIN,
+        pruned=PLAIN,
     ),
     "rotate": Preset(
         passes=(RotateHeads(),),
@@ -113,12 +122,6 @@ PRESETS: dict[str, Preset] = {
         "4",
         "small: keys and values in 4 bits; 6,528 bytes a token of GPT-OSS-20B, mean KLD 8.2e-4 on the bundled model",
     ),
-    "f16": Preset(
-        passes=(DecoupleLength(), TruncateWindow(), SimplifyMask(), SinkRow(), CheckCall()),
-        purpose="lossless, for a GPU: moves a thirteenth of the bytes that `exact` moves for a token of history, for a "
-        "quarter more memory; 30,720 bytes a token of GPT-OSS-20B",
-        cpu=EXACT,
-    ),
     "u8": _native(
         "u8",
         "fast: the plugin's own 8-bit cache and kernels; 15,936 bytes a token of GPT-OSS-20B on a GPU, mean KLD 9e-5 "
@@ -126,6 +129,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "u4": _native("u4", "fast: the same in 4 bits; 8,448 bytes a token of GPT-OSS-20B on a GPU, mean KLD 6.8e-3"),
 }
+ALIASES = {"f16": "exact"}  # other names that are taken
 
 
 def for_target(passes: Sequence[Pass], target: str) -> tuple[Pass, ...]:

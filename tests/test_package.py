@@ -18,12 +18,12 @@ import ovtq
 PACKAGES = ("ovtq", "passes", "models")
 # Who may import whom: a module only from layers to its right.
 LAYERS = [
-    {"ovtq.demo"},
+    {"ovtq.demo", "ovtq.__main__"},
     {"ovtq.cli"},
     {"ovtq.convert", "ovtq.inspect", "ovtq.evaluate", "ovtq.bench", "ovtq.infer"},
     {"ovtq.inspect_tables", "ovtq.bench_tables", "ovtq.evaluate_tables"},
     {"ovtq.api"},
-    {"ovtq.worker", "ovtq.divergence", "ovtq.needles", "ovtq.recheck", "ovtq.report", "ovtq.conversion"},
+    {"ovtq.worker", "ovtq.divergence", "ovtq.needles", "ovtq.recheck", "ovtq.report", "ovtq.conversion", "ovtq.prefix"},
     {"ovtq.candidates", "ovtq.options"},
     {"ovtq.host", "ovtq.paged", "ovtq.gpu_cache", "ovtq.text", "ovtq.plots"},
     {"ovtq.pipeline", "ovtq.verify", "ovtq.roofline_cpu"},
@@ -51,7 +51,7 @@ LAYERS = [
     {"ovtq.codebook", "ovtq.packing"},
     {"ovtq.rotation"},
     {"ovtq.states"},
-    {"ovtq.errors", "ovtq.weights", "ovtq.roofline", "ovtq.wording", "ovtq"},
+    {"ovtq.errors", "ovtq.weights", "ovtq.roofline", "ovtq.wording", "ovtq.automatic", "ovtq"},
     {"ovtq.copying"},
     {"ovtq.system", "ovtq.signals"},
 ]

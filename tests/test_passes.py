@@ -108,7 +108,7 @@ COMBINATIONS: dict[str, tuple[Pass, ...]] = {
     "rotate": (RotateHeads(seed=3),),
     "rotate qk": (RotateHeads(tensors="qk"),),
     "rotate v": (RotateHeads(tensors="v"),),
-    "exact": PRESETS["exact"].passes,
+    "exact": PRESETS["exact"].on("cpu"),
     "rotate first": (RotateHeads(), SimplifyMask(), DecoupleLength(), TruncateWindow()),
     "sink row": (DecoupleLength(), TruncateWindow(), SimplifyMask(), SinkRow(seed=3)),
     "sink row, exported mask": (DecoupleLength(), TruncateWindow(), SinkRow(centre="none")),

@@ -1,0 +1,83 @@
+"""The preset that is taken where none is named, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+import ovtq
+from ovtq import automatic, io, pipeline
+from ovtq.automatic import caution, choose
+from ovtq.convert import main
+from ovtq.options import Options
+
+GPT_OSS = {"model_type": "gpt_oss"}
+
+
+@pytest.mark.parametrize(
+    ("target", "config", "version", "preset"),
+    [
+        ("gpu", GPT_OSS, "2026.4.1-22982-releases/2026/4", "u8"),
+        ("gpu", GPT_OSS, "2026.3.0", "u8"),
+        ("gpu", GPT_OSS, "2026.2.1", "k6v4"),
+        ("gpu", {}, "2027.0.0", "u8"),
+        ("cpu", GPT_OSS, "2026.1.0", "k6v4"),
+        ("cpu", {"model_type": "qwen3"}, "2026.4.1", "exact"),
+    ],
+)
+def test_by_target_model_and_version(target: str, config: dict[str, str], version: str, preset: str) -> None:
+    assert choose(target, config, version=version).preset == preset
+
+
+def test_every_choice_can_be_made() -> None:
+    """None is hidden by one before it; each names a preset and a reason of one line."""
+    for choice in automatic.CHOICES:
+        config = {"model_type": choice.model_type or "another"}
+        assert choose(choice.target, config, version=f"{choice.since[0]}.{choice.since[1]}.0") is choice
+        assert choice.preset in pipeline.PRESETS
+        assert choice.reason == " ".join(choice.reason.split()) != ""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"k_bits": 5}, {"budget": 99}, {"settings": {"quantize-kv": {"v-bits": "3"}}}, {"protect": "last:1"}],
+    ids=str,
+)
+@pytest.mark.parametrize("target", ["gpu", "cpu"])
+def test_options_of_packed_caches_decide(options: dict, target: str) -> None:
+    settled, choice = Options(target=target, **options).settled({})
+    assert settled.preset == "k6v4"
+    assert settled.chosen()
+    assert choice is automatic.PACKED
+
+
+def test_what_is_named_is_taken() -> None:
+    for preset in (*pipeline.PRESETS, *pipeline.ALIASES):
+        asked = Options(preset=preset)
+        assert asked.settled(GPT_OSS) == (asked, None)
+        assert asked.named == pipeline.ALIASES.get(preset, preset)
+    assert Options(preset="f16").chosen() == Options(preset="exact").chosen()
+    assert Options(passes="rotate-heads").settled(GPT_OSS)[1] is None
+
+
+def test_a_version_that_ignores_the_mark_is_told() -> None:
+    assert "KV_CACHE_PRECISION=u4" in caution("gpu", "u4", "2026.2.0")
+    for told in (caution("gpu", "u8", "2026.3.0"), caution("cpu", "u8", "2026.1.0"), caution("gpu", None, "2026.1.0")):
+        assert told is None
+
+
+@pytest.mark.parametrize(("target", "preset"), [("gpu", "u8"), ("cpu", "k6v4")])
+def test_the_reason_is_said_and_recorded(
+    target: str, preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "record.json"
+    assert main([str(TINY["5.5"]), "--dry-run", "--target", target, "--json", str(record)]) == 0
+    said, found = capsys.readouterr().out, json.loads(record.read_text(encoding="utf-8"))
+    assert (found["preset"], found["reason"]) == (preset, choose(target, GPT_OSS).reason)
+    assert f"preset {preset}, in the form for a {target.upper()}" in said
+    assert f"chosen (--preset auto): {found['reason']}" in said
+    model = ovtq.compress(io.load(TINY["5.5"]), TINY["5.5"], preset="auto", target=target)
+    assert io.stamp_of(model)["preset"] == preset
