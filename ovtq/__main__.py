@@ -2,7 +2,7 @@
 
 import sys
 
-from ovtq.cli import main
+from ovtq.cli.entry import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -18,8 +18,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import openvino as ov
 
-from ovtq import __version__, io
+from ovtq import __version__
 from ovtq.errors import InputError
+from ovtq.ir import io
 
 SCHEMA = 1
 HEADER, TOKENS, STATE = "header", "tokens", "state/"  # entries of the file, the last with a state's name behind it

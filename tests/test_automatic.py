@@ -9,9 +9,10 @@ import pytest
 from conftest import TINY
 
 import ovtq
-from ovtq import automatic, io, pipeline
+from ovtq import automatic, pipeline
 from ovtq.automatic import caution, choose
-from ovtq.convert import main
+from ovtq.cli.convert import main
+from ovtq.ir import io
 from ovtq.options import Options
 
 GPT_OSS = {"model_type": "gpt_oss"}

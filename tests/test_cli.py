@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import MINI
 
-from ovtq import __version__, cli
-from ovtq.inspect import main
+from ovtq import __version__
+from ovtq.cli import entry as cli
+from ovtq.cli.inspect import main
 
 
 def ovtq(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
@@ -30,7 +31,7 @@ def test_every_command_is_behind_the_one_name() -> None:
 
 def test_the_same_command_by_both_names() -> None:
     one = ovtq("inspect", MINI, "--json")
-    code = "import sys; from ovtq.cli import inspect; sys.exit(inspect())"
+    code = "import sys; from ovtq.cli.entry import inspect; sys.exit(inspect())"
     other = subprocess.run([sys.executable, "-c", code, MINI, "--json"], capture_output=True, text=True, check=False)
     assert (one.returncode, one.stdout) == (0, other.stdout)
     wrong = ovtq("convert", "nowhere")

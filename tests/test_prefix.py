@@ -13,7 +13,7 @@ from conftest import TINY
 
 import ovtq
 from ovtq.errors import InputError
-from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 
 IDS = np.random.RandomState(0).randint(0, 256, (2, 230)).astype(np.int64)
 OPTIONS = ("k6v4 --target cpu --window-bits 6,4", "exact --target cpu", "k6v4 --target cpu --budget 101")
