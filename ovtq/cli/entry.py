@@ -73,15 +73,17 @@ def report() -> int:
     return run_command("report")
 
 
-def run_command(module: str, interrupted: str = "interrupted", name: str | None = None) -> int:
-    """Exit code of `ovtq.MODULE.main()`, with signals and streams as the commands need them."""
+def run_command(
+    module: str, interrupted: str = "interrupted", name: str | None = None, package: str = "ovtq.cli"
+) -> int:
+    """Exit code of `PACKAGE.MODULE.main()`, with signals and streams as the commands need them."""
     signals.interrupt()
     if sys.stdout is None:  # closed, as by >&-
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     system.use_utf8()
     try:
         try:
-            code = importlib.import_module(f"ovtq.{module}").main()
+            code = importlib.import_module(f"{package}.{module}").main()
         except SystemExit as end:  # --help, --version
             code = int(end.code or 0)
         if code:
