@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": ("inspect", "what a model folder holds, and its memory with each preset"),
     "eval": ("evaluate", "what a cache costs in quality"),
     "bench": ("bench", "time and memory beside the model as exported"),
+    "doctor": ("doctor", "what works on this machine, and how fast: a page to send with a report"),
     "report": ("report", "one page of figures of eval and bench"),
 }
 USAGE = """usage: ovtq COMMAND ARGUMENT…
@@ -31,7 +32,7 @@ def main() -> int:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
-        return convert() if name == "convert" else run_command(COMMANDS[name][0], name=name)
+        return {"convert": convert, "doctor": doctor}.get(name, lambda: run_command(COMMANDS[name][0], name=name))()
     system.use_utf8()
     if name in ("--help", "-h"):
         sys.stdout.write(USAGE.format(commands="\n".join(f"  {key:<9}{about}" for key, (_, about) in COMMANDS.items())))
@@ -66,6 +67,11 @@ def bench() -> int:
 def infer() -> int:
     """`ovtq-infer`."""
     return run_command("infer")
+
+
+def doctor() -> int:
+    """`ovtq-doctor`."""
+    return run_command("doctor", "interrupted; the same command goes on")
 
 
 def report() -> int:
