@@ -148,11 +148,13 @@ def convert(
     verify_seed: int = 0,
     verify_layers: int | None = None,
     force: bool = False,
+    card: bool = True,
     on_progress: OnProgress | None = None,
 ) -> Conversion:
     """Convert a model's folder into another, as ovtq-convert does: verified, whole or not at all.
 
     `out_dir` None: tell what would be done, write and verify nothing. `force` replaces a folder that ovtq made.
+    `card`: leave a model card, README.md, in it.
     `on_progress(stage, done, total)` is called as each of the stages read, rewrite, write and verify begins and goes
     on; what it raises ends the conversion. Options as of `compress`, `verify_…` as of ovtq-convert. Raises OvtqError;
     `model_dir` is never changed.
@@ -174,7 +176,7 @@ def convert(
 
     folder = None if out_dir is None else Path(out_dir)
     try:
-        return conversion.convert(Path(model_dir), folder, options, checks, force=force, on_progress=told)
+        return conversion.convert(Path(model_dir), folder, options, checks, force=force, card=card, on_progress=told)
     except InputError:
         if raised:  # not one of the disk, as which it was taken
             raise raised[0] from None

@@ -13,6 +13,7 @@ from typing import Any
 import openvino as ov
 
 from ovtq import __version__, pipeline, states
+from ovtq import card as model_card
 from ovtq.errors import InputError
 from ovtq.ir import cache, io
 from ovtq.models import ModelDescription, describe
@@ -131,6 +132,7 @@ def convert(
     checks: Checks,
     *,
     force: bool = False,
+    card: bool = True,
     record_to: Path | None = None,
     on_progress: OnProgress = lambda stage, done, total: None,
     after: After = lambda item, model: None,
@@ -138,8 +140,8 @@ def convert(
 ) -> Conversion:
     """Convert a folder into another; `out_dir` None: say what would be done, write nothing but the record.
 
-    The input is left untouched, and `out_dir` is whole or as it was. `record_to` is a file that the record is written
-    to besides. Raises OvtqError, worded as the options were given.
+    The input is left untouched, and `out_dir` is whole or as it was. `card`: leave a README.md in it. `record_to` is a
+    file that the record is written to besides. Raises OvtqError, worded as the options were given.
     """
     options.settled({})[0].chosen(wording)  # what is wrong with the options is told before what is with the folder
     checks.refuse_bad(wording)
@@ -201,6 +203,8 @@ def convert(
             written.wait()
             tick()
         (folder / io.RECORD).write_text(_text(record), encoding="utf-8", newline="\n")
+        if card:
+            model_card.leave(model_dir, folder, record)
         _write_record(record_to, record)
     return _told(made, found, precision)
 

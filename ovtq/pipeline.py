@@ -129,6 +129,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "u4": _native("u4", "fast: the same in 4 bits; 8,448 bytes a token of GPT-OSS-20B on a GPU, mean KLD 6.8e-3"),
 }
+LEAD = "beam_idx/converted_by_ovtq/pass_ATTENTION_BACKEND=SDPA"  # what beam_idx is called in an error
 ALIASES = {"f16": "exact"}  # other names that are taken
 
 
@@ -190,7 +191,16 @@ def run(
         _name_new_nodes(model, known, item.name)
         steps.append(Step(item.name, item.options, item.exact, rewrite.sites, dict(rewrite.facts)))
         after(item, model)
+    if not all(item.paged_attention for item in passes):
+        _lead(model)
     return model, description, steps
+
+
+def _lead(model: ov.Model) -> None:
+    """Let the error of GenAI's paged path, which names the inputs that it has no use for, say what to do instead."""
+    for parameter in model.get_parameters():
+        if "beam_idx" in parameter.output(0).get_names():
+            parameter.set_friendly_name(LEAD)
 
 
 def _name_new_nodes(model: ov.Model, known: set[str], prefix: str) -> None:

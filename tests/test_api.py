@@ -130,7 +130,7 @@ assert all(map(callable, (ovtq.convert, ovtq.verify, main)))
 def test_options_are_those_of_the_command_line() -> None:
     """All keyword-only, with the same defaults in both functions and in the dataclasses behind them."""
     fields = {field.name: field.default for cls in (Options, Checks) for field in dataclasses.fields(cls)}
-    for function, more in ((ovtq.compress, set()), (ovtq.convert, {"force", "on_progress"})):
+    for function, more in ((ovtq.compress, set()), (ovtq.convert, {"force", "card", "on_progress"})):
         given = {p.name: p for p in inspect.signature(function).parameters.values()}
         keywords = {name: p.default for name, p in given.items() if p.kind is p.KEYWORD_ONLY}
         expected = {name for name in fields if function is ovtq.convert or not name.startswith("verify")}

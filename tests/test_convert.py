@@ -57,7 +57,7 @@ def test_writes_a_whole_folder_and_leaves_the_input_alone(tmp_path: Path) -> Non
     assert main([str(MINI), str(tmp_path / "out")]) == 0
     after = fingerprint(tmp_path / "out")
     assert fingerprint(MINI) == before
-    assert set(after) == set(before) | {"ovtq.json"}
+    assert set(after) == set(before) | {"ovtq.json", "README.md"}
     changed = {name for name in before if after[name] != before[name]}
     assert changed == {"openvino_model.xml", "openvino_model.bin"}
     assert os.listdir(tmp_path) == ["out"]

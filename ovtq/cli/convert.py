@@ -139,6 +139,12 @@ def parser() -> argparse.ArgumentParser:
         help="print the graph after a pass as text on stdout; may be repeated",
     )
     p.add_argument("--force", action="store_true", help="replace OUT_DIR if ovtq made it")
+    p.add_argument(
+        "--card",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave a model card, README.md, in OUT_DIR; the original's becomes README.original.md (default: on)",
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the record to FILE")
     p.add_argument("--version", action="version", version=f"ovtq {__version__}, openvino {ov.__version__}")
     return p
@@ -166,6 +172,7 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             asked,
             checks,
             force=options.force,
+            card=options.card,
             record_to=options.json,
             on_progress=_shown(bars),
             after=after,
