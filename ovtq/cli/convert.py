@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ovtq import __version__, conversion, pipeline, states
+from ovtq import conversion, pipeline, states
 from ovtq.automatic import AUTO, caution
 from ovtq.cli.command import Out, Parser, progress, run
 from ovtq.conversion import CONTEXTS
@@ -30,6 +30,31 @@ from ovtq.wording import COMMAND_LINE
 
 PACKED_OPTIONS = ("k-bits", "v-bits", "residual-window", "protect", "centre")  # of quantize-kv, with flags of their own
 PRUNING_OPTIONS = ("recent-window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv, likewise
+
+
+EXAMPLES = """examples:
+  ovtq convert gpt-oss-20b gpt-oss-20b-kv                 for a GPU, the preset that was measured to be best
+  ovtq convert gpt-oss-20b gpt-oss-20b-cpu --target cpu   for a CPU
+  ovtq convert gpt-oss-20b --dry-run --preset k6v4        what would be done, and the bytes"""
+WORDS = """words:
+  full layer       one that attends to all tokens; sliding: to the last few, its window
+  per token, flat  bytes that each token adds; bytes that are there however long the text is
+  packed           tokens kept as codes of a few bits; the most recent ones, the residual window, as they are
+  centre           what is taken from a key before it is coded, because all keys share it
+  slack            tokens that a pruned or sliding layer may hold beyond its number, so that it is cut less often
+  lossless, exact  the graph computes what the exported one does, to rounding"""
+
+
+class _Print(argparse.Action):
+    """Prints a text and leaves, as --help does."""
+
+    def __init__(self, *names: Any, text: str, **options: Any) -> None:
+        super().__init__(*names, nargs=0, **options)
+        self.text = text
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        sys.stdout.write(self.text)
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +81,10 @@ def parser() -> argparse.ArgumentParser:
         + "".join(f"\n{'':<19}{option}: {text}" for option, text in cls.option_help().items())
         for name, cls in PASSES.items()
     )
-    p = Parser("ovtq-convert", __doc__, epilog=f"presets:\n{presets}\n\npasses and their options:\n{passes}")
+    p = Parser("ovtq-convert", f"{__doc__}\n\n{EXAMPLES}", epilog=f"presets:\n{presets}\n\n{WORDS}")
+    p.add_argument(
+        "--help-passes", action=_Print, text=f"passes and their options:\n{passes}\n", help="print all passes and leave"
+    )
     p.add_argument("model_dir", type=Path, help="folder with a stateful IR: openvino_model.xml/.bin, config.json")
     p.add_argument("out_dir", type=Path, nargs="?", help="folder to write; not needed with --dry-run")
     what = p.add_mutually_exclusive_group()
@@ -146,7 +174,6 @@ def parser() -> argparse.ArgumentParser:
         help="leave a model card, README.md, in OUT_DIR; the original's becomes README.original.md (default: on)",
     )
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the record to FILE")
-    p.add_argument("--version", action="version", version=f"ovtq {__version__}, openvino {ov.__version__}")
     return p
 
 
