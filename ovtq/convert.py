@@ -225,6 +225,8 @@ def _report(console: Console, options: argparse.Namespace, record: Mapping[str, 
     made = f"preset {record['preset']}" if record["preset"] else "these passes"
     console.print(f"{made}, in the form for the {record['target'].upper()} (--target)")
     console.print(table)
+    for name, reason in record["skipped"].items():
+        console.print(f"{name} left out: {reason}")
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     before, after = record["state_bytes"]["before"], record["state_bytes"]["after"]

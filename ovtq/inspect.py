@@ -133,12 +133,14 @@ def inspect(options: argparse.Namespace, errors: Console) -> dict[str, Any]:
         for name, preset in pipeline.PRESETS.items():
             fresh = io.load(options.model_dir)
             try:
-                changed, made, _ = pipeline.run(fresh, describe(fresh, config), preset.on(target))
+                found = describe(fresh, config)
+                changed, made, steps = pipeline.run(fresh, found, preset.on(target, found))
             except OvtqError as error:  # such as a model without what a pass needs; the others still tell
                 facts["memory"].append({"cache": name, "refused": str(error)})
             else:
                 asked = cache.marked(changed)
-                facts["memory"].append(memory(name, made.states, facts["contexts"], target, asked))
+                row = memory(name, made.states, facts["contexts"], target, asked)
+                facts["memory"].append(row | {"skipped": pipeline.told(steps)})
             tick()
     if ids is not None:
         found = key_bias_shares(model, description, ids)
