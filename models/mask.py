@@ -11,7 +11,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.errors import UnsupportedModel
-from ovtq.graph import ancestors, id_of, redirect
+from ovtq.ir.graph import ancestors, id_of, redirect
 from ovtq.models.description import KVPath
 
 HIDDEN = -1e4  # what is added to a score that does not count, at the most

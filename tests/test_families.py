@@ -16,18 +16,19 @@ import pytest
 from conftest import FAMILIES, load
 from openvino import opset15 as op
 
-from ovtq import io, pipeline
-from ovtq.coding import unfit
+from ovtq import pipeline
+from ovtq.codec.coding import unfit
 from ovtq.errors import PreconditionFailed, UnsupportedModel
-from ovtq.extent import rooted
+from ovtq.ir import io
 from ovtq.models import ModelDescription, describe
 from ovtq.models.description import Exported
 from ovtq.models.rope import mean_rotated_bias
-from ovtq.packed_check import PackedCheck
-from ovtq.routers import with_routers
-from ovtq.runner import EXACT_PROPERTIES, Runner
-from ovtq.schedule import Call
-from ovtq.verify import TOLERANCE, compare, play
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
+from ovtq.verification.extent import rooted
+from ovtq.verification.packed_check import PackedCheck
+from ovtq.verification.routers import with_routers
+from ovtq.verification.schedule import Call
+from ovtq.verification.verify import TOLERANCE, compare, play
 
 # windows of the layers, query heads, KV heads, head_dim, scale if it is not 1/√head_dim
 GRAPHS: dict[str, tuple[list[int | None], int, int, int, float | None]] = {
