@@ -16,6 +16,7 @@ import pytest
 from conftest import FAMILIES, load
 from openvino import opset15 as op
 
+import ovtq
 from ovtq import pipeline
 from ovtq.codec.coding import unfit
 from ovtq.errors import PreconditionFailed, UnsupportedModel
@@ -24,7 +25,7 @@ from ovtq.models import ModelDescription, describe
 from ovtq.models.description import Exported
 from ovtq.models.rope import mean_rotated_bias
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
-from ovtq.verification.extent import rooted
+from ovtq.verification.extent import cut, rooted, scope
 from ovtq.verification.packed_check import PackedCheck
 from ovtq.verification.routers import with_routers
 from ovtq.verification.schedule import Call
@@ -57,6 +58,7 @@ GRAPHS: dict[str, tuple[list[int | None], int, int, int, float | None]] = {
     "gptj": ([None, None], 2, 2, 64, None),
 }
 BIASED = {"qwen2", "qwen2-window", "phi", "stablelm"}  # a projection for the keys alone; GPT-NeoX's is for all three
+PARALLEL = {"cohere2", "phi", "falcon", "gpt-neox", "gptj"}  # the MLP beside the attention
 REFUSED = {
     "falcon-alibi": r"it adds 0\.\d+ to a score: no mask but a bias by position, as of ALiBi",
     "lfm2": r"1 of 3 states are no attention's keys or values, such as cache_params\.past\.conv\.0",
@@ -149,6 +151,17 @@ def _biases_alone(folder: Path) -> ov.Model:
     return ov.Model([*model.get_results(), op.result(key.source)], model.get_sinks(), model.get_parameters())
 
 
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_first_layers_alone_keep_their_attentions(name: str, family: Callable[[str], Path]) -> None:
+    """As of models over 2 GiB: without MLPs where these stand behind the attention, with them where beside it."""
+    model, description = load(family(name))
+    extent = scope(description, 2, experts=False)
+    part = cut(model, extent)
+    assert len(extent.joins) == (0 if name in PARALLEL else 1)
+    assert len(_attentions(part)) == 2
+    assert {sink.get_variable_id() for sink in part.get_sinks()} == {state.name for state in description.states}
+
+
 def rewritten(folder: Path, preset: str, target: str) -> tuple[ov.Model, ModelDescription, list[pipeline.Step]]:
     model, description = load(folder)
     return pipeline.run(model, description, pipeline.PRESETS[preset].on(target, description))
@@ -201,3 +214,39 @@ def test_a_model_without_sliding_layers_or_sinks_leaves_out_what_is_for_those(fa
         PreconditionFailed, match=r"nothing to do in this model: .*sink-row: its attention has no sinks"
     ):
         rewritten(family("llama3"), "f16", "gpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["gpu", "cpu"])
+@pytest.mark.parametrize("preset", pipeline.PRESETS)
+@pytest.mark.parametrize("name", GRAPHS)
+def test_every_preset_is_verified_as_hosts_load_it(
+    name: str, preset: str, target: str, family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """ovtq-convert with its whole verification, in every family: written and right, or refused for a reason."""
+    folder, out, refused = family(name), tmp_path / "out", ""
+    try:
+        made = ovtq.convert(folder, out, preset=preset, target=target)
+    except PreconditionFailed as error:
+        refused = str(error)
+    if refused:
+        assert re.search(rf"nothing to do in this model|has head_dim {GRAPHS[name][3]}", refused)
+        assert not out.exists()
+        return
+    assert made.verification is not None
+    assert made.verification.relative <= TOLERANCE
+    assert made.verification.layers == len(GRAPHS[name][0])
+    greedy = [_continued(path, 80) for path in (folder, out)]
+    if all(step.exact for step in made.passes):
+        assert greedy[0] == greedy[1]
+
+
+def _continued(folder: Path, count: int) -> list[int]:
+    """What a model says greedily to a text, at f32."""
+    runner = Runner(io.model_xml(folder), "CPU", EXACT_PROPERTIES)
+    said: list[int] = []
+    ids = np.random.RandomState(3).randint(0, 256, (1, 60)).astype(np.int64)
+    for _ in range(count):
+        said.append(int(runner.step(ids)[0, -1].argmax()))
+        ids = np.array([said[-1:]], np.int64)
+    return said
