@@ -6,6 +6,7 @@ short texts; `python -m pytest -m slow tests/test_families.py` runs the whole ma
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,8 @@ from openvino import opset15 as op
 
 import ovtq
 from ovtq import pipeline
+from ovtq.advice import advise
+from ovtq.cli.inspect import main as inspect
 from ovtq.codec.coding import unfit
 from ovtq.errors import PreconditionFailed, UnsupportedModel
 from ovtq.ir import io
@@ -250,3 +253,35 @@ def _continued(folder: Path, count: int) -> list[int]:
         said.append(int(runner.step(ids)[0, -1].argmax()))
         ids = np.array([said[-1:]], np.int64)
     return said
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "preset", "reason"),
+    [
+        ("granite", "gpu", "u8", "without sinks a GPU reads its own 8-bit cache in place"),
+        ("gptj", "cpu", "u8", "the plugin's own 8-bit cache"),
+        ("gemma2", "cpu", "exact", "sliding layers keep 23 tokens"),
+    ],
+)
+def test_inspect_recommends_a_preset_for_a_reason(
+    name: str,
+    target: str,
+    preset: str,
+    reason: str,
+    family: Callable[[str], Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert inspect([str(family(name)), "--target", target]) == 0
+    said = capsys.readouterr().out
+    assert f"recommended: {preset}: {reason}" in said
+    assert f"{GRAPHS[name][1]} query heads" in said
+
+
+@pytest.mark.parametrize(("window", "preset"), [(256, "exact"), (512, "u8"), (4096, "u8")])
+def test_a_large_window_is_not_cut_on_a_cpu(window: int, preset: str, family: Callable[[str], Path]) -> None:
+    """There `exact` is up to seven times slower than the exported model, in short texts."""
+    _, description = load(family("gemma2"))
+    changed = {layer.index: dataclasses.replace(layer, window=window) for layer in description.sliding}
+    advice = advise(description.with_layers(changed), "cpu")
+    assert advice.preset == preset
+    assert ("slower than the exported model" in advice.reason) == (preset == "u8")
