@@ -48,6 +48,10 @@ def parser() -> argparse.ArgumentParser:
     presets = "\n".join(
         f"  {name:<16} {preset.purpose}\n{'':<19}= {_names(preset.passes)}"
         + (f"\n{'':<19}with --target cpu = {_names(preset.cpu)}" if preset.cpu else "")
+        + "".join(
+            f"\n{'':<19}in a model without sinks, with --target {target} = {_names(some)}"
+            for target, some in (preset.plain or {}).items()
+        )
         for name, preset in pipeline.PRESETS.items()
     )
     passes = "\n".join(
@@ -55,7 +59,11 @@ def parser() -> argparse.ArgumentParser:
         + "".join(f"\n{'':<19}{option}: {text}" for option, text in cls.option_help().items())
         for name, cls in PASSES.items()
     )
-    p = Parser("ovtq-convert", __doc__, epilog=f"presets:\n{presets}\n\npasses and their options:\n{passes}")
+    p = Parser(
+        "ovtq-convert",
+        __doc__,
+        epilog=f"presets (a pass with nothing to do in a model is left out):\n{presets}\n\npasses and their options:\n{passes}",
+    )
     p.add_argument("model_dir", type=Path, help="folder with a stateful IR: openvino_model.xml/.bin, config.json")
     p.add_argument("out_dir", type=Path, nargs="?", help="folder to write; not needed with --dry-run")
     what = p.add_mutually_exclusive_group()
