@@ -47,4 +47,4 @@ def test_converted_evaluated_and_timed(smollm2: Path, tmp_path: Path, capsys: py
     rows = {row["candidate"]: row for row in json.loads(figures.read_text(encoding="utf-8"))["rows"]}
     for preset, out in made.items():
         assert 0 < rows[out]["mean_kld"] < MOST[preset]
-    assert bench([str(smollm2), made["u8"], "--contexts", "256", "--tokens", "4"]) == 0
+    assert bench([str(smollm2), made["u8"], "--contexts", "256", "--steps", "8"]) == 0

@@ -59,10 +59,11 @@ def parser() -> argparse.ArgumentParser:
         + "".join(f"\n{'':<19}{option}: {text}" for option, text in cls.option_help().items())
         for name, cls in PASSES.items()
     )
+    head = "presets (a pass with nothing to do in a model is left out):"
     p = Parser(
         "ovtq-convert",
         __doc__,
-        epilog=f"presets (a pass with nothing to do in a model is left out):\n{presets}\n\npasses and their options:\n{passes}",
+        epilog=f"{head}\n{presets}\n\npasses and their options:\n{passes}",
     )
     p.add_argument("model_dir", type=Path, help="folder with a stateful IR: openvino_model.xml/.bin, config.json")
     p.add_argument("out_dir", type=Path, nargs="?", help="folder to write; not needed with --dry-run")
