@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,10 +21,12 @@ from openvino import opset15 as op
 import ovtq
 from ovtq import pipeline
 from ovtq.advice import advise
+from ovtq.cli.convert import main as convert
 from ovtq.cli.inspect import main as inspect
 from ovtq.codec.coding import unfit
 from ovtq.errors import PreconditionFailed, UnsupportedModel
 from ovtq.ir import io
+from ovtq.ir.graph import constant_of
 from ovtq.models import ModelDescription, describe
 from ovtq.models.description import Exported
 from ovtq.models.rope import mean_rotated_bias
@@ -285,3 +288,19 @@ def test_a_large_window_is_not_cut_on_a_cpu(window: int, preset: str, family: Ca
     advice = advise(description.with_layers(changed), "cpu")
     assert advice.preset == preset
     assert ("slower than the exported model" in advice.reason) == (preset == "u8")
+
+
+def test_a_large_window_that_is_cut_is_told(
+    family: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(family("gemma2"), tmp_path / "model"))
+    model = io.load(folder)
+    for node in model.get_ops():
+        value = constant_of(node.input_value(1)) if node.get_type_name() == "Add" else None
+        if value is not None and value.size == 1 and value.reshape(-1)[0] == -24:
+            node.input(1).replace_source_output(op.constant(np.full(value.shape, -300, value.dtype)).output(0))
+    ov.save_model(model, tmp_path / "openvino_model.xml", compress_to_fp16=False)
+    for part in ("xml", "bin"):
+        shutil.move(tmp_path / f"openvino_model.{part}", folder / f"openvino_model.{part}")
+    assert convert([str(folder), "--dry-run", "--preset", "exact", "--target", "cpu"]) == 0
+    assert "a window of 300 tokens is held from the first token on" in " ".join(capsys.readouterr().out.split())

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ovtq import __version__, conversion, pipeline, states
+from ovtq.advice import SHORT_WINDOW
 from ovtq.cli.command import Out, Parser, progress, run
 from ovtq.conversion import CONTEXTS
 from ovtq.errors import InputError
@@ -237,6 +238,13 @@ def _report(console: Console, options: argparse.Namespace, record: Mapping[str, 
     console.print(table)
     for name, reason in record["skipped"].items():
         console.print(f"{name} left out: {reason}")
+
+    for step in record["passes"]:
+        if record["target"] == "cpu" and step["facts"].get("window", 0) > SHORT_WINDOW:
+            console.print(
+                f"a window of {step['facts']['window']:,} tokens is held from the first token on and copied in every "
+                "step: shorter texts are slower than in the exported model"
+            )
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     before, after = record["state_bytes"]["before"], record["state_bytes"]["after"]
