@@ -24,12 +24,13 @@ from ovtq.advice import advise
 from ovtq.cli.convert import main as convert
 from ovtq.cli.inspect import main as inspect
 from ovtq.codec.coding import unfit
-from ovtq.errors import PreconditionFailed, UnsupportedModel
+from ovtq.errors import InputError, PreconditionFailed, UnsupportedModel
 from ovtq.ir import io
 from ovtq.ir.graph import constant_of
 from ovtq.models import ModelDescription, describe
 from ovtq.models.description import Exported
 from ovtq.models.rope import mean_rotated_bias
+from ovtq.runtime.paged import PagedRunner
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 from ovtq.verification.extent import cut, rooted, scope
 from ovtq.verification.packed_check import PackedCheck
@@ -220,6 +221,34 @@ def test_a_model_without_sliding_layers_or_sinks_leaves_out_what_is_for_those(fa
         PreconditionFailed, match=r"nothing to do in this model: .*sink-row: its attention has no sinks"
     ):
         rewritten(family("llama3"), "f16", "gpu")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("smollm3", "gemma2") else pytest.mark.slow) for name in GRAPHS]
+)
+def test_what_keeps_the_exported_form_stays_right_under_paged_attention(
+    name: str, family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """GenAI's default: of a model without sinks that is `rotate` and, without windows or on a CPU, `u8`."""
+    folder = family(name)
+    try:
+        expected = _paged(folder)
+    except InputError as error:
+        pytest.skip(f"as exported neither: {error}")
+    if _unfit(name, "rotate"):
+        pytest.skip(f"heads of {GRAPHS[name][3]} are not rotated")
+    for preset in ("rotate", "u8"):
+        model, *_ = rewritten(folder, preset, "cpu")
+        ov.save_model(model, tmp_path / "openvino_model.xml", compress_to_fp16=False)
+        got = _paged(tmp_path)
+        assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max(), preset
+
+
+def _paged(folder: Path) -> np.ndarray:
+    """Logits of a text read in two calls and single tokens, (tokens, vocabulary)."""
+    runner, ids = PagedRunner(folder, EXACT_PROPERTIES, 128), np.random.RandomState(5).randint(0, 256, (1, 80))
+    parts = np.split(ids.astype(np.int64), [40, 77, 78, 79], 1)
+    return np.concatenate([runner.step(part).reshape(part.shape[1], -1) for part in parts])
 
 
 @pytest.mark.slow
