@@ -252,6 +252,21 @@ def _paged(folder: Path) -> np.ndarray:
 
 
 @pytest.mark.slow
+def test_an_exported_u8_cache_is_wrong_for_two_sequences_behind_a_longer_text(family: Callable[[str], Path]) -> None:
+    """P66: of the exported model itself, arithmetic at f32; the same calls in a fresh model are right."""
+    folder = family("llama3")
+    two = [Call(24, 2, pad=9, reset=True), Call(1, 2, beams=(1, 0)), Call(128, 2)]
+    lost = {}
+    for name, calls in (("fresh", two), ("behind", [Call(129, reset=True), Call(129), *two])):
+        sides = []
+        for properties in (EXACT_PROPERTIES, {**EXACT_PROPERTIES, "KV_CACHE_PRECISION": "u8"}):
+            sides.append(play(Runner(io.load(folder), "CPU", properties), calls, 256, 0)[-1].results)
+        lost[name] = np.abs(sides[0] - sides[1]).max() / np.abs(sides[0]).max()
+    assert lost["fresh"] < 0.1
+    assert not lost["behind"] < 0.1  # or no number
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["gpu", "cpu"])
 @pytest.mark.parametrize("preset", pipeline.PRESETS)
 @pytest.mark.parametrize("name", GRAPHS)
