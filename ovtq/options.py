@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from ovtq import pipeline
-from ovtq.automatic import AUTO, Choice, choose
+from ovtq.advice import Advice
+from ovtq.automatic import AUTO, PACKED, choose
 from ovtq.errors import InputError
 from ovtq.forms.table import TARGETS
+from ovtq.models import ModelDescription
 from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
 from ovtq.wording import PROGRAM, Wording
 
@@ -56,21 +58,34 @@ class Options:
             return None
         return pipeline.ALIASES.get(self.preset, self.preset) if self.preset else AUTO
 
-    def settled(self, config: Mapping[str, Any]) -> tuple[Options, Choice | None]:
-        """These options with a preset in the place of `auto`, and why it is that one; None if another was named.
-
-        `config` is what config.json of the model holds.
-        """
-        if self.named != AUTO or self.target not in TARGETS:  # the latter is for `chosen` to refuse
-            return self, None
+    @property
+    def packs(self) -> bool:
+        """Whether options were given that a packed or pruned cache alone has."""
         settings = self.settings if isinstance(self.settings, Mapping) else {}
-        packed = bool(self._given((*PACKING, *PRUNING))) or bool({QuantizeKv.name, PruneKv.name} & {*settings})
-        choice = choose(self.target, config, packed)
-        return replace(self, preset=choice.preset), choice
+        return bool(self._given((*PACKING, *PRUNING))) or bool({QuantizeKv.name, PruneKv.name} & {*settings})
 
-    def chosen(self, wording: Wording = PROGRAM) -> tuple[Pass, ...]:
-        """The passes of settled options. Raises InputError for options that can't be used, or not together."""
-        passes = self._listed(wording)
+    def settled(self, description: ModelDescription) -> tuple[Options, Advice | None]:
+        """These options with a preset in the place of `auto`, and why that one; None if another was named."""
+        if self.named != AUTO:
+            return self, None
+        found = choose(description, self.target, self.packs)
+        return replace(self, preset=found.preset), found
+
+    def refuse_bad(self, wording: Wording = PROGRAM) -> None:
+        """Raise InputError for what is wrong whatever the model is."""
+        if self.target not in TARGETS:
+            raise InputError(f"{wording.option('target')} is one of {', '.join(TARGETS)}, got {self.target!r}")
+        if self.named != AUTO:
+            self.chosen(wording)
+        elif self.packs:
+            replace(self, preset=PACKED.preset).chosen(wording)
+
+    def chosen(self, wording: Wording = PROGRAM, description: ModelDescription | None = None) -> tuple[Pass, ...]:
+        """The passes of settled options, of a preset those for such a model.
+
+        Raises InputError for options that can't be used together.
+        """
+        passes = self._listed(wording, description)
         pruning = self._given(PRUNING)
         if pruning and self.budget is None and not any(isinstance(item, PruneKv) for item in passes):
             raise InputError(f"{wording.option(next(iter(pruning)))} has no effect without {wording.option('budget')}")
@@ -88,13 +103,13 @@ class Options:
             settings[PruneKv.name] = pruning | settings.get(PruneKv.name, {})
         return pipeline.with_settings(passes, settings, wording)
 
-    def _listed(self, wording: Wording) -> tuple[Pass, ...]:
+    def _listed(self, wording: Wording, description: ModelDescription | None) -> tuple[Pass, ...]:
         if self.target not in TARGETS:
             raise InputError(f"{wording.option('target')} is one of {', '.join(TARGETS)}, got {self.target!r}")
         if self.passes is None:
             if self.named not in pipeline.PRESETS:
                 raise InputError(f"no preset is named {self.named!r}; there are {', '.join((AUTO, *pipeline.PRESETS))}")
-            return pipeline.PRESETS[self.named].on(self.target, pruned=self.budget is not None)
+            return pipeline.PRESETS[self.named].on(self.target, description, pruned=self.budget is not None)
         if self.preset is not None:
             raise InputError(f"give {wording.option('preset')} or {wording.option('passes')}, not both")
         items = [self.passes] if isinstance(self.passes, str) else self.passes

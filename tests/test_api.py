@@ -205,7 +205,9 @@ def test_optimum_in_place(others_print: None, tmp_path: Path, capfd: pytest.Capt
 def test_convert_as_the_command_line_does(written: Callable[..., Path], tmp_path: Path) -> None:
     folder = written("--preset", "k6v4", "--target", "cpu")
     heard: list[tuple[str, int, int]] = []
-    made = ovtq.convert(str(SMALL), tmp_path / "out", target="cpu", on_progress=lambda *told: heard.append(told))
+    made = ovtq.convert(
+        str(SMALL), tmp_path / "out", preset="k6v4", target="cpu", on_progress=lambda *told: heard.append(told)
+    )
     record = json.loads((folder / "ovtq.json").read_text())
     for found in (made.record, json.loads((tmp_path / "out" / "ovtq.json").read_text())):
         assert json.loads(json.dumps({**found, "weights": record["weights"], "reason": None})) == record

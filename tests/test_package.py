@@ -26,6 +26,8 @@ cli
 api
 conversion evidence prefix
 options verification card
+automatic
+advice
 pipeline runtime
 passes
 forms
@@ -33,7 +35,7 @@ models
 ir
 codec
 states __init__
-errors wording signals system automatic
+errors wording signals system
 """.strip().splitlines()
 
 

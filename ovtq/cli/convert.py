@@ -16,6 +16,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ovtq import conversion, pipeline, states
+from ovtq.advice import SHORT_WINDOW
 from ovtq.automatic import AUTO, caution
 from ovtq.cli.command import Out, Parser, progress, run
 from ovtq.conversion import CONTEXTS
@@ -74,6 +75,10 @@ def parser() -> argparse.ArgumentParser:
     presets = "\n".join(
         f"  {name:<16} {preset.purpose}\n{'':<19}= {_names(preset.passes)}"
         + (f"\n{'':<19}with --target cpu = {_names(preset.cpu)}" if preset.cpu else "")
+        + "".join(
+            f"\n{'':<19}in a model without sinks, with --target {target} = {_names(some)}"
+            for target, some in (preset.plain or {}).items()
+        )
         for name, preset in pipeline.PRESETS.items()
     )
     passes = "\n".join(
@@ -81,7 +86,8 @@ def parser() -> argparse.ArgumentParser:
         + "".join(f"\n{'':<19}{option}: {text}" for option, text in cls.option_help().items())
         for name, cls in PASSES.items()
     )
-    p = Parser("ovtq-convert", f"{__doc__}\n\n{EXAMPLES}", epilog=f"presets:\n{presets}\n\n{WORDS}")
+    head = "presets (a pass with nothing to do in a model is left out):"
+    p = Parser("ovtq-convert", f"{__doc__}\n\n{EXAMPLES}", epilog=f"{head}\n{presets}\n\n{WORDS}")
     p.add_argument(
         "--help-passes", action=_Print, text=f"passes and their options:\n{passes}\n", help="print all passes and leave"
     )
@@ -273,6 +279,15 @@ def _report(
     if line := caution(record["target"], precision):
         console.print(line)
     console.print(table)
+    for name, reason in record["skipped"].items():
+        console.print(f"{name} left out: {reason}")
+
+    for step in record["passes"]:
+        if record["target"] == "cpu" and step["facts"].get("window", 0) > SHORT_WINDOW:
+            console.print(
+                f"a window of {step['facts']['window']:,} tokens is held from the first token on and copied in every "
+                "step: shorter texts are slower than in the exported model"
+            )
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     before, after = record["state_bytes"]["before"], record["state_bytes"]["after"]
