@@ -70,6 +70,17 @@ def randomized_frame(head_dim: int, width: int, seed: int) -> tuple[np.ndarray, 
     return frame[:-1], frame[-1]
 
 
+def spread_width(head_dim: int, most: int) -> int:
+    """The largest width up to `most` that `randomized_frame` spreads vectors of `head_dim` over. ValueError: none."""
+    for width in range(most, head_dim + 1, -1):
+        try:
+            hadamard_matrix(width)
+        except ValueError:
+            continue
+        return width
+    raise ValueError(f"no Hadamard matrix is known of an order from {head_dim + 2} to {most}")
+
+
 def digest(matrix: np.ndarray) -> str:
     """The first 16 hex digits of the SHA-256 of a matrix's bytes, for the record of a conversion."""
     return hashlib.sha256(np.ascontiguousarray(matrix).tobytes()).hexdigest()[:16]

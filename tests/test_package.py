@@ -35,6 +35,7 @@ LAYERS = [
     {"ovtq.attend_pruned"},
     {"ovtq.prune_branches"},
     {"ovtq.prune"},
+    {"ovtq.attend_recent"},
     {"ovtq.attend_blocks", "ovtq.attend_branches", "ovtq.attend_window"},
     {"ovtq.attend_block"},
     {"ovtq.attend"},

@@ -112,6 +112,7 @@ COMBINATIONS: dict[str, tuple[Pass, ...]] = {
     "rotate first": (RotateHeads(), SimplifyMask(), DecoupleLength(), TruncateWindow()),
     "sink row": (DecoupleLength(), TruncateWindow(), SimplifyMask(), SinkRow(seed=3)),
     "sink row, exported mask": (DecoupleLength(), TruncateWindow(), SinkRow(centre="none")),
+    "recent": (DecoupleLength(), TruncateWindow(), SimplifyMask(), SinkRow(seed=3, window=16)),
     "sink row, padded": (DecoupleLength(), TruncateWindow(), SimplifyMask(), SinkRow(rotate=False)),
 }
 
@@ -144,7 +145,7 @@ class Tapped:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
-    "passes", ["truncate", "truncate, slack", "simplify", "rotate", "exact", "sink row", "sink row, padded"]
+    "passes", ["truncate", "truncate, slack", "simplify", "rotate", "exact", "sink row", "sink row, padded", "recent"]
 )
 def test_attention_equals_numpy(passes: str, schedule: str) -> None:
     """Every layer's attention, from its own Q, K, V, against the definition over the whole history."""
