@@ -34,7 +34,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.attend import Held
-from ovtq.attend_window import FAR, seen
+from ovtq.attend_window import FAR
 from ovtq.beams import Beams
 from ovtq.graph import ALL, MASKED, dim, f32, i64, redirect, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription, SinkRow, TokenRows
@@ -103,8 +103,8 @@ class RecentRows:
         late = [self._late(layer, what, every) for what in ("key", "value")]
         grouped = [self._to_query_heads(rows, H, G) for rows, _ in late]
         far = op.scaled_dot_product_attention(query, *grouped, self.far_mask, f32(1), False)
-        weight = op.slice(far, i64([self.width - 1]), i64([self.width]), i64([1]), i64([3]))
-        both = op.add(far, op.multiply(op.multiply(weight, f32(1 / MARK)), context))
+        weight = op.matmul(far, f32(mark[0, 0]), False, True)  # p, in one kernel
+        both = op.add(far, op.multiply(weight, context))
         redirect(layer.context, op.matmul(both, self.back, False, True))
         return replace(layer, context=far.output(0), cache=SinkRow(TokenRows(late[0][1])))
 
@@ -143,7 +143,8 @@ class RecentRows:
         self.rows_by_block = op.concat([i64([0, 0]), nb, i64([-1, self.width])], 0)
 
         # In ones, which every precision holds exactly: a query sees its own token, the window before it, and the sink
-        hidden = np.where(seen(window, 2 * window, window + 1), 0, 1)
+        query, key = np.arange(window)[:, None], np.arange(2 * window)[None]
+        hidden = np.where((query <= key) & (key <= query + window), 0, 1)
         hidden = np.concatenate([np.full((window, 1), -1), hidden], 1)  # outweighs that the sink's row is no token
         band = op.slice(f32(hidden), i64([0, 0]), op.concat([m, w], 0), i64([1, 1]), i64([0, 1]))
         shown = op.pad(description.attention_mask, i64([0, 1 + window]), i64([0, 0]), "constant", i64(0))
@@ -177,9 +178,8 @@ class RecentRows:
         scores = op.add(scores, self.near_mask)
         weights = op.softmax(scores, 4)
         context = op.matmul(op.reshape(weights, self.by_block, True), values, False, False)  # (batch, H, nb, m·G, D)
-        top, share = (op.reduce_max(x, i64([4]), True) for x in (scores, weights))
-        logit = op.subtract(top, op.log(share))
-        return self._in_order(layer, context, D), self._in_order(layer, logit, 1)
+        top, share = (self._in_order(layer, op.reduce_max(x, i64([4]), True), 1) for x in (scores, weights))
+        return self._in_order(layer, context, D), op.subtract(top, op.log(share))
 
     def _in_order(self, layer: AttentionLayer, x: Node, width: int) -> Node:
         """(batch, H·G, new, width) of what blocks of queries gave."""

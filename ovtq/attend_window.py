@@ -65,7 +65,7 @@ class WindowRows:
         self.index = op.concat([zero, own], 1)  # (trips, 1 + width)
         # Whether a column is seen is told by booleans, never by masks that cancel: at bf16 the plugin rounds what a
         # Select gives, -65504 to -65536, but not a constant, so that 32 would be left of their sum
-        within = np.concatenate([np.full((BLOCK, 1), True), seen(BLOCK, width, window)], 1)
+        within = np.concatenate([np.full((BLOCK, 1), True), _seen(BLOCK, width, window)], 1)
         padding = op.unsqueeze(op.gather(shown, self.index, i64(1)), i64([2]))  # (batch, trips, 1, 1 + width)
         seen = op.logical_and(padding, op.constant(within))  # (batch, trips, BLOCK, 1 + width)
         self.block_mask = op.unsqueeze(op.select(seen, f32(0), f32(MASKED)), i64([1, 3]))
@@ -123,7 +123,7 @@ class WindowRows:
         return op.reshape(context, op.concat([i64([0]), self.lead, i64([H * G, d])], 0), True)
 
 
-def seen(queries: int, keys: int, window: int) -> np.ndarray:
+def _seen(queries: int, keys: int, window: int) -> np.ndarray:
     """Which keys of its block each query sees, (queries, keys): key rows i … i + window − 1 the i-th."""
     query, key = np.arange(queries)[:, None], np.arange(keys)[None]
     return (query <= key) & (key < query + window)
@@ -165,7 +165,7 @@ class WindowBlocks:
 
         # Query i of a block sees key rows i … i + window − 1 of it, and always the sink.
         # Counted in ones, which every inference precision holds exactly: two masks that cancel might be rounded apart.
-        hidden = np.where(seen(window, 2 * window - 1, window), 0, 1)
+        hidden = np.where(_seen(window, 2 * window - 1, window), 0, 1)
         hidden = np.concatenate([np.full((window, 1), -1), hidden], 1)  # outweighs that the sink's row is no token
         band = op.slice(f32(hidden), i64([0, 0]), op.concat([m, w], 0), i64([1, 1]), i64([0, 1]))
         shown = op.pad(description.attention_mask, i64([0, rows]), i64([0, 1]), "constant", i64(0))
