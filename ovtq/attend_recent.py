@@ -77,7 +77,7 @@ class RecentRows:
         self.ring = WholeRing(description, RECENT, layers, window, self._start(layer.kv_heads), self.beams)
         self.states = self.beams.states
         self.assigns: list[Node] = []
-        self._blocks(description)
+        self._blocks(description, layer.kv_heads, layer.group)
         self.far_mask = self._far_mask(description)
 
     def attend(self, layer: AttentionLayer) -> AttentionLayer:
@@ -125,7 +125,7 @@ class RecentRows:
         rows[:, 0, :, 0, SINK] = MARK
         return rows.reshape(-1, 1 + self.window, self.width)
 
-    def _blocks(self, description: ModelDescription) -> None:
+    def _blocks(self, description: ModelDescription, heads: int, group: int) -> None:
         """Which rows each block of queries reads, and what of them each query sees."""
         window, one, origin = self.window, i64([1]), i64([0])
         m = op.minimum(self.new, i64([window]))
@@ -153,7 +153,10 @@ class RecentRows:
         shown = op.unsqueeze(op.gather(shown, keys, i64(1)), i64(2))  # (batch, nb, 1, w)
         padding = op.select(op.equal(shown, i64(0)), f32(1), f32(0))
         mask = op.multiply(op.clamp(op.add(padding, band), 0, 1), f32(MASKED))  # (batch, nb, m, w)
-        self.near_mask = op.reshape(mask, op.concat([i64([0, 1, -1, 1]), w], 0), True)  # (batch, 1, nb·m, 1, w)
+        mask = op.reshape(mask, op.concat([i64([0, 1, -1, 1]), w], 0), True)  # (batch, 1, nb·m, 1, w)
+        # As large as the scores, for the GPU plugin makes one kernel of a product and such a sum
+        mask = op.broadcast(mask, i64([1, heads, 1, group, 1]), broadcast_spec="BIDIRECTIONAL")
+        self.near_mask = op.reshape(mask, self.by_block, True)  # (batch, H, nb, m·G, w)
 
     def _far_mask(self, description: ModelDescription) -> Node:
         """(batch, 1, new, rows), additive: every query sees the anchor and the tokens that are no longer near."""
@@ -172,12 +175,9 @@ class RecentRows:
         H, G, D = layer.kv_heads, layer.group, self.width
         rows = op.transpose(op.reshape(query, i64([0, H, G, -1, D]), True), i64([0, 1, 3, 2, 4]))
         rows = op.reshape(op.gather(rows, self.query_rows, i64(2)), self.by_block, True)  # (batch, H, nb, m·G, D)
-        # The Reshape keeps the GPU plugin from fusing the sum into a product of rank 5, which then adds the wrong
-        # blocks' masks
-        scores = op.reshape(op.matmul(rows, keys, False, True), i64([0, 0, -1, G, 0]), True)  # (batch, H, nb·m, G, w)
-        scores = op.add(scores, self.near_mask)
+        scores = op.add(op.matmul(rows, keys, False, True), self.near_mask)  # (batch, H, nb, m·G, w)
         weights = op.softmax(scores, 4)
-        context = op.matmul(op.reshape(weights, self.by_block, True), values, False, False)  # (batch, H, nb, m·G, D)
+        context = op.matmul(weights, values, False, False)  # (batch, H, nb, m·G, D)
         top, share = (self._in_order(layer, op.reduce_max(x, i64([4]), True), 1) for x in (scores, weights))
         return self._in_order(layer, context, D), op.subtract(top, op.log(share))
 
