@@ -11,15 +11,15 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.attend_recent import PADDING, RecentRows
-from ovtq.checks import coupled, not_exported, taken, unequal
+from ovtq.forms.gpu.recent import PADDING, RecentRows
+from ovtq.codec.rotation import digest, hadamard_matrix, randomized_frame, spread_width
 from ovtq.errors import VerificationFailed
-from ovtq.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
+from ovtq.ir.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
 from ovtq.models.description import AttentionLayer, Exported, ModelDescription, TokenRows
 from ovtq.models.description import SinkRow as SinkRowCache
 from ovtq.models.rope import key_centre, norms
 from ovtq.passes.base import Pass, Rewrite, option
-from ovtq.rotation import digest, hadamard_matrix, randomized_frame, spread_width
+from ovtq.passes.checks import coupled, not_exported, taken, unequal
 from ovtq.states import RECENT, Growing, StateSpec, cache_name
 
 ALL = 2**31 - 1

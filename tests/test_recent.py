@@ -10,15 +10,15 @@ import openvino as ov
 import pytest
 from conftest import TINY, load
 
-from ovtq.attend_recent import ANCHOR, MARK, PADDING, SINK, RecentRows
-from ovtq.convert import main
+from ovtq.forms.gpu.recent import ANCHOR, MARK, PADDING, SINK, RecentRows
+from ovtq.cli.convert import main
+from ovtq.codec.rotation import randomized_frame, spread_width
 from ovtq.errors import PreconditionFailed
-from ovtq.gpu_cache import restored
-from ovtq.graph import f32
+from ovtq.forms.ring import MOST, PARTS, UNITS
+from ovtq.ir.graph import f32
 from ovtq.passes import DecoupleLength, Rewrite, SimplifyMask, SinkRow, TruncateWindow
-from ovtq.ring import MOST, PARTS, UNITS
-from ovtq.rotation import randomized_frame, spread_width
-from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.runtime.gpu_cache import restored
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 
 WINDOW, WIDTH = 16, 64 + PADDING
 
