@@ -11,9 +11,9 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.forms.gpu.recent import PADDING, RecentRows
 from ovtq.codec.rotation import digest, hadamard_matrix, randomized_frame, spread_width
 from ovtq.errors import VerificationFailed
+from ovtq.forms.gpu.recent import PADDING, RecentRows
 from ovtq.ir.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
 from ovtq.models.description import AttentionLayer, Exported, ModelDescription, TokenRows
 from ovtq.models.description import SinkRow as SinkRowCache
