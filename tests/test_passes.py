@@ -262,14 +262,14 @@ def test_a_frame_is_orthonormal_and_sums_to_zero(head_dim: int, width: int) -> N
     assert not np.array_equal(frame, randomized_frame(head_dim, width, 4)[0])
 
 
-@pytest.mark.parametrize("order", [1, 2, 4, 12, 20, 24, 32, 40, 44, 48, 72, 80, 144, 272])
+@pytest.mark.parametrize("order", [1, 2, 4, 12, 20, 24, 28, 32, 36, 40, 44, 48, 72, 76, 80, 144, 272])
 def test_hadamard_matrices(order: int) -> None:
     matrix = hadamard_matrix(order)
     assert np.array_equal(matrix @ matrix.T, order * np.eye(order))
     assert (matrix[0] == 1).all()
 
 
-@pytest.mark.parametrize("order", [3, 6, 28, 36, 52])
+@pytest.mark.parametrize("order", [3, 6, 52, 92])
 def test_no_hadamard_matrix_is_made_up(order: int) -> None:
     with pytest.raises(ValueError, match="no Hadamard matrix of order"):
         hadamard_matrix(order)
