@@ -30,6 +30,7 @@ from ovtq.ir.graph import constant_of
 from ovtq.models import ModelDescription, describe
 from ovtq.models.description import Exported
 from ovtq.models.rope import mean_rotated_bias
+from ovtq.passes import PASSES
 from ovtq.runtime.paged import PagedRunner
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 from ovtq.verification.extent import cut, rooted, scope
@@ -207,6 +208,25 @@ def test_exact_and_packed_in_short_texts(name: str, family: Callable[[str], Path
         assert compare(*same, len(description.layers)).relative <= TOLERANCE, preset
         assert check.largest <= TOLERANCE, preset
         assert any(lossy) == bool(check.layers) == (preset == "k6v4" and bool(description.full)), preset
+
+
+@pytest.mark.parametrize(
+    ("name", "needless"),
+    [
+        ("llama3", {"truncate-window", "sink-row"}),
+        ("mistral-window", {"sink-row", "quantize-kv", "prune-kv"}),
+        ("gemma2", {"sink-row"}),
+    ],
+)
+def test_a_pass_that_has_nothing_to_do_says_so_and_refuses(
+    name: str, needless: set[str], family: Callable[[str], Path]
+) -> None:
+    model, description = load(family(name))
+    found = {item: reason for item, cls in PASSES.items() if (reason := cls().needless(description))}
+    assert {*found} == needless
+    for item, reason in found.items():
+        with pytest.raises(PreconditionFailed, match=f"{item}: {reason}"):
+            PASSES[item]().apply(model, description)
 
 
 def test_a_model_without_sliding_layers_or_sinks_leaves_out_what_is_for_those(family: Callable[[str], Path]) -> None:

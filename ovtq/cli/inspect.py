@@ -113,6 +113,8 @@ def inspect(options: argparse.Namespace, errors: Console) -> dict[str, Any]:
         "consumers": _consumers(converted, any(_with_sinks(node) for node in model.get_ops())),
     }
     if options.roofline:
+        if config.get("model_type") != "gpt_oss":
+            raise InputError(f"--roofline: known of GPT-OSS alone, this is {config.get('model_type')}")
         try:
             if options.roofline == "cpu":
                 facts["roofline"] = roofline_cpu.table(options.model_dir, facts["contexts"])
