@@ -240,7 +240,7 @@ def test_a_model_without_sliding_layers_or_sinks_leaves_out_what_is_for_those(fa
     with pytest.raises(
         PreconditionFailed, match=r"nothing to do in this model: .*sink-row: its attention has no sinks"
     ):
-        rewritten(family("llama3"), "f16", "gpu")
+        pipeline.run(*load(family("llama3")), pipeline.PRESETS["exact"].on("gpu"))  # those of a model with sinks
 
 
 @pytest.mark.parametrize(
