@@ -12,8 +12,11 @@ if TYPE_CHECKING:
         compress,
         convert,
         describe,
+        load_state,
         properties,
         pruning_counts,
+        read_prompt,
+        save_state,
         state_bytes,
         verify,
     )
@@ -29,8 +32,11 @@ __all__ = [
     "convert",
     "describe",
     "errors",
+    "load_state",
     "properties",
     "pruning_counts",
+    "read_prompt",
+    "save_state",
     "state_bytes",
     "verify",
 ]

@@ -24,6 +24,7 @@ from ovtq.models import describe as described
 from ovtq.options import Checks, Options, PassList, Settings
 from ovtq.passes import QuantizeKv
 from ovtq.pipeline import PRESETS
+from ovtq.prefix import load_state, read_prompt, save_state
 from ovtq.runtime.kernels import properties
 from ovtq.runtime.runner import check_device
 from ovtq.verification.recheck import recheck
@@ -35,8 +36,11 @@ __all__ = [
     "compress",
     "convert",
     "describe",
+    "load_state",
     "properties",
     "pruning_counts",
+    "read_prompt",
+    "save_state",
     "state_bytes",
     "verify",
 ]
@@ -97,24 +101,27 @@ def compress(
     one has. `config` is what its config.json holds, that file, or its folder. An OVModelForCausalLM of optimum-intel is
     changed in place and returned; it compiles again when it is used next, and `save_pretrained` writes the new model.
 
-    `preset` is one of PRESETS ("k6v4" if there is none, nor `passes`), `target` gpu or cpu. All else as for
-    ovtq-convert; None: as the preset has it. Raises InputError, UnsupportedModel or PreconditionFailed; the model is
-    then as it was.
+    `preset` is one of PRESETS, or "auto" (if there is none, nor `passes`), which takes what was measured to be best for
+    target and model (`ovtq.automatic`); `target` is gpu or cpu. All else as for ovtq-convert; None: as the preset has
+    it. Raises InputError, UnsupportedModel or PreconditionFailed; the model is then as it was.
     """
     options = Options(
         preset, target, passes, k_bits, v_bits, residual_window, protect, centre, kernels, capacity,
         window_bits, budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     graph = _graph(model)
-    items = options.chosen()
+    options.refuse_bad()  # before the rest takes seconds
+    facts = _config(model, config)
+    conversion.refuse_converted("the model", graph)
+    copy = graph.clone()  # passes reuse the nodes of what they are given
+    description = described(copy, facts)
+    options, _ = options.settled(description)
+    items = options.chosen(description=description)
     if any(isinstance(item, QuantizeKv) and item.kernels for item in items):
         raise InputError("kernels are files beside a model, which is written for them: use ovtq.convert")
     if isinstance(config, str | Path):
         items = tuple(item.at(_folder_of(config)) for item in items)
-    facts = _config(model, config)
-    conversion.refuse_converted("the model", graph)
-    copy = graph.clone()  # passes reuse the nodes of what they are given
-    made = conversion.rewrite(copy, described(copy, facts), options, items)
+    made = conversion.rewrite(copy, description, options, items)
     conversion.stamp(made)
     if isinstance(model, ov.Model):
         return cast(M, made.model)
@@ -151,11 +158,13 @@ def convert(
     verify_seed: int = 0,
     verify_layers: int | None = None,
     force: bool = False,
+    card: bool = True,
     on_progress: OnProgress | None = None,
 ) -> Conversion:
     """Convert a model's folder into another, as ovtq-convert does: verified, whole or not at all.
 
     `out_dir` None: tell what would be done, write and verify nothing. `force` replaces a folder that ovtq made.
+    `card`: leave a model card, README.md, in it.
     `on_progress(stage, done, total)` is called as each of the stages read, rewrite, write and verify begins and goes
     on; what it raises ends the conversion. Options as of `compress`, `verify_…` as of ovtq-convert. Raises OvtqError;
     `model_dir` is never changed.
@@ -177,7 +186,7 @@ def convert(
 
     folder = None if out_dir is None else Path(out_dir)
     try:
-        return conversion.convert(Path(model_dir), folder, options, checks, force=force, on_progress=told)
+        return conversion.convert(Path(model_dir), folder, options, checks, force=force, card=card, on_progress=told)
     except InputError:
         if raised:  # not one of the disk, as which it was taken
             raise raised[0] from None

@@ -13,13 +13,14 @@ from typing import Any
 import openvino as ov
 
 from ovtq import __version__, pipeline, states
+from ovtq import card as model_card
 from ovtq.codec.kernel_layout import CONFIG, FOLDER
 from ovtq.errors import InputError
 from ovtq.ir import cache, io
 from ovtq.models import ModelDescription, describe
 from ovtq.models.description import InPlace
 from ovtq.options import Checks, Options
-from ovtq.passes import Pass, QuantizeKv
+from ovtq.passes import PASSES, Pass, QuantizeKv
 from ovtq.pipeline import Step
 from ovtq.runtime.runner import check_device
 from ovtq.states import StateSpec
@@ -72,7 +73,7 @@ class Rewritten:
 
     model: ov.Model
     description: ModelDescription
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...]  # those left out, too
     record: dict[str, Any]
 
 
@@ -110,12 +111,13 @@ def rewrite(
         "ovtq": __version__,
         "schema": states.SCHEMA,
         "preset": options.named,
-        "passes": [dataclasses.asdict(step) for step in steps],
+        "passes": [_recorded(step) for step in steps if not step.skipped],
+        "skipped": {step.name: step.skipped for step in steps if step.skipped},
         "layers": [dataclasses.asdict(layer) for layer in _layers(description)],
         "target": target,
         "states": [state.told() for state in description.states],
         "state_bytes": {"before": before, "after": _memory(model, description.states, target)},
-        "paged_attention": all(item.paged_attention for item in passes),
+        "paged_attention": all(PASSES[step.name].paged_attention for step in steps if not step.skipped),
     }
     record["versions"] = {"openvino": ov.__version__, "python": platform.python_version()}
     return Rewritten(model, description, tuple(steps), record)
@@ -133,6 +135,7 @@ def convert(
     checks: Checks,
     *,
     force: bool = False,
+    card: bool = True,
     record_to: Path | None = None,
     on_progress: OnProgress = lambda stage, done, total: None,
     after: After = lambda item, model: None,
@@ -140,23 +143,27 @@ def convert(
 ) -> Conversion:
     """Convert a folder into another; `out_dir` None: say what would be done, write nothing but the record.
 
-    The input is left untouched, and `out_dir` is whole or as it was. `record_to` is a file that the record is written
-    to besides. Raises OvtqError, worded as the options were given.
+    The input is left untouched, and `out_dir` is whole or as it was. `card`: leave a README.md in it. `record_to` is a
+    file that the record is written to besides. Raises OvtqError, worded as the options were given.
     """
-    passes = tuple(item.at(model_dir) for item in options.chosen(wording))
+    options.refuse_bad(wording)
     checks.refuse_bad(wording)
     source = io.model_xml(model_dir)
     if record_to:
         io.check_json(record_to, model_dir, out_dir)
-    device = _device(passes, checks) if checks.verify and out_dir is not None else None
     if out_dir is not None:
         io.check_output(model_dir, out_dir, force, wording.option("force"))
+        if checks.verify:
+            check_device(checks.verify_device)
 
     tick = _stage(on_progress, "read", 2)
     model = io.load(model_dir)
     tick()
     refuse_converted(model_dir, model)
     description = describe(model, io.load_config(model_dir))
+    options, advice = options.settled(description)
+    passes = tuple(item.at(model_dir) for item in options.chosen(wording, description))
+    device = _device(passes, checks.verify_device) if checks.verify else None
     tick()
     weights = source.with_suffix(".bin").stat().st_size
     extent = usual(description, source, checks.verify_layers)
@@ -169,6 +176,7 @@ def convert(
     made = rewrite(model, description, options, passes, done)
     description, record = made.description, made.record
     record["source"] = {"xml_sha256": io.text_sha256(source), "bin_bytes": weights}
+    record["reason"] = advice and advice.reason
     record["verified"] = None
     in_place = [layer.cache.layout for layer in description.layers if isinstance(layer.cache, InPlace)]
     record["config_file"] = f"{FOLDER}/{CONFIG}" if in_place else None
@@ -203,21 +211,27 @@ def convert(
             written.wait()
             tick()
         (folder / io.RECORD).write_text(_text(record), encoding="utf-8", newline="\n")
+        if card:
+            model_card.leave(model_dir, folder, record)
         _write_record(record_to, record)
     return _told(made, found, precision)
 
 
-def _device(passes: Sequence[Pass], checks: Checks) -> str | None:
+def _device(passes: Sequence[Pass], asked: str) -> str | None:
     """Where to verify: as asked for, but what only a GPU runs on a GPU, or nowhere if there is none here."""
-    if checks.verify_device == "CPU" and any(isinstance(item, QuantizeKv) and item.kernels for item in passes):
+    if asked == "CPU" and any(isinstance(item, QuantizeKv) and item.kernels for item in passes):
         return "GPU" if any(name.startswith("GPU") for name in ov.Core().available_devices) else None
-    check_device(checks.verify_device)
-    return checks.verify_device
+    return asked
+
+
+def _recorded(step: Step) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(step).items() if name != "skipped"}
 
 
 def _told(made: Rewritten, found: Difference | None, precision: str | None) -> Conversion:
     description, target = made.description, made.record["target"]
-    return Conversion(made.record, made.steps, _layers(description), found, description.states, target, precision)
+    steps = tuple(step for step in made.steps if not step.skipped)
+    return Conversion(made.record, steps, _layers(description), found, description.states, target, precision)
 
 
 def _layers(description: ModelDescription) -> tuple[Layer, ...]:
