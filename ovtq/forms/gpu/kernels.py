@@ -36,7 +36,7 @@ from ovtq.ir.graph import (
     numbers,
 )
 from ovtq.models.description import AttentionLayer, InPlace, ModelDescription
-from ovtq.states import Fixed, StateSpec, cache_name
+from ovtq.states import IN_PLACE, Fixed, StateSpec, cache_name
 
 GUARD = (
     "ovtq's kernels, which run on a GPU with the property CONFIG_FILE = the path of the file ovtq_kernels/kernels.xml "
@@ -191,7 +191,7 @@ class Kernels:
             head[layout.offsets[name] :][: values.size] = values.reshape(-1)
         one, rows, width = layout.shape
         spec = StateSpec(
-            cache_name(layer.index, "packed"), "f32", (-1, one, rows, width), Fixed(layout.capacity), "packed",
+            cache_name(layer.index, IN_PLACE[1:]), "f32", (-1, one, rows, width), Fixed(layout.capacity), "packed",
             (layer.index,),
         )  # fmt: skip
         rest = op.concat([self.batch, i64([rows * width - head.size])], 0)
