@@ -10,13 +10,14 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
+from ovtq.bases import Choice, LayerBases, told
+from ovtq.basis_nodes import Matrices
 from ovtq.checks import coupled, not_exported
 from ovtq.errors import VerificationFailed
 from ovtq.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
 from ovtq.models.description import AttentionLayer, Exported, ModelDescription, TokenRows
 from ovtq.models.description import SinkRow as SinkRowCache
-from ovtq.models.rope import key_centre, norms
-from ovtq.passes.base import Pass, Rewrite, option
+from ovtq.passes.base import BasisPass, Rewrite, basis_option, calibration_option, centre_option, option
 from ovtq.rotation import digest, hadamard_matrix, randomized_frame
 from ovtq.states import Growing, StateSpec, cache_name
 
@@ -27,7 +28,7 @@ SHORT = 2.0**-6  # and of its value: of zeros, which have no range, the GPU plug
 
 
 @dataclass(frozen=True)
-class SinkRow(Pass):
+class SinkRow(BasisPass):
     """softmax over [z, s₁ … sₙ], z being a query head's sink logit, is that of one product with a row more.
 
     With s = scale·q·kᵀ, orthonormal rows R (head_dim, width) and u (width,), and any c (head_dim,), keys are stored as
@@ -37,6 +38,9 @@ class SinkRow(Pass):
     gave. So a full layer becomes attention with five inputs over a cache that grows from no row at all to one row more
     than there are tokens, which is what the GPU plugin appends to in place, stores in 8 or 4 bits and never copies to
     query heads; with a sixth input it does none of this.
+
+    In a balanced basis (`ovtq.basis`) keys are (k − c)AR and queries qA⁻ᵀR + …, with an A for each KV head, likewise
+    values. These may be centred, too: then that of the first row is less the centre, and the result is given it back.
 
     The query is padded with that first row, too, and its result cut off: the CPU plugin's fused attention takes as many
     new keys as queries.
@@ -60,11 +64,18 @@ class SinkRow(Pass):
 
     seed: int = option(0, "seed of the rotation's random rows and signs")
     rotate: bool = option(True, "spread vectors over all coordinates, those for the sink included")
-    centre: str = option("bias", "what is subtracted from all keys", choices=("bias", "none"))
+    centre: str = centre_option()
+    basis: str = basis_option()
+    calibration: str = calibration_option()
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
+
+    @property
+    def choice(self) -> Choice:
+        """How its bases are made."""
+        return Choice(self.basis, self.centre, self.calibration)
 
     def sites(self, description: ModelDescription) -> int:
         """One per full layer."""
@@ -87,19 +98,19 @@ class SinkRow(Pass):
                 hadamard_matrix(layer.head_dim + PADDING)
             except ValueError as error:
                 raise self.refuse(f"layer {layer.index} has head_dim {layer.head_dim}: {error}") from None
-        self.refuse_if(coupled(description))
+        self.refuse_if(coupled(description) or self.choice.unfit(description.full))
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each layer's states and attention."""
         rows = _Rows(self, description)
-        centres = {layer.index: key_centre(model, layer, self.centre) for layer in description.full}
-        changed = {layer.index: rows.attend(layer, centres[layer.index]) for layer in description.full}
+        bases = self.choice.of(model, description.full, (rows.frame, rows.frame))
+        changed = {layer.index: rows.attend(layer, bases[layer.index]) for layer in description.full}
         old = [path.assign for layer in description.full for path in layer.paths]
         model = rebuild(model, drop=old, add=rows.assigns)
         facts = {
             "width": rows.width,
             "matrix_sha256": digest(np.concatenate([rows.frame, rows.sink[None]])),
-            "centre_norms": norms(centres),
+            **{name: fact for name, fact in told(self.choice, bases).items() if name != "rotation_sha256"},
         }
         return Rewrite(model, description.recached(changed, rows.states), len(changed), facts)
 
@@ -123,8 +134,7 @@ class _Rows:
             self.frame, self.sink = randomized_frame(d, self.width, item.seed)
         else:
             self.frame, self.sink = np.eye(d, self.width, dtype=np.float32), np.eye(1, self.width, d, np.float32)[0]
-        # constants of their own: see rotate-heads for what sharing one does
-        self.into, self.back = f32(np.ascontiguousarray(self.frame.T)), f32(self.frame)
+        self.matrices = Matrices()
         self.description = description
         self.batch, new = (dim(description.input_ids, axis) for axis in (0, 1))
         past = op.subtract(description.length, new)
@@ -133,23 +143,28 @@ class _Rows:
         self.assigns: list[Node] = []
         self.states: list[StateSpec] = []
 
-    def attend(self, layer: AttentionLayer, centre: np.ndarray) -> AttentionLayer:
+    def attend(self, layer: AttentionLayer, bases: LayerBases) -> AttentionLayer:
         """Rewrite one layer."""
         H, G = layer.kv_heads, layer.group
         key, value = (size * np.sqrt(self.width, dtype=np.float32) * self.sink for size in (SINK, SHORT))
         part = layer.sinks.reshape(1, H * G, 1, 1) / layer.scale * key / np.square(key).sum()
-        moved = (-centre @ self.frame)[None, :, None]
-        query = self._behind_sink(op.add(self._rotate(layer.query.source), f32(part)), H * G, 0 * key)
-        keys, _ = self._cache(layer, "key", op.add(self._rotate(layer.key.source), f32(moved)), key + moved)
-        values, past = self._cache(layer, "value", self._rotate(layer.value.source), value)
+        less_key, less_value = (-(basis.centre[:, None] @ basis.matrix)[None] for basis in bases)  # (1, H, 1, width)
+        query = op.matmul(layer.query.source, self.matrices.dual(bases.key, G), False, True)
+        query = self._behind_sink(op.add(query, f32(part)), H * G, 0 * key)
+        stored = op.matmul(layer.key.source, self.matrices.forward(bases.key), False, True)
+        keys, _ = self._cache(layer, "key", op.add(stored, f32(less_key)), key + less_key)
+        stored = op.matmul(layer.value.source, self.matrices.forward(bases.value), False, True)
+        if less_value.any():
+            stored, value = op.add(stored, f32(less_value)), value + less_value
+        values, past = self._cache(layer, "value", stored, value)
         mask = self._mask(layer.cache.mask.source)
         context = op.scaled_dot_product_attention(query, keys, values, mask, f32(layer.scale), False)
         real = op.slice(context, self.first, i64([ALL]), i64([1]), i64([2]))
-        redirect(layer.context, op.matmul(real, self.back, False, True))
+        given = op.matmul(real, self.matrices.inverse(bases.value, G), False, True)
+        if less_value.any():
+            given = op.add(given, f32(np.repeat(bases.value.centre, G, 0)[None, :, None]))
+        redirect(layer.context, given)
         return replace(layer, context=context.output(0), cache=SinkRowCache(TokenRows(past, 1)))
-
-    def _rotate(self, source: Output) -> Node:
-        return op.matmul(source, self.into, False, True)
 
     def _behind_sink(self, new: Node, heads: int, sink: np.ndarray) -> Node:
         """`new`, (batch, heads, new, width), behind the row `sink` in the first call.

@@ -43,10 +43,8 @@ def _not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _not_orthogonal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def skewed(head_dim: int, seed: int) -> np.ndarray:
-        return randomized_hadamard(head_dim, seed) * np.float32(1.001)
-
-    monkeypatch.setattr(ovtq.passes.rotate_heads, "randomized_hadamard", skewed)
+    dual = Matrices.dual
+    monkeypatch.setattr(Matrices, "dual", lambda *args: ov.opset15.multiply(dual(*args), np.float32(1.001)))
 
 
 def _band_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +156,7 @@ def _not_causal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _sink_not_centred(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Plan, "sink_rows", property(lambda self: 0 * np.concatenate(2 * list(self.centres.values()))))
+    monkeypatch.setattr(Plan, "sink_rows", property(lambda self: np.concatenate([0 * self.centre(x) for x in self.layers])))
 
 
 WRONG = "the converted model is wrong on CPU: "
