@@ -134,7 +134,7 @@ def told(choice: Choice, bases: Mapping[int, LayerBases]) -> dict[str, Any]:
             what: {str(index): basis.digest for index, basis in some.items() if not basis.shared}
             for what, some in (("key", key), ("value", value))
         }
-        facts["condition"] = round(float(max(basis.condition.max() for basis in every)), 2)
+        facts["condition"] = round(float(max((basis.condition.max() for basis in every), default=1.0)), 2)
     if found := choice.calibration():
         facts["statistics"] = {
             "sha256": moments.digest(Path(choice.stats)), "tokens": found.tokens,

@@ -34,6 +34,11 @@ def infer() -> int:
     return run_command("infer")
 
 
+def calibrate() -> int:
+    """`ovtq-calibrate`."""
+    return run_command("calibrate_command", name="calibrate")
+
+
 def report() -> int:
     """`ovtq-report`."""
     return run_command("report")

@@ -24,13 +24,13 @@ import ovtq.passes.rotate_heads
 import ovtq.ring
 from ovtq import io, pipeline
 from ovtq.attend import Columns, Held, Plan
+from ovtq.basis_nodes import Matrices
 from ovtq.beams import Beams
 from ovtq.closeness import played
 from ovtq.convert import main
 from ovtq.errors import VerificationFailed
 from ovtq.extent import Scope, cut, scope
 from ovtq.passes import DecoupleLength, RotateHeads, TruncateWindow
-from ovtq.rotation import randomized_hadamard
 from ovtq.routers import undecided
 from ovtq.schedule import PASTED, STEPS, Call, calls_for, edges, lengths_of
 from ovtq.states import StateSpec
@@ -156,7 +156,8 @@ def _not_causal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _sink_not_centred(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Plan, "sink_rows", property(lambda self: np.concatenate([0 * self.centre(x) for x in self.layers])))
+    zeros = property(lambda self: np.concatenate([0 * self.centre(layer) for layer in self.layers]))
+    monkeypatch.setattr(Plan, "sink_rows", zeros)
 
 
 WRONG = "the converted model is wrong on CPU: "
