@@ -27,7 +27,8 @@ class Options:
 
     `k_bits` to `centre` are options of quantize-kv, or of prune-kv in its place; `window_bits` are bits of keys and of
     values that sliding layers keep; `basis` and `calibration` are options of all passes that store heads in a basis;
-    `budget` puts prune-kv among the passes, and `recent_window` to `heads` are its options. `settings` are any other options by pass, such as {"truncate-window": {"slack": 16}}.
+    `budget` puts prune-kv among the passes, and `recent_window` to `heads` are its options. `settings` are any other
+    options by pass, such as {"truncate-window": {"slack": 16}}.
     """
 
     preset: str | None = None
