@@ -16,7 +16,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.errors import UnsupportedModel
-from ovtq.graph import constant_of, consumers, static_dim
+from ovtq.ir.graph import constant_of, consumers, static_dim
 from ovtq.models.attention import projected
 from ovtq.models.description import AttentionLayer
 from ovtq.models.rope import POSITIONS, rotated

@@ -14,16 +14,18 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 import numpy as np
 import openvino as ov
 
-from ovtq import cache, conversion, io, pruning
+from ovtq import conversion
 from ovtq.conversion import Conversion, OnProgress, counted
 from ovtq.errors import InputError
+from ovtq.forms import pruning
+from ovtq.ir import cache, io
 from ovtq.models import ModelDescription
 from ovtq.models import describe as described
 from ovtq.options import Checks, Options, PassList, Settings
 from ovtq.pipeline import PRESETS
-from ovtq.recheck import recheck
-from ovtq.runner import check_device
-from ovtq.verify import Difference
+from ovtq.runtime.runner import check_device
+from ovtq.verification.recheck import recheck
+from ovtq.verification.verify import Difference
 
 __all__ = ["PRESETS", "Conversion", "compress", "convert", "describe", "pruning_counts", "state_bytes", "verify"]
 

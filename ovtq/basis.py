@@ -22,7 +22,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ovtq.rotation import digest
+from ovtq.codec.rotation import digest
 
 LIMIT = 32.0  # of a transform's condition number, largest over smallest singular value
 RIDGE = 1e-4  # of the mean eigenvalue, added to a covariance: some directions a short text never shows

@@ -6,8 +6,8 @@ import numpy as np
 from openvino import Node
 
 from ovtq.basis import HeadBasis
-from ovtq.graph import f32
-from ovtq.quantizer import by_batch
+from ovtq.forms.quantizer import by_batch
+from ovtq.ir.graph import f32
 
 
 class Matrices:

@@ -19,10 +19,10 @@ from rich.console import Console
 
 from ovtq import __version__
 from ovtq.calibration import calibrate, calls
-from ovtq.command import Out, Parser, phase, positive, progress, run
+from ovtq.cli.command import Out, Parser, phase, positive, progress, run
 from ovtq.errors import InputError
 from ovtq.moments import NAME, Calibration, digest
-from ovtq.text import Tokenizer
+from ovtq.runtime.text import Tokenizer
 
 TEXT = Path(__file__).with_name("calibration.txt")
 HELD = 4  # of so many tokens one more is read to compare

@@ -10,12 +10,12 @@ import openvino as ov
 from openvino import opset15 as op
 
 from ovtq.bases import Choice
-from ovtq.checks import not_exported
 from ovtq.errors import VerificationFailed
-from ovtq.graph import consumers, f32
+from ovtq.ir.graph import consumers, f32
 from ovtq.models.description import ModelDescription
 from ovtq.models.rope import norms
 from ovtq.passes.base import BasisPass, Rewrite, calibration_option, option
+from ovtq.passes.checks import not_exported
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ from openvino import opset15 as op
 
 from ovtq.bases import Choice, LayerBases, told
 from ovtq.basis_nodes import Matrices
+from ovtq.codec.rotation import digest, orthogonal
 from ovtq.errors import VerificationFailed
-from ovtq.graph import consumers, insert_after
+from ovtq.ir.graph import consumers, insert_after
 from ovtq.models.description import AttentionLayer, Exported, ModelDescription
 from ovtq.passes.base import BasisPass, Rewrite, basis_option, calibration_option, option
-from ovtq.rotation import digest, orthogonal
 
 
 @dataclass(frozen=True)

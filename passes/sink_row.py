@@ -12,13 +12,13 @@ from openvino import opset15 as op
 
 from ovtq.bases import Choice, LayerBases, told
 from ovtq.basis_nodes import Matrices
-from ovtq.checks import coupled, not_exported
+from ovtq.codec.rotation import digest, hadamard_matrix, randomized_frame
 from ovtq.errors import VerificationFailed
-from ovtq.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
+from ovtq.ir.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
 from ovtq.models.description import AttentionLayer, Exported, ModelDescription, TokenRows
 from ovtq.models.description import SinkRow as SinkRowCache
 from ovtq.passes.base import BasisPass, Rewrite, basis_option, calibration_option, centre_option, option
-from ovtq.rotation import digest, hadamard_matrix, randomized_frame
+from ovtq.passes.checks import coupled, not_exported
 from ovtq.states import Growing, StateSpec, cache_name
 
 PADDING = 16  # coordinates more than head_dim: kernels of the GPU plugin take a head in sixteens

@@ -18,11 +18,12 @@ import pytest
 from conftest import ROOT, TINY, load
 
 import ovtq
-from ovtq import errors, io, states
+from ovtq import errors, states
 from ovtq.api import PruningCounts
-from ovtq.inspect import main as inspect_main
+from ovtq.cli.inspect import main as inspect_main
+from ovtq.ir import io
 from ovtq.options import Checks, Options
-from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 
 SMALL = TINY["5.5"]
 PUBLIC = [
@@ -115,9 +116,10 @@ ovtq.errors, ovtq.codec
 assert "openvino" not in sys.modules, "errors, codec"
 ovtq.PRESETS, ovtq.convert
 assert not {"rich", "optimum", "transformers", "torch"} & {*sys.modules}, "ovtq.api"
-import ovtq.convert, ovtq.verify
-from ovtq.convert import main
-from ovtq import convert, verify
+import ovtq.cli.convert, ovtq.verify
+from ovtq.cli.convert import main
+from ovtq.cli import convert
+from ovtq.verification import verify
 assert all(map(callable, (ovtq.convert, ovtq.verify, convert, verify, main)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
@@ -133,7 +135,7 @@ def test_options_are_those_of_the_command_line() -> None:
         expected = {name for name in fields if function is ovtq.convert or not name.startswith("verify")}
         assert keywords.keys() == expected | more
         assert all(keywords[name] == fields[name] for name in expected)
-    from ovtq.convert import parser
+    from ovtq.cli.convert import parser
 
     known = vars(parser().parse_args([str(SMALL)]))
     assert fields.keys() <= known.keys()

@@ -20,10 +20,10 @@ PACKAGES = ("ovtq", "passes", "models")
 LAYERS = [
     {"ovtq.demo"},
     {"ovtq.cli"},
-    {"ovtq.convert", "ovtq.inspect", "ovtq.evaluate", "ovtq.bench", "ovtq.infer"},
+    {"ovtq.cli.convert", "ovtq.cli.inspect", "ovtq.cli.evaluate", "ovtq.cli.bench", "ovtq.cli.infer"},
     {"ovtq.inspect_tables", "ovtq.bench_tables", "ovtq.evaluate_tables"},
     {"ovtq.api"},
-    {"ovtq.worker", "ovtq.divergence", "ovtq.needles", "ovtq.recheck", "ovtq.report", "ovtq.conversion"},
+    {"ovtq.worker", "ovtq.divergence", "ovtq.needles", "ovtq.recheck", "ovtq.cli.report", "ovtq.conversion"},
     {"ovtq.candidates", "ovtq.options"},
     {"ovtq.host", "ovtq.paged", "ovtq.gpu_cache", "ovtq.text", "ovtq.plots"},
     {"ovtq.pipeline", "ovtq.verify", "ovtq.roofline_cpu"},
@@ -91,7 +91,9 @@ def test_imports_point_one_way() -> None:
 
 
 def test_converting_needs_no_torch() -> None:
-    code = "import ovtq.convert, sys; sys.exit(bool({'torch', 'transformers', 'optimum', 'nncf'} & set(sys.modules)))"
+    code = (
+        "import ovtq.cli.convert, sys; sys.exit(bool({'torch', 'transformers', 'optimum', 'nncf'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -125,7 +127,7 @@ def test_the_wheel_carries_every_module(tmp_path: Path) -> None:
             "-S",
             "-c",
             f"import sys; sys.path[:0] = [{str(target)!r}, {_site()!r}]\n"
-            "import ovtq.passes, ovtq.models; ovtq.compress, ovtq.convert; from ovtq.convert import main\n"
+            "import ovtq.passes, ovtq.models; ovtq.compress, ovtq.convert; from ovtq.cli.convert import main\n"
             "print(ovtq.__version__, ovtq.passes.__file__)",
         ],
         cwd=tmp_path,

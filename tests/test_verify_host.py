@@ -11,18 +11,18 @@ import pytest
 from conftest import TINY
 from openvino import opset15 as op
 
-import ovtq.attend_blocks
-import ovtq.attend_window
+import ovtq.forms.cpu.full
+import ovtq.forms.window
 import ovtq.passes.check_call
 import ovtq.states
-from ovtq.attend_window import BLOCK, WindowRows
-from ovtq.closeness import Loss, divergence, loss, lost, played, relative, scale_of, too_lossy
-from ovtq.convert import main
+from ovtq.cli.convert import main
 from ovtq.errors import VerificationFailed
-from ovtq.graph import MASKED, f32, i64, new_variable
-from ovtq.schedule import Call
+from ovtq.forms.window import BLOCK, WindowRows
+from ovtq.ir.graph import MASKED, f32, i64, new_variable
 from ovtq.states import StateSpec
-from ovtq.verify import compare
+from ovtq.verification.closeness import Loss, divergence, loss, lost, played, relative, scale_of, too_lossy
+from ovtq.verification.schedule import Call
+from ovtq.verification.verify import compare
 
 Harm = Callable[[pytest.MonkeyPatch], None]
 AS_HOSTS_LOAD_IT = "the converted model is wrong on CPU as hosts load it, with no property"
