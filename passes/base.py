@@ -14,7 +14,7 @@ from typing import Any, ClassVar, get_type_hints
 import openvino as ov
 
 from ovtq import moments, states
-from ovtq.bases import CENTRES, KINDS, Choice
+from ovtq.forms.bases import CENTRES, KINDS, Choice
 from ovtq.errors import InputError, PreconditionFailed, VerificationFailed
 from ovtq.models.description import ModelDescription
 
@@ -146,7 +146,7 @@ class Pass(ABC):
 
 @dataclass(frozen=True)
 class BasisPass(Pass):
-    """A pass that stores keys and values in a basis of `ovtq.bases`, made of statistics where they are asked for."""
+    """A pass that stores keys and values in a basis of `ovtq.forms.bases`, made of statistics where they are asked for."""
 
     @property
     @abstractmethod

@@ -9,7 +9,7 @@ import numpy as np
 import openvino as ov
 from openvino import opset15 as op
 
-from ovtq.bases import Choice
+from ovtq.forms.bases import Choice
 from ovtq.errors import VerificationFailed
 from ovtq.ir.graph import consumers, f32
 from ovtq.models.description import ModelDescription

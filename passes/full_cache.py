@@ -9,7 +9,7 @@ from typing import Any
 
 import openvino as ov
 
-from ovtq.bases import Choice, LayerBases, told
+from ovtq.forms.bases import Choice, LayerBases, told
 from ovtq.codec.coding import codecs, unfit
 from ovtq.codec.rotation import orthogonal
 from ovtq.forms.attend import Plan

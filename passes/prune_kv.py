@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import openvino as ov
 
-from ovtq.bases import Choice
+from ovtq.forms.bases import Choice
 from ovtq.codec.coding import BITS
 from ovtq.errors import InputError, VerificationFailed
 from ovtq.forms import triattention

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import openvino as ov
 
-from ovtq.bases import Choice
+from ovtq.forms.bases import Choice
 from ovtq.codec.coding import BITS
 from ovtq.errors import VerificationFailed
 from ovtq.forms.table import TARGETS
@@ -31,7 +31,7 @@ class QuantizeKv(BasisPass):
     is the mean key, and values lose theirs, too, which the result is given back once.
 
     Codes are of vectors in a basis: a rotation, or one that balances what keys are multiplied with against what they
-    are (`ovtq.basis`), for each KV head. The inverse merges into the decoding, so it costs nothing.
+    are (`ovtq.codec.basis`), for each KV head. The inverse merges into the decoding, so it costs nothing.
 
     Refuses models whose full layers no longer have the exported KV states, whose lengths come from them (run
     decouple-length first), or whose shapes differ; and a head_dim that the packing can't fill. Source: TurboQuant

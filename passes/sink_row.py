@@ -10,8 +10,8 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.bases import Choice, LayerBases, told
-from ovtq.basis_nodes import Matrices
+from ovtq.forms.bases import Choice, LayerBases, told
+from ovtq.forms.basis_nodes import Matrices
 from ovtq.codec.rotation import digest, hadamard_matrix, randomized_frame
 from ovtq.errors import VerificationFailed
 from ovtq.ir.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
@@ -39,7 +39,7 @@ class SinkRow(BasisPass):
     than there are tokens, which is what the GPU plugin appends to in place, stores in 8 or 4 bits and never copies to
     query heads; with a sixth input it does none of this.
 
-    In a balanced basis (`ovtq.basis`) keys are (k − c)AR and queries qA⁻ᵀR + …, with an A for each KV head, likewise
+    In a balanced basis (`ovtq.codec.basis`) keys are (k − c)AR and queries qA⁻ᵀR + …, with an A for each KV head, likewise
     values. These may be centred, too: then that of the first row is less the centre, and the result is given it back.
 
     The query is padded with that first row, too, and its result cut off: the CPU plugin's fused attention takes as many

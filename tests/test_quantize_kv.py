@@ -11,7 +11,7 @@ import pytest
 from conftest import MINI, TINY, load
 from test_passes import Tapped, applied
 
-from ovtq.basis import rotated
+from ovtq.codec.basis import rotated
 from ovtq.codec import STEPS, AdaptiveUniform
 from ovtq.codec.packed_attention import PackedAttention
 from ovtq.codec.packing import unpack

@@ -15,7 +15,7 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.bases import LayerBases
+from ovtq.forms.bases import LayerBases
 from ovtq.codec import AdaptiveUniform
 from ovtq.codec.coding import Codecs
 from ovtq.codec.packed_attention import PackedAttention, Place

@@ -14,7 +14,7 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.basis import rotated
+from ovtq.codec.basis import rotated
 from ovtq.codec.coding import UNIT, Coding
 from ovtq.codec.packed_attention import PackedAttention, Place
 from ovtq.forms.beams import Beams

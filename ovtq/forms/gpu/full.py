@@ -18,7 +18,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
-from ovtq.basis import HeadBasis
+from ovtq.codec.basis import HeadBasis
 from ovtq.codec.packed_attention import Place
 from ovtq.codec.packing import Layout
 from ovtq.forms.attend import NEVER, Columns, Held, Plan, Store

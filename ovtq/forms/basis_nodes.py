@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from openvino import Node
 
-from ovtq.basis import HeadBasis
+from ovtq.codec.basis import HeadBasis
 from ovtq.forms.quantizer import by_batch
 from ovtq.ir.graph import f32
 

@@ -18,10 +18,10 @@ import numpy as np
 from rich.console import Console
 
 from ovtq import __version__
-from ovtq.calibration import calibrate, calls
+from ovtq.evidence.calibration import calibrate, calls
 from ovtq.cli.command import Out, Parser, phase, positive, progress, run
 from ovtq.errors import InputError
-from ovtq.moments import NAME, Calibration, digest
+from ovtq.codec.moments import NAME, Calibration, digest
 from ovtq.runtime.text import Tokenizer
 
 TEXT = Path(__file__).with_name("calibration.txt")
