@@ -15,12 +15,12 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
+from ovtq.codec.moments import Moments
 from ovtq.errors import UnsupportedModel
 from ovtq.ir.graph import constant_of, consumers, static_dim
 from ovtq.models.attention import projected
 from ovtq.models.description import AttentionLayer
 from ovtq.models.rope import POSITIONS, rotated
-from ovtq.codec.moments import Moments
 
 STEPS = 8  # nodes between a layer's context and its output projection, at most
 NONE = np.zeros(0)

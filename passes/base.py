@@ -13,9 +13,10 @@ from typing import Any, ClassVar, get_type_hints
 
 import openvino as ov
 
-from ovtq import moments, states
-from ovtq.forms.bases import CENTRES, KINDS, Choice
+from ovtq import states
+from ovtq.codec import moments
 from ovtq.errors import InputError, PreconditionFailed, VerificationFailed
+from ovtq.forms.bases import CENTRES, KINDS, Choice
 from ovtq.models.description import ModelDescription
 
 

@@ -9,8 +9,8 @@ import numpy as np
 import openvino as ov
 from openvino import opset15 as op
 
-from ovtq.forms.bases import Choice
 from ovtq.errors import VerificationFailed
+from ovtq.forms.bases import Choice
 from ovtq.ir.graph import consumers, f32
 from ovtq.models.description import ModelDescription
 from ovtq.models.rope import norms

@@ -9,10 +9,10 @@ from typing import Any
 
 import openvino as ov
 
-from ovtq.forms.bases import Choice, LayerBases, told
 from ovtq.codec.coding import codecs, unfit
 from ovtq.codec.rotation import orthogonal
 from ovtq.forms.attend import Plan
+from ovtq.forms.bases import Choice, LayerBases, told
 from ovtq.forms.pruning import Pruning
 from ovtq.forms.table import FULL
 from ovtq.ir.graph import rebuild

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 import openvino as ov
 
-from ovtq.forms.bases import Choice
 from ovtq.codec.coding import BITS
 from ovtq.errors import InputError, VerificationFailed
 from ovtq.forms import triattention
+from ovtq.forms.bases import Choice
 from ovtq.forms.pruning import MODES, Pruning
 from ovtq.forms.scores import SCORES
 from ovtq.forms.table import TARGETS

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import openvino as ov
 
-from ovtq.forms.bases import Choice
 from ovtq.codec.coding import BITS
 from ovtq.errors import VerificationFailed
+from ovtq.forms.bases import Choice
 from ovtq.forms.table import TARGETS
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.passes.base import BasisPass, Rewrite, basis_option, calibration_option, centre_option, option

@@ -8,10 +8,10 @@ from typing import ClassVar
 import openvino as ov
 from openvino import opset15 as op
 
-from ovtq.forms.bases import Choice, LayerBases, told
-from ovtq.forms.basis_nodes import Matrices
 from ovtq.codec.rotation import digest, orthogonal
 from ovtq.errors import VerificationFailed
+from ovtq.forms.bases import Choice, LayerBases, told
+from ovtq.forms.basis_nodes import Matrices
 from ovtq.ir.graph import consumers, insert_after
 from ovtq.models.description import AttentionLayer, Exported, ModelDescription
 from ovtq.passes.base import BasisPass, Rewrite, basis_option, calibration_option, option

@@ -10,10 +10,10 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.forms.bases import Choice, LayerBases, told
-from ovtq.forms.basis_nodes import Matrices
 from ovtq.codec.rotation import digest, hadamard_matrix, randomized_frame
 from ovtq.errors import VerificationFailed
+from ovtq.forms.bases import Choice, LayerBases, told
+from ovtq.forms.basis_nodes import Matrices
 from ovtq.ir.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
 from ovtq.models.description import AttentionLayer, Exported, ModelDescription, TokenRows
 from ovtq.models.description import SinkRow as SinkRowCache

@@ -11,8 +11,8 @@ import pytest
 from conftest import MINI, TINY, load
 from test_passes import Tapped, applied
 
-from ovtq.codec.basis import rotated
 from ovtq.codec import STEPS, AdaptiveUniform
+from ovtq.codec.basis import rotated
 from ovtq.codec.packed_attention import PackedAttention
 from ovtq.codec.packing import unpack
 from ovtq.codec.rotation import randomized_hadamard

@@ -23,10 +23,10 @@ import ovtq.forms.ring
 import ovtq.forms.window
 import ovtq.passes.rotate_heads
 from ovtq import pipeline
-from ovtq.forms.basis_nodes import Matrices
 from ovtq.cli.convert import main
 from ovtq.errors import VerificationFailed
 from ovtq.forms.attend import Columns, Held, Plan
+from ovtq.forms.basis_nodes import Matrices
 from ovtq.forms.beams import Beams
 from ovtq.ir import io
 from ovtq.passes import DecoupleLength, RotateHeads, TruncateWindow

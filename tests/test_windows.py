@@ -343,7 +343,7 @@ sys.exit(convert())"""
 @pytest.mark.slow
 def test_a_reader_that_leaves() -> None:
     code = """import subprocess, sys
-command = [sys.executable, "-c", "import sys; from ovtq.cli.entry import inspect as run; sys.exit(run())", *sys.argv[1:]]
+command = [sys.executable, "-c", "import sys; from ovtq.cli.entry import inspect; sys.exit(inspect())", *sys.argv[1:]]
 process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 process.stdout.close()
 print(process.wait(), process.stderr.read())"""

@@ -3,8 +3,8 @@
 
 usage: draw_key_vector.py [OUT.svg]
 
-The bars are a real key: layer 1, KV head 0, of the 40th token of tests/data/heldout.txt, and what `ovtq.codec.coding` makes
-of it in 6 bits. Needs the `eval` extra, for the tokenizer.
+The bars are a real key: layer 1, KV head 0, of the 40th token of tests/data/heldout.txt, and what `ovtq.codec.coding`
+makes of it in 6 bits. Needs the `eval` extra, for the tokenizer.
 """
 
 from __future__ import annotations

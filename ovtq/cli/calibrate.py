@@ -18,13 +18,14 @@ import numpy as np
 from rich.console import Console
 
 from ovtq import __version__
-from ovtq.evidence.calibration import calibrate, calls
 from ovtq.cli.command import Out, Parser, phase, positive, progress, run
-from ovtq.errors import InputError
 from ovtq.codec.moments import NAME, Calibration, digest
+from ovtq.errors import InputError
+from ovtq.evidence import calibration
+from ovtq.evidence.calibration import calibrate, calls
 from ovtq.runtime.text import Tokenizer
 
-TEXT = Path(__file__).with_name("calibration.txt")
+TEXT = Path(calibration.__file__).with_name("calibration.txt")
 HELD = 4  # of so many tokens one more is read to compare
 
 

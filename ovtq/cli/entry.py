@@ -36,7 +36,7 @@ def infer() -> int:
 
 def calibrate() -> int:
     """`ovtq-calibrate`."""
-    return run_command("calibrate_command", name="calibrate")
+    return run_command("calibrate")
 
 
 def report() -> int:
@@ -45,12 +45,12 @@ def report() -> int:
 
 
 def run_command(module: str, interrupted: str = "interrupted", name: str | None = None) -> int:
-    """Exit code of `ovtq.MODULE.main()`, with signals and streams as the commands need them."""
+    """Exit code of `ovtq.cli.MODULE.main()`, with signals and streams as the commands need them."""
     signals.interrupt()
     system.use_utf8()
     try:
         try:
-            code = importlib.import_module(f"ovtq.{module}").main()
+            code = importlib.import_module(f"ovtq.cli.{module}").main()
         except SystemExit as end:  # --help, --version
             code = int(end.code or 0)
         if code:

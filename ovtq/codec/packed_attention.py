@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ovtq.codec.basis import HeadBasis
 from ovtq.codec import AdaptiveUniform
+from ovtq.codec.basis import HeadBasis
 from ovtq.codec.coding import UNIT, whole_scale
 from ovtq.states import scale_name
 

@@ -11,13 +11,13 @@ import numpy as np
 import openvino as ov
 from openvino import opset15 as op
 
-from ovtq.codec.basis import HeadBasis, balanced, rotated
 from ovtq.codec import AdaptiveUniform
+from ovtq.codec.basis import HeadBasis, balanced, rotated
+from ovtq.codec.moments import Calibration, Moments
 from ovtq.codec.rotation import orthogonal
 from ovtq.errors import InputError
 from ovtq.ir import io
 from ovtq.models import AttentionLayer, describe, projections
-from ovtq.codec.moments import Calibration, Moments
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 
 CALL = 256  # tokens

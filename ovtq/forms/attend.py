@@ -15,10 +15,10 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.forms.bases import LayerBases
 from ovtq.codec import AdaptiveUniform
 from ovtq.codec.coding import Codecs
 from ovtq.codec.packed_attention import PackedAttention, Place
+from ovtq.forms.bases import LayerBases
 from ovtq.forms.beams import Beams
 from ovtq.forms.pruning import PrunedAttention, Pruning
 from ovtq.forms.quantizer import encode, pack

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import openvino as ov
 
-from ovtq import moments
+from ovtq.codec import moments
 from ovtq.codec.basis import HeadBasis, balanced, rotated
+from ovtq.codec.moments import Calibration, Moments
 from ovtq.codec.rotation import digest
 from ovtq.errors import UnsupportedModel
 from ovtq.models import projections
 from ovtq.models.description import AttentionLayer
 from ovtq.models.rope import key_centre, norms
-from ovtq.codec.moments import Calibration, Moments
 
 KINDS = ("rotation", "weights", "calibrated")
 CENTRES = ("auto", "bias", "mean", "none")

@@ -8,10 +8,10 @@ from typing import Protocol
 from openvino import Node
 
 from ovtq.forms.attend import Plan
-from ovtq.forms.cpu import full as attend_blocks
-from ovtq.forms.cpu import prune
-from ovtq.forms.gpu import full as attend_branches
-from ovtq.forms.gpu import histories as attend_pruned
+from ovtq.forms.cpu import full as cpu_full
+from ovtq.forms.cpu import prune as cpu_prune
+from ovtq.forms.gpu import full as gpu_full
+from ovtq.forms.gpu import histories as gpu_histories
 from ovtq.forms.ring import PackedRing, Ring
 from ovtq.forms.window import WindowBlocks, WindowRows
 from ovtq.models.description import AttentionLayer, ModelDescription, TokenRows
@@ -38,18 +38,18 @@ class CacheForm(Protocol):
 
 
 def _cpu(description: ModelDescription, plan: Plan) -> CacheForm:
-    nodes = attend_blocks.Nodes(description, plan)
-    kinds = {None: attend_blocks.Appended, "evict": prune.Evicted, "mask": prune.Masked, "zero": prune.Masked}
-    return attend_blocks.Blocks(nodes, kinds[plan.mode](nodes))
+    nodes = cpu_full.Nodes(description, plan)
+    kinds = {None: cpu_full.Appended, "evict": cpu_prune.Evicted, "mask": cpu_prune.Masked, "zero": cpu_prune.Masked}
+    return cpu_full.Blocks(nodes, kinds[plan.mode](nodes))
 
 
 def _gpu(description: ModelDescription, plan: Plan) -> CacheForm:
-    nodes = attend_branches.Nodes(description, plan)
+    nodes = gpu_full.Nodes(description, plan)
     kinds = {
-        None: attend_branches.Appended,
-        "evict": attend_pruned.Evicted, "mask": attend_pruned.Masked, "zero": attend_pruned.Masked,
+        None: gpu_full.Appended,
+        "evict": gpu_histories.Evicted, "mask": gpu_histories.Masked, "zero": gpu_histories.Masked,
     }  # fmt: skip
-    return attend_branches.Branches(nodes, kinds[plan.mode](nodes))
+    return gpu_full.Branches(nodes, kinds[plan.mode](nodes))
 
 
 # Each is made for its own plugin alone. The GPU's is verified on a CPU, too, but not to be run there: with a single

@@ -13,6 +13,7 @@ from ovtq.verification.schedule import Call
 ORDINARY = 64  # times the spread of a position's results: what is farther from their middle does not set the scale
 LARGE = 16  # a number that many times the scale may differ by as much of itself as one of the scale of the scale
 STRETCH, BLOCK = 16, 64  # positions in a row
+COLUMNS = 2048  # of a vocabulary's logits that are kept of a call, where there are more
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,13 @@ class Played:
 def played(results: np.ndarray, shown: np.ndarray, usable: np.ndarray, columns: np.ndarray | None = None) -> Played:
     """Keep of a call's results what is compared."""
     return Played(results if columns is None else results[..., columns], shown, usable, results.argmax(-1))
+
+
+def columns_of(vocabulary: int) -> np.ndarray | None:
+    """Which logits are kept of a vocabulary: a random choice of a large one, None for all."""
+    if vocabulary <= COLUMNS:
+        return None
+    return np.sort(np.random.RandomState(0).permutation(vocabulary)[:COLUMNS])
 
 
 def scale_of(results: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

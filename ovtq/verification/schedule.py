@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from ovtq.forms.pruning import PrunedAttention
 from ovtq.models import AttentionLayer
@@ -69,3 +71,13 @@ def overflow(limit: int) -> list[Call]:
     one = [Call(chunks[0], reset=True), *map(Call, chunks[1:]), Call(1), Call(1), Call(7), Call(1)]
     two = [Call(chunks[0], 2, pad=9, reset=True), *(Call(tokens, 2) for tokens in chunks[1:]), Call(1, 2, beams=(1, 0))]
     return [*one, *two, Call(step, 2), Call(1, 2, beams=(1, 1))]
+
+
+def texts(calls: Sequence[Call], vocabulary: int, seed: int) -> Iterator[tuple[Call, np.ndarray, np.ndarray]]:
+    """Each call with its random tokens and which of them are shown, (batch, tokens) i64."""
+    random = np.random.RandomState(seed)
+    for call in calls:
+        ids = random.randint(0, vocabulary, (call.batch, call.tokens)).astype(np.int64)
+        shown = np.ones(ids.shape, np.int64)
+        shown[1:, : call.pad] = 0
+        yield call, ids, shown

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
 
-from ovtq.errors import InputError, VerificationFailed
+from ovtq.errors import VerificationFailed
 from ovtq.ir.cache import compiled_precisions, mark, marked
 from ovtq.ir.io import stamp_of
 from ovtq.models import AttentionLayer
-from ovtq.passes.check_call import REFUSAL
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 from ovtq.system import trim_memory
-from ovtq.verification.closeness import Loss, Played, divergence, loss, lost, played, relative, too_lossy
+from ovtq.verification.closeness import Played, columns_of, divergence, loss, lost, played, relative, too_lossy
 from ovtq.verification.extent import Scope, cut, rooted, shortened
+from ovtq.verification.hosts import HostDifference, Hosted, hosted, recurring
 from ovtq.verification.packed_check import PackedCheck
 from ovtq.verification.routers import undecided, with_routers
-from ovtq.verification.schedule import PART, PASTED, Call, calls_for
+from ovtq.verification.schedule import PART, PASTED, Call, calls_for, texts
 
 ATTEMPTS = 5  # seeds
 TIES_UNSEEN = 0.02  # of the largest element, where the device does not show its codes: a code may be off by one
 TOLERANCE = 128 * float(np.finfo(np.float32).eps)  # of the scale of results: 24 layers of f32 sums in another order
 SAME_TEXT = 1e-6  # nats, the mean divergence of logits that differ by rounding alone
-COLUMNS = 2048  # of a vocabulary's logits that are kept of a call, where there are more
 
 
 @dataclass(frozen=True)
@@ -45,17 +43,6 @@ class Difference:
     kld: float | None = None  # of logits, mean, in nats
     packed: PackedDifference | None = None  # of layers whose cache is quantised
     host: HostDifference | None = None  # as a host loads them
-
-
-@dataclass(frozen=True)
-class HostDifference:
-    """What results lose when no property is set, against those of the same model at f32."""
-
-    precision: str  # what the device computes in then
-    cache: str  # in what it keeps the caches of the original
-    longest: int  # tokens of the longest call
-    original: Loss
-    converted: Loss
 
 
 @dataclass(frozen=True)
@@ -85,7 +72,7 @@ def play(
     and all later calls up to the next reset.
     """
     tied, done = False, []
-    columns = _columns(runner.vocabulary)
+    columns = columns_of(runner.vocabulary)
     for call, ids, shown in texts(calls, vocabulary, seed):
         if call.reset:
             runner.reset()
@@ -108,45 +95,6 @@ def play(
         done.append(played(results, visible, usable, columns))
         tick()
     return done
-
-
-def losses(
-    runner: Runner,
-    calls: Sequence[Call],
-    vocabulary: int,
-    seed: int,
-    at_f32: Sequence[Played],
-    tick: Callable[[], None] = lambda: None,
-    skip: int = 0,
-) -> Loss:
-    """Run the calls that `at_f32` has the results of, but for the first `skip`, and say what these lose."""
-    columns, found = _columns(runner.vocabulary), []
-    for number, ((call, ids, shown), exact) in enumerate(zip(texts(calls, vocabulary, seed), at_f32, strict=True)):
-        tick()
-        if number < skip:
-            continue
-        if call.reset:
-            runner.reset()
-        results = runner.step(ids, shown, np.asarray(call.beams, np.int32) if call.beams else None)
-        found.append(lost(exact.results, results if columns is None else results[..., columns]))
-    return loss(calls[skip:], found, [exact.shown for exact in at_f32[skip:]])
-
-
-def texts(calls: Sequence[Call], vocabulary: int, seed: int) -> Iterator[tuple[Call, np.ndarray, np.ndarray]]:
-    """Each call with its random tokens and which of them are shown, (batch, tokens) i64."""
-    random = np.random.RandomState(seed)
-    for call in calls:
-        ids = random.randint(0, vocabulary, (call.batch, call.tokens)).astype(np.int64)
-        shown = np.ones(ids.shape, np.int64)
-        shown[1:, : call.pad] = 0
-        yield call, ids, shown
-
-
-def _columns(vocabulary: int) -> np.ndarray | None:
-    """Which logits are kept of a vocabulary: a random choice of a large one, None for all."""
-    if vocabulary <= COLUMNS:
-        return None
-    return np.sort(np.random.RandomState(0).permutation(vocabulary)[:COLUMNS])
 
 
 def compare(
@@ -243,16 +191,6 @@ def calls_of(layers: Sequence[AttentionLayer]) -> int:
     return 4 * len(calls_for(layers))
 
 
-@dataclass(frozen=True)
-class _Side:
-    """What one of the two models said: at f32, and what it lost as a host loads it."""
-
-    played: list[Played]
-    lost: Loss
-    precision: str
-    cache: str
-
-
 def _verify(
     original: Path,
     converted: Path,
@@ -265,51 +203,70 @@ def _verify(
 ) -> Difference:
     calls = calls_for(layers, PASTED if extent.end is None else PART)
     check = PackedCheck([layer for layer in layers if layer.index < extent.layers])
-    sides, chooses = [], False
     file = ov.Core().read_model(converted)
     precision = marked(file)  # then the original is given the same cache
     foreign = device == "CPU" and stamp_of(file).get("target") == "gpu" and bool(check.layers)
     del file
-    for part in (functools.partial(_part, original, extent), functools.partial(_part, converted, extent, ready)):
-        model, vocabulary = part()
-        chosen: list[int] = []
-        if not sides:
-            model, chosen = with_routers(model)
-            chooses = bool(chosen)
-        elif check.layers:
-            model = rooted(check.tapped(model))
-        runner = Runner(model, device, EXACT_PROPERTIES)
-        exact = play(runner, calls, vocabulary, seed, tick, chosen, check if sides and check.layers else None)
-        runner.close()
-        del runner, model
+
+    model, vocabulary = _part(original, extent)
+    model, chosen = with_routers(model)
+    before = _played(model, device, calls, vocabulary, seed, tick, chosen)
+    del model
+    # what the original loses it loses in any text: the longest is read by the converted model alone
+    long = next(number for number, call in enumerate(calls) if number and call.reset)
+    properties = {"KV_CACHE_PRECISION": precision} if precision else {}
+    at = (calls, vocabulary, seed)
+    original_host = hosted(_part(original, extent)[0], device, properties, *at, before, tick, long)
+    gc.collect()
+
+    def tapped() -> ov.Model:
+        """What only a CPU gets wrong in a form that is not for it (P01, P59) no GPU does; its taps end that."""
+        return rooted(check.tapped(_part(converted, extent, ready)[0]))
+
+    after = _played(tapped() if check.layers else _part(converted, extent, ready)[0], device, *at, tick, check=check)
+    difference = _at_f32(calls, before, after, check, extent, device, seed)  # what is wrong at f32 is said first
+
+    def as_hosts(seed: int, at_f32: Sequence[Played], tick: Callable[[], None] = lambda: None) -> Hosted:
+        model = tapped() if foreign else _part(converted, extent, ready)[0]
+        found = hosted(model, device, {}, calls, vocabulary, seed, at_f32, tick)
         gc.collect()
-        if sides:  # what is wrong at f32 is said first
-            difference = _at_f32(calls, sides[0].played, exact, check, extent, device, seed)
-        model = part()[0]
-        if sides and foreign:  # what only a CPU gets wrong in a form that is not for it (P01, P59), no GPU does
-            model = rooted(check.tapped(model))
-        checked = any(node.get_friendly_name() == REFUSAL for node in model.get_ops())
-        runner = Runner(model, device, {} if sides or not precision else {"KV_CACHE_PRECISION": precision})
-        # what the original loses it loses in any text: the longest is read by the converted model alone
-        long = 0 if sides else next(number for number, call in enumerate(calls) if number and call.reset)
-        found = losses(runner, calls, vocabulary, seed, exact, tick, long)
-        sides.append(_Side(exact, found, *runner.precisions()))
-        if checked:
-            _refuse(runner, vocabulary, device)
-        runner.close()
-        del runner, model
-        gc.collect()
-    first, second = sides
-    pairs = list(zip(first.played, second.played, strict=True))
-    codes = loss(calls, [lost(a.results, b.results) for a, b in pairs], [a.shown for a, _ in pairs])
-    reason = too_lossy(first.lost, second.lost, codes, chooses)
-    if reason:
-        raise VerificationFailed(
-            f"the converted model is wrong on {device} as hosts load it, with no property ({second.precision}): "
-            f"{reason}; nothing was written"
-        )
-    host = HostDifference(second.precision, first.cache, max(call.tokens for call in calls), first.lost, second.lost)
-    return replace(difference, host=host)
+        return found
+
+    host = as_hosts(seed, after, tick)
+    shown = [call.shown for call in before]
+    codes = loss(calls, [lost(a.results, b.results) for a, b in zip(before, after, strict=True)], shown)
+    reference = loss(calls[long:], original_host.losses, shown[long:])
+    runs = [host.losses]
+    while reason := too_lossy(reference, found := loss(calls, recurring(runs), shown), codes, bool(chosen)):
+        if not chosen or len(runs) == ATTEMPTS:  # without experts no text is an excuse
+            raise VerificationFailed(
+                f"the converted model is wrong on {device} as hosts load it, with no property ({host.precision}): "
+                f"{reason}; nothing was written"
+            )
+        other = (seed + len(runs)) % 2**32
+        again = _played(_part(converted, extent, ready)[0], device, calls, vocabulary, other)
+        runs.append(as_hosts(other, again).losses)
+    longest = max(call.tokens for call in calls)
+    return replace(difference, host=HostDifference(host.precision, original_host.cache, longest, reference, found))
+
+
+def _played(
+    model: ov.Model,
+    device: str,
+    calls: Sequence[Call],
+    vocabulary: int,
+    seed: int,
+    tick: Callable[[], None] = lambda: None,
+    chosen: Sequence[int] = (),
+    check: PackedCheck | None = None,
+) -> list[Played]:
+    """What a model says at f32."""
+    runner = Runner(model, device, EXACT_PROPERTIES)
+    found = play(runner, calls, vocabulary, seed, tick, chosen, check if check and check.layers else None)
+    runner.close()
+    del runner, model
+    gc.collect()
+    return found
 
 
 def _at_f32(
@@ -349,30 +306,6 @@ def _at_f32(
     positions = sum(int(call.usable.sum()) for call in rest[0])
     packed = PackedDifference(len(check.layers), check.largest, positions, kld, same_top, check.pruned)
     return replace(difference, packed=packed)
-
-
-def _refuse(runner: Runner, vocabulary: int, device: str) -> None:
-    """Make a call that check-call must refuse, twice, and see that what follows is as before."""
-    ids = np.random.RandomState(1).randint(0, vocabulary, (1, 65)).astype(np.int64)
-    said = []
-    for _ in range(2):
-        runner.reset()
-        said.append(runner.step(ids))
-        runner.reset()
-        runner.mask = np.ones((1, 0), np.int64)
-        try:
-            runner.step(ids, np.ones((1, 64), np.int64))
-        except InputError:
-            continue
-        raise VerificationFailed(
-            f"the converted model is wrong on {device}: it takes a call whose attention_mask is too short; "
-            "nothing was written"
-        )
-    if not np.array_equal(*said):
-        raise VerificationFailed(
-            f"the converted model is wrong on {device}: after a call that it refuses it says something else; "
-            "nothing was written"
-        )
 
 
 def _part(xml: Path, extent: Scope, ready: Callable[[ov.Model], None] = lambda model: None) -> tuple[ov.Model, int]:
