@@ -103,10 +103,11 @@ def _turn(model: ov.Model, layer: AttentionLayer) -> np.ndarray:
     """u, (positions, head_dim/2) complex: what RoPE multiplies each pair of coordinates with."""
     H, d = layer.kv_heads, layer.head_dim
     half, node = d // 2, projected(layer.key.source, H, d).get_node()
+    taken = 0 if layer.key_taken is None else layer.key_taken[0]  # behind RoPE
     turned = []
     for real, imaginary in ((1, 0), (0, 1), (2, 0)):
         vector = np.repeat([real, imaginary], half).astype(np.float32)
-        found = rotated(model, layer.key.source, node, np.tile(vector, (H, 1)))[0].astype(np.float64)
+        found = rotated(model, layer.key.source, node, np.tile(vector, (H, 1)))[0].astype(np.float64) + taken
         turned.append(found[:, :half] + 1j * found[:, half:])
     u, other, double = turned
     if np.abs(other - 1j * u).max() > 1e-3 * np.abs(u).max() or np.abs(double - 2 * u).max() > 1e-3 * np.abs(u).max():

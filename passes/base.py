@@ -147,7 +147,7 @@ class Pass(ABC):
 
 @dataclass(frozen=True)
 class BasisPass(Pass):
-    """A pass that stores keys and values in a basis of `ovtq.forms.bases`, made of statistics where they are asked for."""
+    """A pass that stores keys and values in a basis of `ovtq.forms.bases`, of statistics where they are asked for."""
 
     @property
     @abstractmethod

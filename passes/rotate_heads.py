@@ -24,8 +24,8 @@ class RotateHeads(BasisPass):
     `rotation`: A = B, the same for all heads, is a randomised Hadamard matrix, or where none is known another
     orthogonal one. It spreads outlier channels over all coordinates, so that whatever quantises the cache later loses
     less. `weights` and `calibrated`: A balances keys against the queries they meet, B values against the output
-    projection, for each KV head (`ovtq.codec.basis`), by what the weights or a text say of them; where held-out text says
-    that this loses, a layer gets the rotation. Nothing is centred here: see centre-keys.
+    projection, for each KV head (`ovtq.codec.basis`), by what the weights or a text say of them; where held-out text
+    says that this loses, a layer gets the rotation. Nothing is centred here: see centre-keys.
     One MatMul each on Q, K and V where they enter the attention (after RoPE), one on its result. K and V stay in the
     exported form Assign ← Concat ← Gather ← ReadValue, so that every fusion and paged attention still apply.
 

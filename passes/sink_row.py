@@ -39,8 +39,9 @@ class SinkRow(BasisPass):
     than there are tokens, which is what the GPU plugin appends to in place, stores in 8 or 4 bits and never copies to
     query heads; with a sixth input it does none of this.
 
-    In a balanced basis (`ovtq.codec.basis`) keys are (k − c)AR and queries qA⁻ᵀR + …, with an A for each KV head, likewise
-    values. These may be centred, too: then that of the first row is less the centre, and the result is given it back.
+    In a balanced basis (`ovtq.codec.basis`) keys are (k − c)AR and queries qA⁻ᵀR + …, with an A for each KV head,
+    likewise values. These may be centred, too: then that of the first row is less the centre, and the result is given
+    it back.
 
     The query is padded with that first row, too, and its result cut off: the CPU plugin's fused attention takes as many
     new keys as queries.

@@ -1,6 +1,7 @@
 """What is known of a model's queries, keys and values, by layer and KV head, and the file beside a model that has it.
 
-Moments come from a text that the model has read (`ovtq.evidence.calibration`), or from its weights (`ovtq.models.projections`).
+Moments come from a text that the model has read (`ovtq.evidence.calibration`), or from its weights
+(`ovtq.models.projections`).
 """
 
 from __future__ import annotations
