@@ -103,12 +103,14 @@ def _turn(model: ov.Model, layer: AttentionLayer) -> np.ndarray:
     """u, (positions, head_dim/2) complex: what RoPE multiplies each pair of coordinates with."""
     H, d = layer.kv_heads, layer.head_dim
     half, node = d // 2, projected(layer.key.source, H, d).get_node()
-    taken = 0 if layer.key_taken is None else layer.key_taken[0]  # behind RoPE
-    turned = []
-    for real, imaginary in ((1, 0), (0, 1), (2, 0)):
-        vector = np.repeat([real, imaginary], half).astype(np.float32)
-        found = rotated(model, layer.key.source, node, np.tile(vector, (H, 1)))[0].astype(np.float64) + taken
-        turned.append(found[:, :half] + 1j * found[:, half:])
+    vectors = np.repeat([(1, 0), (0, 1), (2, 0)], half, axis=1).astype(np.float32)
+    turned: list[np.ndarray] = []
+    while len(turned) < len(vectors):  # as many at a time as there are heads, which all turn alike
+        some = vectors[len(turned) :][:H]
+        found = rotated(model, layer.key.source, node, np.resize(some, (H, d))).astype(np.float64)
+        if layer.key_taken is not None:  # behind RoPE
+            found += layer.key_taken[:, None]
+        turned += [*(found[: len(some), :, :half] + 1j * found[: len(some), :, half:])]
     u, other, double = turned
     if np.abs(other - 1j * u).max() > 1e-3 * np.abs(u).max() or np.abs(double - 2 * u).max() > 1e-3 * np.abs(u).max():
         raise UnsupportedModel(
