@@ -60,6 +60,11 @@ class CentreKeys(BasisPass):
         """One per layer."""
         return len(description.layers)
 
+    def needless(self, description: ModelDescription) -> str:
+        """In a model without biases of keys, if it is these that are asked for."""
+        biased = any(layer.key_bias is not None for layer in description.layers)
+        return "" if biased or self.centre == "mean" else "no key of this model has a bias; centre=mean needs none"
+
     def requires(self, description: ModelDescription) -> None:
         """Refuses sinks that may not move, other caches, and keys without a bias where that is asked for."""
         self.refuse_if(not_exported(description.layers))
@@ -71,9 +76,7 @@ class CentreKeys(BasisPass):
                 )
             if layer.key_taken is not None:
                 raise self.refuse(f"keys of layer {layer.index} are centred already")
-        if self.centre == "bias" and all(layer.key_bias is None for layer in description.layers):
-            raise self.refuse("no key of this model has a bias; leave this pass out, or take centre=mean")
-        self.refuse_if(self.choice.unfit(description.layers))
+        self.refuse_if(self.needless(description) or self.choice.unfit(description.layers))
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Insert the Subtracts."""

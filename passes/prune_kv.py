@@ -51,6 +51,7 @@ class PruneKv(BasisPass):
     name: ClassVar[str] = "prune-kv"
     exact: ClassVar[bool] = False
     paged_attention: ClassVar[bool] = False
+    recaches: ClassVar[bool] = True
 
     k_bits: str = option("none", "bits per coordinate of a key", choices=BITS)
     v_bits: str = option("none", "bits per coordinate of a value", choices=BITS)
@@ -171,6 +172,10 @@ class PruneKv(BasisPass):
         super().leave(folder)
         if self.stats:
             shutil.copyfile(self.stats, folder / triattention.NAME)
+
+    def needless(self, description: ModelDescription) -> str:
+        """In a model without full layers."""
+        return "" if description.full else "the model has no full layers"
 
     def requires(self, description: ModelDescription) -> None:
         """Refuses what quantize-kv refuses, and a slack for a GPU."""

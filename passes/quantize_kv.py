@@ -42,6 +42,7 @@ class QuantizeKv(BasisPass):
     name: ClassVar[str] = "quantize-kv"
     exact: ClassVar[bool] = False
     paged_attention: ClassVar[bool] = False
+    recaches: ClassVar[bool] = True
 
     k_bits: str = option("6", "bits per coordinate of a key", choices=BITS)
     v_bits: str = option("4", "bits per coordinate of a value", choices=BITS)
@@ -81,6 +82,10 @@ class QuantizeKv(BasisPass):
     def sites(self, description: ModelDescription) -> int:
         """One per full layer that is not protected."""
         return len(self.chosen(description))
+
+    def needless(self, description: ModelDescription) -> str:
+        """In a model without full layers."""
+        return "" if description.full else "the model has no full layers"
 
     def requires(self, description: ModelDescription) -> None:
         """Refuses models without such layers in exported form, and those not decoupled yet."""

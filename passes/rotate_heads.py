@@ -64,12 +64,14 @@ class RotateHeads(BasisPass):
         """One per layer."""
         return len(self._chosen(description))
 
+    def needless(self, description: ModelDescription) -> str:
+        """In a model without such layers."""
+        return "" if self._chosen(description) or self.layers == "left" else f"the model has no {self.layers} layers"
+
     def requires(self, description: ModelDescription) -> None:
         """Refuses a model without such layers, and statistics that are not of it."""
         chosen = self._chosen(description)
-        if not chosen and self.layers != "left":
-            raise self.refuse(f"the model has no {self.layers} layers")
-        self.refuse_if(self.choice.unfit(chosen))
+        self.refuse_if(self.needless(description) or self.choice.unfit(chosen))
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Insert the MatMuls."""
