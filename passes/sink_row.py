@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,18 +11,18 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.codec.rotation import digest, hadamard_matrix, randomized_frame
+from ovtq.codec.rotation import digest, hadamard_matrix, randomized_frame, spread_width
 from ovtq.errors import VerificationFailed
 from ovtq.forms.bases import Choice, LayerBases, told
 from ovtq.forms.basis_nodes import Matrices
+from ovtq.forms.gpu.recent import PADDING, RecentRows
 from ovtq.ir.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
 from ovtq.models.description import AttentionLayer, Exported, ModelDescription, TokenRows
 from ovtq.models.description import SinkRow as SinkRowCache
 from ovtq.passes.base import BasisPass, Rewrite, basis_option, calibration_option, centre_option, option
-from ovtq.passes.checks import coupled, not_exported
-from ovtq.states import Growing, StateSpec, cache_name
+from ovtq.passes.checks import coupled, not_exported, taken, unequal
+from ovtq.states import RECENT, Growing, StateSpec, cache_name
 
-PADDING = 16  # coordinates more than head_dim: kernels of the GPU plugin take a head in sixteens
 ALL = 2**31 - 1
 SINK = 1.0  # the size of a coordinate of b·u
 SHORT = 2.0**-6  # and of its value: of zeros, which have no range, the GPU plugin takes a scale that overflows f16
@@ -69,8 +70,13 @@ class SinkRow(BasisPass):
     centre: str = centre_option()
     basis: str = basis_option()
     calibration: str = calibration_option()
+    window: int = option(0, "tokens before a query's own that it reads as they are, whatever the cache keeps; 0: none")
 
     def __post_init__(self) -> None:
+        if not 0 <= self.window <= 4096:
+            raise ValueError(f"window must be from 0 to 4096, got {self.window}")
+        if self.window and (self.basis != "rotation" or self.choice.centred_by == "mean"):
+            raise ValueError("a window goes with basis rotation and centre bias or none")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
 
@@ -102,21 +108,33 @@ class SinkRow(BasisPass):
             if layer.sinks is None:
                 raise self.refuse(f"layer {layer.index} has no sinks; leave this pass out")
             try:
-                hadamard_matrix(layer.head_dim + PADDING)
+                if self.window:
+                    spread_width(layer.head_dim, layer.head_dim + PADDING - 2)
+                else:
+                    hadamard_matrix(layer.head_dim + PADDING)
             except ValueError as error:
                 raise self.refuse(f"layer {layer.index} has head_dim {layer.head_dim}: {error}") from None
         self.refuse_if(coupled(description) or self.choice.unfit(description.full))
+        if self.window:
+            self.refuse_if(unequal(description.full, "heads or head_dim") or taken(description.states, RECENT))
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each layer's states and attention."""
-        rows = _Rows(self, description)
-        bases = self.choice.of(model, description.full, (rows.frame, rows.frame))
-        changed = {layer.index: rows.attend(layer, bases[layer.index]) for layer in description.full}
+        d = description.full[0].head_dim
+        spread = np.eye(d, dtype=np.float32) if self.window else _spread(self, d)[0]  # a window has rows of its own
+        bases = self.choice.of(model, description.full, (spread, spread))
+        rows: RecentRows | _Rows
+        if self.window:
+            centres = {index: pair.key.centre for index, pair in bases.items()}
+            rows = RecentRows(description, self.window, centres, self.seed, self.rotate)
+        else:
+            rows = _Rows(self, description, bases)
+        changed = {layer.index: rows.attend(layer) for layer in description.full}
         old = [path.assign for layer in description.full for path in layer.paths]
-        model = rebuild(model, drop=old, add=rows.assigns)
+        model = rebuild(model, drop=old, add=rows.finish())
         facts = {
             "width": rows.width,
-            "matrix_sha256": digest(np.concatenate([rows.frame, rows.sink[None]])),
+            "matrix_sha256": rows.digest,
             **{name: fact for name, fact in told(self.choice, bases).items() if name != "rotation_sha256"},
         }
         return Rewrite(model, description.recached(changed, rows.states), len(changed), facts)
@@ -131,16 +149,21 @@ class SinkRow(BasisPass):
             )
 
 
+def _spread(item: SinkRow, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Orthonormal rows (head_dim, width) that vectors are spread by, and one more, (width,), for the sink."""
+    width = head_dim + PADDING
+    if item.rotate:
+        return randomized_frame(head_dim, width, item.seed)
+    return np.eye(head_dim, width, dtype=np.float32), np.eye(1, width, head_dim, dtype=np.float32)[0]
+
+
 class _Rows:
     """The nodes that all full layers share, and the rewrite of one layer."""
 
-    def __init__(self, item: SinkRow, description: ModelDescription) -> None:
-        layer = description.full[0]
-        d, self.width = layer.head_dim, layer.head_dim + PADDING
-        if item.rotate:
-            self.frame, self.sink = randomized_frame(d, self.width, item.seed)
-        else:
-            self.frame, self.sink = np.eye(d, self.width, dtype=np.float32), np.eye(1, self.width, d, np.float32)[0]
+    def __init__(self, item: SinkRow, description: ModelDescription, bases: Mapping[int, LayerBases]) -> None:
+        self.bases = bases
+        self.frame, self.sink = _spread(item, description.full[0].head_dim)
+        self.width = len(self.sink)
         self.matrices = Matrices()
         self.description = description
         self.batch, new = (dim(description.input_ids, axis) for axis in (0, 1))
@@ -150,11 +173,21 @@ class _Rows:
         self.assigns: list[Node] = []
         self.states: list[StateSpec] = []
 
-    def attend(self, layer: AttentionLayer, bases: LayerBases) -> AttentionLayer:
+    @property
+    def digest(self) -> str:
+        """Of the rows that vectors are spread by."""
+        return digest(np.concatenate([self.frame, self.sink[None]]))
+
+    def finish(self) -> list[Node]:
+        """The Assigns, once every layer is rewritten."""
+        return self.assigns
+
+    def attend(self, layer: AttentionLayer) -> AttentionLayer:
         """Rewrite one layer."""
         H, G = layer.kv_heads, layer.group
         key, value = (size * np.sqrt(self.width, dtype=np.float32) * self.sink for size in (SINK, SHORT))
         part = layer.sinks.reshape(1, H * G, 1, 1) / layer.scale * key / np.square(key).sum()
+        bases = self.bases[layer.index]
         less_key, less_value = (-(basis.centre[:, None] @ basis.matrix)[None] for basis in bases)  # (1, H, 1, width)
         query = op.matmul(layer.query.source, self.matrices.dual(bases.key, G), False, True)
         query = self._behind_sink(op.add(query, f32(part)), H * G, 0 * key)

@@ -12,7 +12,7 @@ from conftest import TINY, load
 
 from ovtq.ir.dump import dump
 from ovtq.ir.graph import Port, consumers
-from ovtq.passes import PASSES, CentreKeys, CheckCall, Pass, PruneKv, QuantizeKv, TruncateWindow
+from ovtq.passes import PASSES, CentreKeys, CheckCall, Pass, PruneKv, QuantizeKv, SinkRow, TruncateWindow
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
@@ -22,6 +22,7 @@ SUBJECTS["centre-keys"] = CentreKeys(sinks="move")
 SUBJECTS["quantize-kv-cpu"] = QuantizeKv(target="cpu")
 SUBJECTS["prune-kv-cpu"] = PruneKv(target="cpu")
 SUBJECTS["check-call-cpu"] = CheckCall(target="cpu")
+SUBJECTS["sink-row-window"] = SinkRow(window=16)
 SUBJECTS["truncate-window-cpu"] = TruncateWindow(target="cpu")
 SUBJECTS["truncate-window-packed"] = TruncateWindow(k_bits="6", v_bits="4")
 

@@ -33,6 +33,7 @@ COMMANDS = {
     "ovtq-bench": "ovtq.cli.bench",
     "ovtq-infer": "ovtq.cli.infer",
     "ovtq-calibrate": "ovtq.cli.calibrate",
+    "ovtq-doctor": "ovtq.cli.doctor",
     "ovtq-report": "ovtq.cli.report",
 }
 TARGETS = ("gpu", "cpu")

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from ovtq import __version__
 from ovtq.cli.command import Out, Parser, phase, positive, progress, run
 from ovtq.codec.moments import NAME, Calibration, digest
 from ovtq.errors import InputError
@@ -43,7 +42,6 @@ def parser() -> Parser:
     p.add_argument("--tokens", type=positive, default=1024, metavar="N", help="(default: %(default)s)")
     p.add_argument("--device", default="CPU", help="where to run it (default: %(default)s)")
     p.add_argument("--output", type=Path, metavar="FILE", help=f"(default: {NAME} in MODEL_DIR)")
-    p.add_argument("--version", action="version", version=f"ovtq {__version__}")
     return p
 
 

@@ -87,7 +87,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--json", type=Path, nargs="?", const=Path("-"), metavar="FILE", help="write it as JSON, too; alone on stdout"
     )
-    p.add_argument("--version", action="version", version=f"ovtq {__version__}, openvino {ov.__version__}")
     return p
 
 
