@@ -80,6 +80,8 @@ def compress(
     protect: str | None = None,
     centre: str | None = None,
     window_bits: Sequence[int | str] | None = None,
+    basis: str | None = None,
+    calibration: str | Path | None = None,
     budget: int | None = None,
     recent_window: int | None = None,
     prefix: int | None = None,
@@ -101,7 +103,7 @@ def compress(
     it. Raises InputError, UnsupportedModel or PreconditionFailed; the model is then as it was.
     """
     options = Options(
-        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, window_bits,
+        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, window_bits, basis, calibration,
         budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     graph = _graph(model)
@@ -135,6 +137,8 @@ def convert(
     protect: str | None = None,
     centre: str | None = None,
     window_bits: Sequence[int | str] | None = None,
+    basis: str | None = None,
+    calibration: str | Path | None = None,
     budget: int | None = None,
     recent_window: int | None = None,
     prefix: int | None = None,
@@ -161,7 +165,7 @@ def convert(
     `model_dir` is never changed.
     """
     options = Options(
-        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, window_bits,
+        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, window_bits, basis, calibration,
         budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     checks = Checks(verify, verify_device, verify_seed, verify_layers)

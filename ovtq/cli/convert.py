@@ -30,6 +30,7 @@ from ovtq.verification.extent import BIG, BIG_LAYERS
 from ovtq.wording import COMMAND_LINE
 
 PACKED_OPTIONS = ("k-bits", "v-bits", "residual-window", "protect", "centre")  # of quantize-kv, with flags of their own
+BASIS_OPTIONS = ("basis", "calibration")  # of all passes that have them
 PRUNING_OPTIONS = ("recent-window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv, likewise
 
 
@@ -134,6 +135,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="K,V",
         help="pack what sliding layers keep, too: bits of a key's and of a value's coordinate (default none,none)",
     )
+    bases = p.add_argument_group("what heads are stored in (short for --set of every pass that has these options)")
+    for option in BASIS_OPTIONS:
+        bases.add_argument(
+            f"--{option}", type=_value_of(QuantizeKv, option), metavar=option.upper(), help=helps[option]
+        )
     pruning = p.add_argument_group("pruning, which is lossy (short for --set prune-kv.…)")
     pruning.add_argument(
         "--budget",

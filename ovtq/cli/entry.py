@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": ("inspect", "what a model folder holds, and its memory with each preset"),
     "eval": ("evaluate", "what a cache costs in quality"),
     "bench": ("bench", "time and memory beside the model as exported"),
+    "calibrate": ("calibrate", "statistics of a text, for heads that lose less: convert --basis calibrated"),
     "doctor": ("doctor", "what works on this machine, and how fast: a page to send with a report"),
     "report": ("report", "one page of figures of eval and bench"),
 }
@@ -35,7 +36,9 @@ def main() -> int:
         return {"convert": convert, "doctor": doctor}.get(name, lambda: run_command(COMMANDS[name][0], name=name))()
     system.use_utf8()
     if name in ("--help", "-h"):
-        sys.stdout.write(USAGE.format(commands="\n".join(f"  {key:<9}{about}" for key, (_, about) in COMMANDS.items())))
+        sys.stdout.write(
+            USAGE.format(commands="\n".join(f"  {key:<10}{about}" for key, (_, about) in COMMANDS.items()))
+        )
         return 0
     if name == "--version":
         print(f"ovtq {__version__}")
@@ -67,6 +70,11 @@ def bench() -> int:
 def infer() -> int:
     """`ovtq-infer`."""
     return run_command("infer")
+
+
+def calibrate() -> int:
+    """`ovtq-calibrate`."""
+    return run_command("calibrate")
 
 
 def doctor() -> int:
