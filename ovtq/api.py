@@ -14,14 +14,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 import numpy as np
 import openvino as ov
 
-from ovtq import cache, conversion, io, pruning
+from ovtq import cache, child, conversion, io, pruning
 from ovtq.conversion import Conversion, OnProgress, counted
-from ovtq.errors import InputError
+from ovtq.errors import InputError, OvtqError
 from ovtq.models import ModelDescription
 from ovtq.models import describe as described
 from ovtq.options import Checks, Options, PassList, Settings
 from ovtq.pipeline import PRESETS
-from ovtq.recheck import recheck
 from ovtq.runner import check_device
 from ovtq.verify import Difference
 
@@ -137,7 +136,8 @@ def convert(
 
     `out_dir` None: tell what would be done, write and verify nothing. `force` replaces a folder that ovtq made.
     `on_progress(stage, done, total)` is called as each of the stages read, rewrite, write and verify begins and goes
-    on; what it raises ends the conversion. Options as of `compress`, `verify_…` as of ovtq-convert. Raises OvtqError;
+    on; what it raises ends the conversion. The work is done in a process of its own, so that OpenVINO's death is an
+    InputError. Options as of `compress`, `verify_…` as of ovtq-convert. Raises OvtqError;
     `model_dir` is never changed.
     """
     options = Options(
@@ -145,21 +145,24 @@ def convert(
         budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     checks = Checks(verify, verify_device, verify_seed, verify_layers)
-    raised: list[OSError] = []
+    raised: list[Exception] = []
 
     def told(stage: str, done: int, total: int) -> None:
         try:
             if on_progress:
                 on_progress(stage, done, total)
-        except OSError as error:
+        except Exception as error:
             raised.append(error)
             raise
 
-    folder = None if out_dir is None else Path(out_dir)
+    given = Path(model_dir), _out(out_dir), options, checks, force
     try:
-        return conversion.convert(Path(model_dir), folder, options, checks, force=force, on_progress=told)
-    except InputError:
-        if raised:  # not one of the disk, as which it was taken
+        try:
+            return child.call("ovtq.conversion", "convert_as_given", *given, on_progress=told)
+        except child.Unsendable:  # a pass of the caller's own script
+            return conversion.convert_as_given(*given, on_progress=told)
+    except OvtqError:
+        if raised:  # not one of the disk or of the model, as which it was taken
             raise raised[0] from None
         raise
 
@@ -206,7 +209,7 @@ def verify(
             what = converted if isinstance(converted, str | Path) else "the converted model"
             raise InputError(f"{what}: not made by ovtq; give the original first, then the converted")
         check_device(device)
-        return recheck(first, other, device)
+        return child.call("ovtq.recheck", "recheck", first, other, device)
 
 
 def state_bytes(model: ov.Model | Host | Folder, tokens: int, *, target: str | None = None, batch: int = 1) -> int:
@@ -247,6 +250,13 @@ def _written(model: ov.Model | Host, folder: Path) -> Path:
     folder.mkdir()
     ov.save_model(_graph(model), folder / f"{io.MODEL}.xml", compress_to_fp16=False)
     return folder
+
+
+def _out(out_dir: Folder | None) -> Path | None:
+    """OUT_DIR as a path. Raises InputError for an empty text, which would be the working directory."""
+    if out_dir == "":
+        raise InputError("out_dir is empty")
+    return None if out_dir is None else Path(out_dir)
 
 
 def _folder_of(config: Folder) -> Path:

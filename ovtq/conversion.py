@@ -5,21 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openvino as ov
 
-from ovtq import __version__, cache, io, pipeline, states
-from ovtq.errors import InputError
+from ovtq import __version__, cache, files, io, pipeline, states, whereabouts
+from ovtq.errors import InputError, UnsupportedModel
 from ovtq.extent import usual
 from ovtq.models import ModelDescription, describe
 from ovtq.options import Checks, Options
 from ovtq.passes import Pass
 from ovtq.pipeline import Step
 from ovtq.runner import check_device
+from ovtq.staging import staged
 from ovtq.states import StateSpec
 from ovtq.verify import TOLERANCE, Difference, calls_of, kept_precision, verify
 from ovtq.wording import PROGRAM, Wording
@@ -146,7 +148,7 @@ def convert(
     if record_to:
         io.check_json(record_to, model_dir, out_dir)
     if out_dir is not None:
-        io.check_output(model_dir, out_dir, force, wording.option("force"))
+        was = io.check_output(model_dir, out_dir, force, wording.option("force"))
         if checks.verify:
             check_device(checks.verify_device)
 
@@ -154,17 +156,21 @@ def convert(
     model = io.load(model_dir)
     tick()
     refuse_converted(model_dir, model)
-    description = describe(model, io.load_config(model_dir))
+    config = io.load_config(model_dir)
+    with _foreseen(model_dir):
+        description = describe(model, config)
     tick()
     weights = source.with_suffix(".bin").stat().st_size
     extent = usual(description, source, checks.verify_layers)
+    whereabouts.at("rewriting the model")
     tick = _stage(on_progress, "rewrite", len(passes))
 
     def done(item: Pass, result: ov.Model) -> None:
         tick()
         after(item, result)
 
-    made = rewrite(model, description, options, passes, done)
+    with _foreseen(model_dir):
+        made = rewrite(model, description, options, passes, done)
     description, record = made.description, made.record
     record["source"] = {"xml_sha256": io.text_sha256(source), "bin_bytes": weights}
     record["verified"] = None
@@ -174,7 +180,8 @@ def convert(
         return _told(made, found, precision)
     stamp(made)
     layers, device = description.layers, checks.verify_device
-    with io.staged(out_dir) as folder:
+    with staged(out_dir, was) as folder:
+        whereabouts.at("writing the model")
         tick = _stage(on_progress, "write", 2)
         with io.saving(made.model, folder, source) as written:
             tick()
@@ -185,8 +192,9 @@ def convert(
             if checks.verify:  # while the rest of the weights is copied
                 checked = _stage(on_progress, "verify", calls_of(layers))
                 xml, seed, ready = folder / source.name, checks.verify_seed, written.wait_for
-                found = verify(source, xml, layers, device, seed, extent, checked, ready)
-                kept = kept_precision(xml, layers, device, extent, ready)
+                with _foreseen(model_dir):
+                    found = verify(source, xml, layers, device, seed, extent, checked, ready)
+                    kept = kept_precision(xml, layers, device, extent, ready)
                 record["verified"] = {
                     "device": device,
                     "tolerance": TOLERANCE,
@@ -194,11 +202,29 @@ def convert(
                     **dataclasses.asdict(found),
                     "cache_precision": kept,
                 }
+            whereabouts.at("copying its weights")
             written.wait()
             tick()
         (folder / io.RECORD).write_text(_text(record), encoding="utf-8", newline="\n")
-        _write_record(record_to, record)
+    _write_record(record_to, record)
     return _told(made, found, precision)
+
+
+@contextmanager
+def _foreseen(model_dir: Path) -> Iterator[None]:
+    """Within it, whatever else is raised than our own errors is a model unlike any we know, and UnsupportedModel."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
+        kind, reason = type(error).__name__, io.last_line(error)
+        raise UnsupportedModel(f"{model_dir}: its graph is not as ovtq knows it ({kind}: {reason})") from error
+
+
+def convert_as_given(
+    model_dir: Path, out_dir: Path | None, options: Options, checks: Checks, force: bool, on_progress: OnProgress
+) -> Conversion:
+    """`convert`, as `ovtq.convert` has it done in another process."""
+    return convert(model_dir, out_dir, options, checks, force=force, on_progress=on_progress)
 
 
 def _told(made: Rewritten, found: Difference | None, precision: str | None) -> Conversion:
@@ -242,4 +268,4 @@ def _text(record: Mapping[str, Any]) -> str:
 
 def _write_record(path: Path | None, record: Mapping[str, Any]) -> None:
     if path:
-        path.write_text(_text(record), encoding="utf-8")
+        files.write(path, _text(record))

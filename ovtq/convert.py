@@ -7,7 +7,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import openvino as ov
@@ -15,9 +14,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ovtq import __version__, conversion, io, pipeline, states
+from ovtq import __version__, conversion, io, pipeline, states, system
 from ovtq.closeness import STRETCH
-from ovtq.command import Out, Parser, progress, run
+from ovtq.command import Out, Parser, path_of, progress, run
 from ovtq.conversion import CONTEXTS
 from ovtq.dump import dump
 from ovtq.errors import InputError
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser().parse_args(argv)
         convert(options, Out(stderr=options.dump_after != []), errors)
 
-    return run("ovtq-convert", work, errors, "interrupted; nothing was written")
+    return run("ovtq-convert", work, errors, "interrupted; nothing was written", argv)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -55,8 +54,8 @@ def parser() -> argparse.ArgumentParser:
         for name, cls in PASSES.items()
     )
     p = Parser("ovtq-convert", __doc__, epilog=f"presets:\n{presets}\n\npasses and their options:\n{passes}")
-    p.add_argument("model_dir", type=Path, help="folder with a stateful IR: openvino_model.xml/.bin, config.json")
-    p.add_argument("out_dir", type=Path, nargs="?", help="folder to write; not needed with --dry-run")
+    p.add_argument("model_dir", type=path_of, help="folder with a stateful IR: openvino_model.xml/.bin, config.json")
+    p.add_argument("out_dir", type=path_of, nargs="?", help="folder to write; not needed with --dry-run")
     what = p.add_mutually_exclusive_group()
     what.add_argument("--preset", choices=pipeline.PRESETS, help=f"default: {PRESET}")
     what.add_argument(
@@ -132,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
         help="print the graph after a pass as text on stdout; may be repeated",
     )
     p.add_argument("--force", action="store_true", help="replace OUT_DIR if ovtq made it")
-    p.add_argument("--json", type=Path, metavar="FILE", help="also write the record to FILE")
+    p.add_argument("--json", type=path_of, metavar="FILE", help="also write the record to FILE")
     p.add_argument("--version", action="version", version=f"ovtq {__version__}, openvino {ov.__version__}")
     return p
 
@@ -164,7 +163,20 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             after=after,
             wording=COMMAND_LINE,
         )
-    _report(console, options, made.record, time.perf_counter() - started)
+    try:
+        _report(console, options, made.record, time.perf_counter() - started)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if options.dry_run:
+            raise
+        system.drop_output()  # what was asked for is there
+        errors.print(
+            f"written to {options.out_dir}, but standard output can't be written to ({system.reason(error)})",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _shown(bars: Progress) -> conversion.OnProgress:

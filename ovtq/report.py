@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import html
-import json
 import re
 import unicodedata
 import xml.etree.ElementTree as ElementTree
@@ -16,8 +15,8 @@ from typing import Any
 
 from rich.console import Console
 
-from ovtq import plots
-from ovtq.command import Out, Parser, run
+from ovtq import files, plots
+from ovtq.command import Out, Parser, path_of, run
 from ovtq.errors import InputError
 
 KINDS = ("eval", "bench")
@@ -76,16 +75,16 @@ Column = tuple[str, str, Cell]  # title, CSS classes, text of a row
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     errors = Console(stderr=True, highlight=False)
-    return run("ovtq-report", lambda: _main(parser().parse_args(argv), Out()), errors)
+    return run("ovtq-report", lambda: _main(parser().parse_args(argv), Out()), errors, argv=argv)
 
 
 def parser() -> Parser:
     """The command line."""
     p = Parser("ovtq-report", __doc__)
     p.add_argument(
-        "results", nargs="+", type=Path, metavar="RESULT.json", help="of ovtq-eval --json, ovtq-bench --output"
+        "results", nargs="+", type=path_of, metavar="RESULT.json", help="of ovtq-eval --json, ovtq-bench --output"
     )
-    p.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="(default: %(default)s)")
+    p.add_argument("--output", type=path_of, default=Path("report.html"), metavar="FILE", help="(default: %(default)s)")
     return p
 
 
@@ -96,10 +95,7 @@ def _main(options: argparse.Namespace, console: Out) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: can't be read ({error})") from None
+    found = files.read_json(path)
     if not isinstance(found, dict) or found.get("kind") not in KINDS:
         raise InputError(f"{path}: not written by ovtq-eval or ovtq-bench")
     return found

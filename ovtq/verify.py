@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
+from ovtq import whereabouts
 from ovtq.cache import compiled_precisions, mark, marked
 from ovtq.closeness import Loss, Played, divergence, loss, lost, played, relative, too_lossy
 from ovtq.errors import InputError, VerificationFailed
@@ -271,6 +272,7 @@ def _verify(
     foreign = device == "CPU" and stamp_of(file).get("target") == "gpu" and bool(check.layers)
     del file
     for part in (functools.partial(_part, original, extent), functools.partial(_part, converted, extent, ready)):
+        whereabouts.at(f"running the {'converted model' if sides else 'original'}")
         model, vocabulary = part()
         chosen: list[int] = []
         if not sides:

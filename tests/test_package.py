@@ -50,10 +50,11 @@ LAYERS = [
     {"ovtq.codec"},
     {"ovtq.codebook", "ovtq.packing"},
     {"ovtq.rotation"},
-    {"ovtq.states"},
+    {"ovtq.states", "ovtq.files", "ovtq.child"},
+    {"ovtq.staging"},
     {"ovtq.errors", "ovtq.weights", "ovtq.roofline", "ovtq.wording", "ovtq"},
     {"ovtq.copying"},
-    {"ovtq.system", "ovtq.signals"},
+    {"ovtq.system", "ovtq.signals", "ovtq.whereabouts"},
 ]
 
 
