@@ -6,7 +6,7 @@ import numpy as np
 from openvino import Node, Output
 
 from ovtq.errors import UnsupportedModel
-from ovtq.graph import ancestors, constant_of, consumers, id_of, static_dim
+from ovtq.ir.graph import ancestors, constant_of, consumers, id_of, static_dim
 from ovtq.models.description import KVPath
 
 SEQUENCE_AXIS = 2

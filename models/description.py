@@ -9,8 +9,8 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.graph import MASKED, Port, consumers, dim, i64, redirect
-from ovtq.packed_attention import PackedAttention, Place
+from ovtq.codec.packed_attention import PackedAttention, Place
+from ovtq.ir.graph import MASKED, Port, consumers, dim, i64, redirect
 from ovtq.states import StateSpec
 
 

@@ -14,7 +14,7 @@ import openvino as ov
 from openvino import Node
 
 from ovtq.errors import UnsupportedModel
-from ovtq.graph import Port, constant_of, static_dim
+from ovtq.ir.graph import Port, constant_of, static_dim
 from ovtq.models.attention import kv_path, mask_window, projection_bias
 from ovtq.models.description import AttentionLayer, Exported, KVPath, ModelDescription
 from ovtq.states import Growing, StateSpec

@@ -10,7 +10,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.errors import UnsupportedModel
-from ovtq.graph import ancestors, redirect
+from ovtq.ir.graph import ancestors, redirect
 from ovtq.models.attention import biased_projection, projected
 from ovtq.models.description import AttentionLayer
 

@@ -14,15 +14,17 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 import numpy as np
 import openvino as ov
 
-from ovtq import cache, child, conversion, io, pruning
+from ovtq import child, conversion
 from ovtq.conversion import Conversion, OnProgress, counted
 from ovtq.errors import InputError, OvtqError
+from ovtq.forms import pruning
+from ovtq.ir import cache, io
 from ovtq.models import ModelDescription
 from ovtq.models import describe as described
 from ovtq.options import Checks, Options, PassList, Settings
 from ovtq.pipeline import PRESETS
-from ovtq.runner import check_device
-from ovtq.verify import Difference
+from ovtq.runtime.runner import check_device
+from ovtq.verification.verify import Difference
 
 __all__ = ["PRESETS", "Conversion", "compress", "convert", "describe", "pruning_counts", "state_bytes", "verify"]
 
@@ -209,7 +211,7 @@ def verify(
             what = converted if isinstance(converted, str | Path) else "the converted model"
             raise InputError(f"{what}: not made by ovtq; give the original first, then the converted")
         check_device(device)
-        return child.call("ovtq.recheck", "recheck", first, other, device)
+        return child.call("ovtq.verification.recheck", "recheck", first, other, device)
 
 
 def state_bytes(model: ov.Model | Host | Folder, tokens: int, *, target: str | None = None, batch: int = 1) -> int:

@@ -13,17 +13,18 @@ from typing import Any
 
 import openvino as ov
 
-from ovtq import __version__, cache, files, io, pipeline, states, whereabouts
+from ovtq import __version__, files, pipeline, states, whereabouts
 from ovtq.errors import InputError, UnsupportedModel
-from ovtq.extent import usual
+from ovtq.ir import cache, io
 from ovtq.models import ModelDescription, describe
 from ovtq.options import Checks, Options
 from ovtq.passes import Pass
 from ovtq.pipeline import Step
-from ovtq.runner import check_device
+from ovtq.runtime.runner import check_device
 from ovtq.staging import staged
 from ovtq.states import StateSpec
-from ovtq.verify import TOLERANCE, Difference, calls_of, kept_precision, verify
+from ovtq.verification.extent import usual
+from ovtq.verification.verify import TOLERANCE, Difference, calls_of, kept_precision, verify
 from ovtq.wording import PROGRAM, Wording
 
 CONTEXTS = (4096, 131072)  # tokens at which bytes are recorded

@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from ovtq.cli import run_command
-from ovtq.command import Out, Parser, run
-from ovtq.convert import main as convert
+from ovtq.cli.command import Out, Parser, run
+from ovtq.cli.convert import main as convert
+from ovtq.cli.entry import run_command
 from ovtq.errors import InputError
-from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository: what is shown comes with it, not with the package
 MODEL = ROOT / "models" / "gpt-oss-mini"

@@ -9,7 +9,7 @@ from typing import Any
 
 from ovtq import pipeline
 from ovtq.errors import InputError
-from ovtq.forms import TARGETS
+from ovtq.forms.table import TARGETS
 from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
 from ovtq.wording import PROGRAM, Wording
 

@@ -15,7 +15,7 @@ from typing import Any
 import openvino as ov
 
 from ovtq.errors import InputError
-from ovtq.graph import id_of
+from ovtq.ir.graph import id_of
 from ovtq.models import ModelDescription
 from ovtq.passes import (
     PASSES,

@@ -79,7 +79,7 @@ class Pass(ABC):
         return PreconditionFailed(f"{self.name}: {reason}")
 
     def refuse_if(self, reason: str | None) -> None:
-        """Raise that error if there is a reason; see `ovtq.checks`."""
+        """Raise that error if there is a reason; see `ovtq.passes.checks`."""
         if reason:
             raise self.refuse(reason)
 

@@ -7,8 +7,8 @@ from typing import ClassVar
 
 import openvino as ov
 
-from ovtq.cache import mark, marked
 from ovtq.errors import VerificationFailed
+from ovtq.ir.cache import mark, marked
 from ovtq.models.description import ModelDescription, SinkRow, Window
 from ovtq.passes.base import Pass, Rewrite, option
 

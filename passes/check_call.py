@@ -9,8 +9,8 @@ import openvino as ov
 from openvino import opset15 as op
 
 from ovtq.errors import VerificationFailed
-from ovtq.forms import TARGETS
-from ovtq.graph import ancestors, dim, i32, i64, id_of, new_variable, rebuild, redirect
+from ovtq.forms.table import TARGETS
+from ovtq.ir.graph import ancestors, dim, i32, i64, id_of, new_variable, rebuild, redirect
 from ovtq.models.description import ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.states import PAST, StateSpec

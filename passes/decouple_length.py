@@ -10,7 +10,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.errors import VerificationFailed
-from ovtq.graph import constant_of, consumers, dim, i64, id_of, redirect, scalar
+from ovtq.ir.graph import constant_of, consumers, dim, i64, id_of, redirect, scalar
 from ovtq.models.description import ModelDescription, shape_readers
 from ovtq.passes.base import Pass, Rewrite
 

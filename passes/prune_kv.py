@@ -9,16 +9,16 @@ from typing import Any, ClassVar
 
 import openvino as ov
 
-from ovtq import triattention
-from ovtq.coding import BITS
+from ovtq.codec.coding import BITS
 from ovtq.errors import InputError, VerificationFailed
-from ovtq.forms import TARGETS
-from ovtq.full_cache import FullCache
+from ovtq.forms import triattention
+from ovtq.forms.pruning import MODES, Pruning
+from ovtq.forms.scores import SCORES
+from ovtq.forms.table import TARGETS
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
+from ovtq.passes.full_cache import FullCache
 from ovtq.passes.quantize_kv import QuantizeKv
-from ovtq.pruning import MODES, Pruning
-from ovtq.scores import SCORES
 
 AUTO = -1  # as a slack
 SLACK = {"gpu": 0, "cpu": 127}

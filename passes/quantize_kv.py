@@ -7,12 +7,12 @@ from typing import ClassVar
 
 import openvino as ov
 
-from ovtq.coding import BITS
+from ovtq.codec.coding import BITS
 from ovtq.errors import VerificationFailed
-from ovtq.forms import TARGETS
-from ovtq.full_cache import FullCache
+from ovtq.forms.table import TARGETS
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
+from ovtq.passes.full_cache import FullCache
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import numpy as np
 import openvino as ov
 from openvino import opset15 as op
 
+from ovtq.codec.rotation import digest, randomized_hadamard
 from ovtq.errors import VerificationFailed
-from ovtq.graph import consumers, f32, insert_after
+from ovtq.ir.graph import consumers, f32, insert_after
 from ovtq.models.description import AttentionLayer, Exported, ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
-from ovtq.rotation import digest, randomized_hadamard
 
 
 @dataclass(frozen=True)

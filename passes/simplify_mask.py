@@ -10,7 +10,7 @@ from openvino import Node
 from openvino import opset15 as op
 
 from ovtq.errors import VerificationFailed
-from ovtq.graph import MASKED, Port, ancestors, dim, f32, i64, scalar
+from ovtq.ir.graph import MASKED, Port, ancestors, dim, f32, i64, scalar
 from ovtq.models.description import AttentionLayer, Exported, ModelDescription
 from ovtq.passes.base import Pass, Rewrite
 

@@ -10,14 +10,14 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.checks import coupled, not_exported
+from ovtq.codec.rotation import digest, hadamard_matrix, randomized_frame
 from ovtq.errors import VerificationFailed
-from ovtq.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
+from ovtq.ir.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
 from ovtq.models.description import AttentionLayer, Exported, ModelDescription, TokenRows
 from ovtq.models.description import SinkRow as SinkRowCache
 from ovtq.models.rope import key_centre, norms
 from ovtq.passes.base import Pass, Rewrite, option
-from ovtq.rotation import digest, hadamard_matrix, randomized_frame
+from ovtq.passes.checks import coupled, not_exported
 from ovtq.states import Growing, StateSpec, cache_name
 
 PADDING = 16  # coordinates more than head_dim: kernels of the GPU plugin take a head in sixteens

@@ -7,16 +7,16 @@ from typing import ClassVar
 
 import openvino as ov
 
-from ovtq.beams import Beams
-from ovtq.checks import coupled, not_exported, unequal
-from ovtq.coding import BITS, coding, unfit
+from ovtq.codec.coding import BITS, coding, unfit
 from ovtq.errors import VerificationFailed
-from ovtq.forms import TARGETS
-from ovtq.forms import WINDOW as WINDOW_FORMS
-from ovtq.graph import rebuild
+from ovtq.forms.beams import Beams
+from ovtq.forms.ring import PackedRing, Ring
+from ovtq.forms.table import TARGETS
+from ovtq.forms.table import WINDOW as WINDOW_FORMS
+from ovtq.ir.graph import rebuild
 from ovtq.models.description import ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
-from ovtq.ring import PackedRing, Ring
+from ovtq.passes.checks import coupled, not_exported, unequal
 from ovtq.states import WINDOW, Fixed
 
 

@@ -12,8 +12,8 @@ import openvino as ov
 import pytest
 from filelock import FileLock
 
-from ovtq import io
-from ovtq.convert import main
+from ovtq.cli.convert import main
+from ovtq.ir import io
 from ovtq.models import ModelDescription, describe
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from conftest import TINY, load
 
-from ovtq.dump import dump
-from ovtq.graph import Port, consumers
+from ovtq.ir.dump import dump
+from ovtq.ir.graph import Port, consumers
 from ovtq.passes import PASSES, CheckCall, Pass, PruneKv, QuantizeKv, TruncateWindow
 
 GOLDEN = Path(__file__).resolve().parent / "golden"

@@ -35,7 +35,7 @@ def counts(found: dict[str, object]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    from ovtq.convert import main
+    from ovtq.cli.convert import main
 
     record = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
     for preset in sys.argv[1:] or PRESETS:

@@ -83,7 +83,7 @@ def measured(model_dir: Path, layers: int) -> dict[str, Any]:
 
 def measure(presets: list[str], sizes: list[int]) -> int:
     """Measure and write."""
-    from ovtq.convert import main as convert
+    from ovtq.cli.convert import main as convert
 
     record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8")) if RECORD.exists() else {}
     with tempfile.TemporaryDirectory() as scratch:

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from conftest import TINY
 
-from ovtq.calibrate import calibrate
-from ovtq.triattention import NAME, Statistics, load
+from ovtq.evidence.calibrate import calibrate
+from ovtq.forms.triattention import NAME, Statistics, load
 
 
 def ids(windows: int = 3, window: int = 400) -> np.ndarray:

@@ -18,11 +18,12 @@ import pytest
 from conftest import ROOT, TINY, load
 
 import ovtq
-from ovtq import errors, io, states
+from ovtq import errors, states
 from ovtq.api import PruningCounts
-from ovtq.inspect import main as inspect_main
+from ovtq.cli.inspect import main as inspect_main
+from ovtq.ir import io
 from ovtq.options import Checks, Options
-from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 
 SMALL = TINY["5.5"]
 PUBLIC = [
@@ -106,7 +107,7 @@ def test_public_names() -> None:
 
 
 def test_importing_is_light_and_lazy() -> None:
-    """No OpenVINO at `import ovtq`, no rich for programs; a module of a function's name does not take its place."""
+    """No OpenVINO at `import ovtq`, no rich for programs; a command's module does not take its function's place."""
     code = """
 import sys, ovtq
 assert dir(ovtq), ovtq.__version__
@@ -115,10 +116,9 @@ ovtq.errors, ovtq.codec
 assert "openvino" not in sys.modules, "errors, codec"
 ovtq.PRESETS, ovtq.convert
 assert not {"rich", "optimum", "transformers", "torch"} & {*sys.modules}, "ovtq.api"
-import ovtq.convert, ovtq.verify
-from ovtq.convert import main
-from ovtq import convert, verify
-assert all(map(callable, (ovtq.convert, ovtq.verify, convert, verify, main)))
+import ovtq.cli.convert, ovtq.verification.verify
+from ovtq.cli.convert import main
+assert all(map(callable, (ovtq.convert, ovtq.verify, main)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
@@ -133,7 +133,7 @@ def test_options_are_those_of_the_command_line() -> None:
         expected = {name for name in fields if function is ovtq.convert or not name.startswith("verify")}
         assert keywords.keys() == expected | more
         assert all(keywords[name] == fields[name] for name in expected)
-    from ovtq.convert import parser
+    from ovtq.cli.convert import parser
 
     known = vars(parser().parse_args([str(SMALL)]))
     assert fields.keys() <= known.keys()

@@ -13,7 +13,7 @@ from conftest import ROOT
 sys.path.insert(0, str(ROOT / "tools"))
 import make_synthetic_gpt_oss as synthetic
 
-from ovtq.runner import EXACT_PROPERTIES
+from ovtq.runtime.runner import EXACT_PROPERTIES
 
 pytestmark = pytest.mark.slow
 

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from conftest import MINI, ROOT
 
-from ovtq import infer
-from ovtq.bench import main
-from ovtq.candidates import parse
-from ovtq.runner import Runner
-from ovtq.worker import Bare
+from ovtq.cli import infer
+from ovtq.cli.bench import main
+from ovtq.evidence.candidates import parse
+from ovtq.evidence.worker import Bare
+from ovtq.runtime.runner import Runner
 
 pytest.importorskip("openvino_genai", reason="needs the extra [eval]")
 
@@ -191,7 +191,7 @@ def test_infer_refuses_ends_that_are_none(ends: str, tmp_path: Path, capsys: pyt
 
 
 def test_infer_reads_stdin(exact: Path) -> None:
-    command = [sys.executable, "-c", "import sys; from ovtq.cli import infer; sys.exit(infer())"]
+    command = [sys.executable, "-c", "import sys; from ovtq.cli.entry import infer; sys.exit(infer())"]
     done = subprocess.run(
         [*command, str(exact), "--prompt", "-", "--max-new-tokens", "2"],
         input="The President",

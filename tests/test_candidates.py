@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from conftest import MINI, TINY
 
-from ovtq.candidates import Cache, look, open_candidate, parse
-from ovtq.command import tokens
+from ovtq.cli.command import tokens
 from ovtq.errors import InputError
-from ovtq.host import Quantize, ZeroLowNorms
-from ovtq.paged import PagedRunner
-from ovtq.runner import EXACT_PROPERTIES, Runner
-from ovtq.verify import TOLERANCE
+from ovtq.evidence.candidates import Cache, look, open_candidate, parse
+from ovtq.runtime.host import Quantize, ZeroLowNorms
+from ovtq.runtime.paged import PagedRunner
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
+from ovtq.verification.verify import TOLERANCE
 
 TURBO = "KEY_CACHE_QUANT_ALG=TURBO,VALUE_CACHE_QUANT_ALG=TURBO"
 CALLS = (40, 1, 1, 7, 23)  # past the tiny model's window of 16, and over the ends of blocks

@@ -7,7 +7,6 @@ import pytest
 from scipy.integrate import quad
 from scipy.stats import beta
 
-from ovtq.codebook import Codebook, lloyd_max, uniform
 from ovtq.codec import (
     STEPS,
     AdaptiveUniform,
@@ -20,8 +19,9 @@ from ovtq.codec import (
     qjl_encode,
     quantize,
 )
-from ovtq.packing import layout, pack, packed_bytes, unpack
-from ovtq.rotation import random_orthogonal, randomized_hadamard
+from ovtq.codec.codebook import Codebook, lloyd_max, uniform
+from ovtq.codec.packing import layout, pack, packed_bytes, unpack
+from ovtq.codec.rotation import random_orthogonal, randomized_hadamard
 
 BITS = range(1, 9)
 EPS = float(np.finfo(np.float32).eps)

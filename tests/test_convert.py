@@ -21,14 +21,15 @@ import openvino as ov
 import pytest
 from conftest import MINI, TINY
 
-from ovtq import __version__, io, staging
+from ovtq import __version__, staging
+from ovtq.cli.convert import main
 from ovtq.codec import AdaptiveUniform
-from ovtq.convert import main
 from ovtq.errors import InputError
-from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.ir import io
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 from ovtq.states import SCHEMA
 
-COMMAND = [sys.executable, "-c", "import sys; from ovtq.cli import convert; sys.exit(convert())"]
+COMMAND = [sys.executable, "-c", "import sys; from ovtq.cli.entry import convert; sys.exit(convert())"]
 
 
 def fingerprint(folder: Path) -> dict[str, str]:

@@ -13,9 +13,9 @@ import pytest
 from conftest import MINI, TINY, load
 from openvino import opset15 as op
 
-from ovtq import io
 from ovtq.errors import UnsupportedModel
-from ovtq.graph import constant_of, f32, i64
+from ovtq.ir import io
+from ovtq.ir.graph import constant_of, f32, i64
 from ovtq.models import describe
 
 

@@ -116,7 +116,7 @@ def _python(folder: str) -> list[Path]:
 
 
 def _named(code: Code) -> Iterator[str]:
-    """`ovtq.pruning.pruned(request)` can be imported, `ovtq.pruned` is written in the code."""
+    """`ovtq.forms.pruning.pruned(request)` can be imported, `ovtq.pruned` is written in the code."""
     whole = re.match(r"ovtq(\.[a-z_]\w*)+", code.text)
     if code.fenced or not whole:
         return
@@ -273,7 +273,7 @@ def test_what_a_page_names_is_there(page: Path) -> None:
         ("`tools/measure_loss.py A B`", "tools/measure_loss.py can't be run"),
         ("`ovtq/attend_tpu.py`", "there is no ovtq/attend_tpu.py"),
         ("`tests/test_gpu.py::test_nothing`", "has no test_nothing"),
-        ("`ovtq.pruning.prund(request)`", "there is no ovtq.pruning.prund"),
+        ("`ovtq.forms.pruning.prund(request)`", "there is no ovtq.forms.pruning.prund"),
         ("`ovtq.recnt`", "there is no ovtq.recnt"),
         ("`pip install '.[gnai]'`", "no extra gnai"),
     ],

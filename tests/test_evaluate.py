@@ -13,13 +13,13 @@ import pytest
 from conftest import MINI, ROOT
 from test_verify import _band_off_by_one, _not_undone, _scales_too_large
 
-from ovtq.convert import main as convert_by
-from ovtq.divergence import Reference, Text
-from ovtq.evaluate import main
-from ovtq.needles import agreement, haystacks, right
+from ovtq.cli.convert import main as convert_by
+from ovtq.cli.evaluate import main
+from ovtq.evidence.divergence import Reference, Text
+from ovtq.evidence.needles import agreement, haystacks, right
 
 pytest.importorskip("openvino_genai", reason="needs the extra [eval]")
-from ovtq.text import Tokenizer
+from ovtq.runtime.text import Tokenizer
 
 HELDOUT = ROOT / "tests" / "data" / "heldout.txt"
 SHORT = ["--windows", "1", "--window", "300", "--trials", "0", "--greedy", "0"]

@@ -16,9 +16,9 @@ from conftest import MINI, ROOT
 from scipy.special import log_softmax
 
 from ovtq import demo
-from ovtq.attend_blocks import FLUSH
-from ovtq.runner import EXACT_PROPERTIES, Runner
-from ovtq.verify import TOLERANCE
+from ovtq.forms.cpu.full import FLUSH
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
+from ovtq.verification.verify import TOLERANCE
 
 genai = pytest.importorskip("openvino_genai", reason="needs the extra [genai]")
 

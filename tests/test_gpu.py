@@ -13,7 +13,7 @@ import openvino as ov
 import pytest
 from conftest import GPU_TOOLS, MINI, ROOT, TINY, needs
 
-from ovtq.runner import EXACT_PROPERTIES
+from ovtq.runtime.runner import EXACT_PROPERTIES
 
 PROMPT = "The President of the United States said that"
 STEPS = "40,1,1,7,1,23,1"  # past the tiny model's window of 16 at once, one by one, and in chunks
@@ -159,7 +159,7 @@ def cpu_logits(model: Path, folder: Path) -> np.ndarray:
 )
 def test_converting_verifies_on_the_gpu(options: list[str], tmp_path: Path) -> None:
     """f32, the whole schedule: prefill past the window, chunks, single tokens, a padded batch, swapped beams."""
-    entry = "import sys; from ovtq.cli import convert; sys.exit(convert())"
+    entry = "import sys; from ovtq.cli.entry import convert; sys.exit(convert())"
     command = [GPU_TOOLS / "emulated", sys.executable, "-c", entry, TINY["5.5"], tmp_path / "out"]
     done = subprocess.run([*command, *options, "--verify-device", "GPU"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

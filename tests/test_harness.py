@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from conftest import MINI, ROOT
 
-from ovtq.io import model_xml
-from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.ir.io import model_xml
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 
 pytestmark = pytest.mark.slow
 

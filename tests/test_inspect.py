@@ -11,9 +11,9 @@ import pytest
 from conftest import MINI, TINY, load
 
 from ovtq import pipeline
-from ovtq.inspect import key_bias_shares, main
-from ovtq.io import model_xml
-from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.cli.inspect import key_bias_shares, main
+from ovtq.ir.io import model_xml
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 
 
 def facts(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict:

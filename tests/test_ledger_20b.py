@@ -16,7 +16,7 @@ from ledgers import COUNTS, PRESETS
 from ledgers_20b import EXPORTED, RECORD, SCRATCH, at_24, kernels, measured, needs, synthetic
 from test_ledger import on_lunar_lake
 
-from ovtq import roofline
+from ovtq.evidence import roofline
 
 sys.path.insert(0, str(GPU_TOOLS))
 import probe

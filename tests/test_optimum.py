@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import MINI, ROOT
 
-from ovtq.runner import EXACT_PROPERTIES
+from ovtq.runtime.runner import EXACT_PROPERTIES
 
 optimum = pytest.importorskip("optimum.intel", reason="needs the extra [optimum]")
 transformers = pytest.importorskip("transformers")

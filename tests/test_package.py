@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.metadata
 import importlib.util
 import subprocess
@@ -16,82 +17,69 @@ from conftest import ROOT
 import ovtq
 
 PACKAGES = ("ovtq", "passes", "models")
-# Who may import whom: a module only from layers to its right.
-LAYERS = [
-    {"ovtq.demo"},
-    {"ovtq.cli"},
-    {"ovtq.convert", "ovtq.inspect", "ovtq.evaluate", "ovtq.bench", "ovtq.infer"},
-    {"ovtq.inspect_tables", "ovtq.bench_tables", "ovtq.evaluate_tables"},
-    {"ovtq.api"},
-    {"ovtq.worker", "ovtq.divergence", "ovtq.needles", "ovtq.recheck", "ovtq.report", "ovtq.conversion"},
-    {"ovtq.candidates", "ovtq.options"},
-    {"ovtq.host", "ovtq.paged", "ovtq.gpu_cache", "ovtq.text", "ovtq.plots"},
-    {"ovtq.pipeline", "ovtq.verify", "ovtq.roofline_cpu"},
-    {"ovtq.closeness"},
-    {"ovtq.schedule"},
-    {"ovtq.passes", "ovtq.extent", "ovtq.packed_check", "ovtq.calibrate"},
-    {"ovtq.full_cache"},
-    {"ovtq.forms"},
-    {"ovtq.attend_pruned"},
-    {"ovtq.prune_branches"},
-    {"ovtq.prune"},
-    {"ovtq.attend_blocks", "ovtq.attend_branches", "ovtq.attend_window"},
-    {"ovtq.attend_block"},
-    {"ovtq.attend"},
-    {"ovtq.pruning"},
-    {"ovtq.scores"},
-    {"ovtq.ring"},
-    {"ovtq.beams"},
-    {"ovtq.checks"},
-    {"ovtq.models", "ovtq.runner", "ovtq.routers", "ovtq.dump", "ovtq.quantizer", "ovtq.cache", "ovtq.command"},
-    {"ovtq.graph", "ovtq.io"},
-    {"ovtq.packed_attention", "ovtq.triattention"},
-    {"ovtq.coding"},
-    {"ovtq.codec"},
-    {"ovtq.codebook", "ovtq.packing"},
-    {"ovtq.rotation"},
-    {"ovtq.states", "ovtq.files", "ovtq.child"},
-    {"ovtq.staging"},
-    {"ovtq.errors", "ovtq.weights", "ovtq.roofline", "ovtq.wording", "ovtq"},
-    {"ovtq.copying"},
-    {"ovtq.system", "ovtq.signals", "ovtq.whereabouts"},
-]
+# Who may import whom: each folder, or module of ovtq/ itself, those in the lines below its own.
+FLOORS = """
+demo
+cli
+api
+conversion evidence
+options verification
+pipeline runtime
+passes
+forms
+models
+ir
+codec
+states __init__ child
+files staging
+errors wording signals system whereabouts
+""".strip().splitlines()
 
 
-def _layer(module: str) -> int:
-    package = ".".join(module.split(".")[:2])
-    for index, layer in enumerate(LAYERS):
-        if package in layer:
-            return index
-    raise AssertionError(f"{module} stands in no layer; give it one")
+def _floor(module: str) -> int:
+    place = [*module.split("."), "__init__"][1]
+    found = [index for index, floor in enumerate(FLOORS) if place in floor.split()]
+    assert found, f"{module} stands on no floor; give it one"
+    return found[0]
 
 
 def _imported(node: ast.AST) -> list[str]:
+    """Modules of ours that a statement imports."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names if alias.name.split(".")[0] == "ovtq"]
     if not isinstance(node, ast.ImportFrom) or not node.module or node.module.split(".")[0] != "ovtq":
         return []
-    if node.module != "ovtq":
-        return [node.module]
-    return ["ovtq" if alias.name == "__version__" else f"ovtq.{alias.name}" for alias in node.names]
+    inside = [f"{node.module}.{alias.name}" for alias in node.names]
+    return [name if _is_module(name) else node.module for name in inside]
+
+
+def _is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    beside = ROOT.joinpath(*name.split(".")[1:])  # of passes and models
+    return any(x.with_suffix(".py").is_file() or (x / "__init__.py").is_file() for x in (path, beside))
 
 
 def test_imports_point_one_way() -> None:
+    """Between folders downwards, inside of one without circles."""
+    inside: dict[str, set[str]] = {}
     for folder in PACKAGES:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            inside = ".".join(path.relative_to(ROOT / folder).with_suffix("").parts)
-            module = ("ovtq." if folder != "ovtq" else "") + f"{folder}.{inside}"
-            if module == "ovtq.__init__":
+            parts = [*path.relative_to(ROOT).with_suffix("").parts]
+            module = ".".join([*(["ovtq"] if folder != "ovtq" else []), *parts]).removesuffix(".__init__")
+            if module == "ovtq":  # what it gives out is imported when it is asked for
                 continue
-            module = module.removesuffix(".__init__")
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-                for target in _imported(node):
-                    same = module.split(".")[:2] == target.split(".")[:2]
-                    assert same or _layer(module) < _layer(target), f"{module} imports {target}"
+            for target in (name for node in ast.walk(ast.parse(path.read_text("utf-8"))) for name in _imported(node)):
+                if module.split(".")[:2] == target.split(".")[:2]:
+                    inside.setdefault(module, set()).add(target)
+                else:
+                    assert _floor(module) < _floor(target), f"{module} imports {target}"
+    list(graphlib.TopologicalSorter(inside).static_order())
 
 
 def test_converting_needs_no_torch() -> None:
-    code = "import ovtq.convert, sys; sys.exit(bool({'torch', 'transformers', 'optimum', 'nncf'} & set(sys.modules)))"
+    code = (
+        "import ovtq.cli.convert, sys; sys.exit(bool({'torch', 'transformers', 'optimum', 'nncf'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -125,7 +113,7 @@ def test_the_wheel_carries_every_module(tmp_path: Path) -> None:
             "-S",
             "-c",
             f"import sys; sys.path[:0] = [{str(target)!r}, {_site()!r}]\n"
-            "import ovtq.passes, ovtq.models; ovtq.compress, ovtq.convert; from ovtq.convert import main\n"
+            "import ovtq.passes, ovtq.models; ovtq.compress, ovtq.convert; from ovtq.cli.convert import main\n"
             "print(ovtq.__version__, ovtq.passes.__file__)",
         ],
         cwd=tmp_path,

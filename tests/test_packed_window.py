@@ -14,13 +14,13 @@ from conftest import TINY, load
 from test_passes import EPS, SCHEDULES, Tapped, applied
 
 from ovtq.codec import AdaptiveUniform
+from ovtq.codec.packing import unpack
+from ovtq.codec.rotation import digest, randomized_hadamard
 from ovtq.errors import InputError, PreconditionFailed
 from ovtq.models.description import Packed
-from ovtq.packing import unpack
 from ovtq.passes import DecoupleLength, QuantizeKv, SimplifyMask, TruncateWindow
-from ovtq.rotation import digest, randomized_hadamard
-from ovtq.runner import EXACT_PROPERTIES, Runner
-from ovtq.verify import TOLERANCE
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
+from ovtq.verification.verify import TOLERANCE
 
 TOGETHER = ("--preset", "k6v4", "--residual-window", "16", "--window-bits", "8,4", "--target", "cpu")
 WINDOW, H, LAYERS = 16, 2, (0, 2)  # of the tiny model: window, KV heads, sliding layers

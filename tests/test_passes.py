@@ -12,10 +12,11 @@ import reference
 from conftest import ROOT, TINY, load
 from golden import SUBJECTS, subject
 
-from ovtq.cache import compiled_precisions, marked
-from ovtq.dump import dump
+from ovtq.codec.rotation import digest, hadamard_matrix, randomized_frame, randomized_hadamard
 from ovtq.errors import InputError, PreconditionFailed, VerificationFailed
-from ovtq.graph import Port, consumers
+from ovtq.ir.cache import compiled_precisions, marked
+from ovtq.ir.dump import dump
+from ovtq.ir.graph import Port, consumers
 from ovtq.models import ModelDescription
 from ovtq.passes import (
     PASSES,
@@ -29,9 +30,8 @@ from ovtq.passes import (
     TruncateWindow,
 )
 from ovtq.pipeline import PRESETS
-from ovtq.rotation import digest, hadamard_matrix, randomized_frame, randomized_hadamard
-from ovtq.runner import EXACT_PROPERTIES, Runner
-from ovtq.verify import TOLERANCE, Call, compare, play
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
+from ovtq.verification.verify import TOLERANCE, Call, compare, play
 
 EPS = float(np.finfo(np.float32).eps)
 # What each pass needs before it.

@@ -17,23 +17,23 @@ from conftest import MINI, TINY
 from scipy.special import log_softmax
 from test_passes import Tapped, applied
 
-import ovtq.attend_pruned
-import ovtq.prune
-import ovtq.prune_branches
-from ovtq import io
-from ovtq.attend_block import Far
-from ovtq.beams import Beams
-from ovtq.convert import main
+import ovtq.forms.cpu.prune
+import ovtq.forms.gpu.histories
+import ovtq.forms.gpu.prune
+from ovtq.cli.convert import main
 from ovtq.errors import InputError, PreconditionFailed
-from ovtq.packed_check import PackedCheck
+from ovtq.forms.beams import Beams
+from ovtq.forms.cpu.block import Far
+from ovtq.forms.pruning import FIRST, SHOWN, Pruning, best, counted, kept, pruned, told
+from ovtq.forms.scores import Arriving
+from ovtq.forms.scores.keydiff import KeyDiff
+from ovtq.ir import io
 from ovtq.passes import DecoupleLength, PruneKv, QuantizeKv, SimplifyMask, TruncateWindow
-from ovtq.pruning import FIRST, SHOWN, Pruning, best, counted, kept, pruned, told
-from ovtq.runner import EXACT_PROPERTIES, Runner
-from ovtq.schedule import Call, overflow
-from ovtq.scores import Arriving
-from ovtq.scores.keydiff import KeyDiff
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 from ovtq.states import POSITION, PRUNED, SCORE, StateSpec
-from ovtq.verify import TOLERANCE
+from ovtq.verification.packed_check import PackedCheck
+from ovtq.verification.schedule import Call, overflow
+from ovtq.verification.verify import TOLERANCE
 
 EPS = float(np.finfo(np.float32).eps)
 EXACT = (DecoupleLength(), TruncateWindow(), SimplifyMask())
@@ -300,25 +300,25 @@ def _flipped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _prefix_not_protected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ovtq.prune, "FIRST", SHOWN + 1)
+    monkeypatch.setattr(ovtq.forms.cpu.prune, "FIRST", SHOWN + 1)
 
 
 def _one_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = ovtq.prune._best
-    monkeypatch.setattr(ovtq.prune, "_best", lambda scores, room, over: chosen(scores, room - 1, over))
+    chosen = ovtq.forms.cpu.prune._best
+    monkeypatch.setattr(ovtq.forms.cpu.prune, "_best", lambda scores, room, over: chosen(scores, room - 1, over))
 
 
 def _mask_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    masks = ovtq.prune.Survivors._masks
+    masks = ovtq.forms.cpu.prune.Survivors._masks
 
-    def shifted(self: ovtq.prune.Survivors) -> dict[int, Far]:
+    def shifted(self: ovtq.forms.cpu.prune.Survivors) -> dict[int, Far]:
         op, by_one = ov.opset15, ov.opset15.constant(np.int64([-1]))
         return {
             index: far.filled([op.roll(x, by_one, op.constant(np.int64([3]))).output(0) for x in far.flatten()])
             for index, far in masks(self).items()
         }
 
-    monkeypatch.setattr(ovtq.prune.Survivors, "_masks", shifted)
+    monkeypatch.setattr(ovtq.forms.cpu.prune.Survivors, "_masks", shifted)
 
 
 def _before(row: ov.Output) -> ov.Output:
@@ -328,20 +328,20 @@ def _before(row: ov.Output) -> ov.Output:
 
 def _rows_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evicting takes the neighbour of each row that should stay, but for the scores."""
-    finish = ovtq.prune.Survivors.finish
+    finish = ovtq.forms.cpu.prune.Survivors.finish
 
-    def shifted(self: ovtq.prune.Survivors) -> tuple:
+    def shifted(self: ovtq.forms.cpu.prune.Survivors) -> tuple:
         rows, assigns = finish(self)
         return {index: _before(row) for index, row in rows.items()}, assigns
 
-    monkeypatch.setattr(ovtq.prune.Survivors, "finish", shifted)
+    monkeypatch.setattr(ovtq.forms.cpu.prune.Survivors, "finish", shifted)
 
 
 def _beams_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores stay with their row of the batch when the tokens move."""
-    init = ovtq.prune.Held.__init__
+    init = ovtq.forms.cpu.prune.Held.__init__
 
-    def deaf(self: ovtq.prune.Held, beams: Beams, state: StateSpec) -> None:
+    def deaf(self: ovtq.forms.cpu.prune.Held, beams: Beams, state: StateSpec) -> None:
         if state.name == SCORE:
             op, beams = ov.opset15, copy.copy(beams)
             count = op.squeeze(op.shape_of(beams.index, "i32"), op.constant(np.int64([0])))
@@ -349,38 +349,38 @@ def _beams_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
             beams._pairs = {}
         init(self, beams, state)
 
-    monkeypatch.setattr(ovtq.prune, "Held", type("Held", (ovtq.prune.Held,), {"__init__": deaf}))
+    monkeypatch.setattr(ovtq.forms.cpu.prune, "Held", type("Held", (ovtq.forms.cpu.prune.Held,), {"__init__": deaf}))
 
 
 def _best_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the GPU's form a step evicts the best token, not the worst."""
-    but_one = ovtq.prune_branches.Residents._but_one
+    but_one = ovtq.forms.gpu.prune.Residents._but_one
 
-    def wrong(self: ovtq.prune_branches.Residents, rivals: ov.Output) -> ov.Node:
+    def wrong(self: ovtq.forms.gpu.prune.Residents, rivals: ov.Output) -> ov.Node:
         return but_one(self, ov.opset15.negative(rivals).output(0))
 
-    monkeypatch.setattr(ovtq.prune_branches.Residents, "_but_one", wrong)
+    monkeypatch.setattr(ovtq.forms.gpu.prune.Residents, "_but_one", wrong)
 
 
 def _worst_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the GPU's form a longer call takes the tokens of lowest score."""
-    best = ovtq.prune_branches.best
+    best = ovtq.forms.gpu.prune.best
     monkeypatch.setattr(
-        ovtq.prune_branches, "best", lambda scores, room: best(ov.opset15.negative(scores).output(0), room)
+        ovtq.forms.gpu.prune, "best", lambda scores, room: best(ov.opset15.negative(scores).output(0), room)
     )
 
 
 def _places_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keys and values, but not scores, of the neighbours of those that stay."""
-    store = ovtq.attend_pruned._Stack.store
+    store = ovtq.forms.gpu.histories._Stack.store
     monkeypatch.setattr(
-        ovtq.attend_pruned._Stack, "store", lambda self, new, rows: store(self, new, _before(rows).get_node())
+        ovtq.forms.gpu.histories._Stack, "store", lambda self, new, rows: store(self, new, _before(rows).get_node())
     )
 
 
 def _miscounted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but the counter is wrong: it counts padding."""
-    monkeypatch.setattr(ovtq.prune, "SHOWN", ovtq.prune.EMPTY)
+    monkeypatch.setattr(ovtq.forms.cpu.prune, "SHOWN", ovtq.forms.cpu.prune.EMPTY)
 
 
 FLAGS = ["--preset", "exact", "--target", "cpu", "--budget", "48", "--recent-window", "16", "--slack", "7"]

@@ -11,17 +11,17 @@ import pytest
 from conftest import MINI, TINY, load
 from test_passes import Tapped, applied
 
-from ovtq.attend_blocks import FLUSH
 from ovtq.codec import STEPS, AdaptiveUniform
+from ovtq.codec.packed_attention import PackedAttention
+from ovtq.codec.packing import unpack
+from ovtq.codec.rotation import randomized_hadamard
 from ovtq.errors import InputError, PreconditionFailed
+from ovtq.forms.cpu.full import FLUSH
 from ovtq.models import ModelDescription
 from ovtq.models.rope import mean_rotated_bias
-from ovtq.packed_attention import PackedAttention
-from ovtq.packing import unpack
 from ovtq.passes import DecoupleLength, Pass, QuantizeKv, SimplifyMask, TruncateWindow
-from ovtq.rotation import randomized_hadamard
-from ovtq.runner import EXACT_PROPERTIES
-from ovtq.verify import Call
+from ovtq.runtime.runner import EXACT_PROPERTIES
+from ovtq.verification.verify import Call
 
 EPS = float(np.finfo(np.float32).eps)
 EXACT = (DecoupleLength(), TruncateWindow(), SimplifyMask())

@@ -8,12 +8,12 @@ import pytest
 from openvino import opset15 as op
 
 from ovtq.codec import STEPS, AdaptiveUniform
-from ovtq.packing import Layout, layout, pack, unpack
-from ovtq.quantizer import encode, interleaved, look_up, residues
-from ovtq.quantizer import pack as pack_nodes
-from ovtq.quantizer import unpack as unpack_nodes
-from ovtq.rotation import randomized_hadamard
-from ovtq.runner import EXACT_PROPERTIES
+from ovtq.codec.packing import Layout, layout, pack, unpack
+from ovtq.codec.rotation import randomized_hadamard
+from ovtq.forms.quantizer import encode, interleaved, look_up, residues
+from ovtq.forms.quantizer import pack as pack_nodes
+from ovtq.forms.quantizer import unpack as unpack_nodes
+from ovtq.runtime.runner import EXACT_PROPERTIES
 
 EPS = float(np.finfo(np.float32).eps)
 

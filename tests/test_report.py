@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from ovtq import report
+from ovtq.cli import report
 from ovtq.errors import InputError
 
 pytest.importorskip("matplotlib", reason="needs the extra [eval]")
@@ -272,7 +272,7 @@ def test_names_beside_points_do_not_meet() -> None:
 
 
 def test_matplotlib_waits_until_it_is_needed() -> None:
-    code = "import ovtq.report, sys; sys.exit('matplotlib' in sys.modules)"
+    code = "import ovtq.cli.report, sys; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from conftest import MINI, ROOT
 
-from ovtq import io, roofline, roofline_cpu
-from ovtq.inspect import main
+from ovtq.cli.inspect import main
+from ovtq.evidence import roofline, roofline_cpu
+from ovtq.ir import io
 
 sys.path.insert(0, str(ROOT / "tools"))
 import make_synthetic_gpt_oss as synthetic

@@ -14,15 +14,16 @@ import openvino as ov
 import pytest
 from conftest import ROOT, TINY, load
 
-from ovtq import io, pipeline, states
-from ovtq.cache import marked
+from ovtq import pipeline, states
+from ovtq.cli.inspect import main
 from ovtq.errors import InputError, VerificationFailed
-from ovtq.graph import Tensors
-from ovtq.inspect import main
+from ovtq.ir import io
+from ovtq.ir.cache import marked
+from ovtq.ir.graph import Tensors
 from ovtq.passes import DecoupleLength, TruncateWindow
-from ovtq.recheck import recheck
-from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 from ovtq.states import PRUNED, Fixed, Growing, StateSpec
+from ovtq.verification.recheck import recheck
 
 OLD = ROOT / "tests" / "data" / "made-by-0.1.0"
 TOKENS = (1, 63, 64, 192, 330)

@@ -18,8 +18,8 @@ from conftest import ROOT, load
 sys.path.insert(0, str(ROOT / "tools"))
 import make_synthetic_gpt_oss as synthetic
 
-from ovtq.convert import main
-from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.cli.convert import main
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 
 CHECK = ROOT / "tests" / "data" / "check-int4.xml.gz"  # tools/export_template.py check
 

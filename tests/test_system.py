@@ -20,9 +20,10 @@ import numpy as np
 import pytest
 from conftest import MINI, ROOT, TINY
 
-from ovtq import io, pipeline, signals, staging, system, weights
-from ovtq.convert import main
-from ovtq.runner import Runner
+from ovtq import pipeline, signals, staging, system
+from ovtq.cli.convert import main
+from ovtq.ir import io, weights
+from ovtq.runtime.runner import Runner
 
 SOURCES = [path for folder in ("ovtq", "passes", "models") for path in sorted((ROOT / folder).glob("*.py"))]
 
@@ -170,7 +171,7 @@ def test_nothing_is_open_when_a_failed_run_is_removed(
     if where == "step":
         monkeypatch.setattr(Runner, "step", failing_step)
     else:
-        monkeypatch.setattr(sys.modules["ovtq.verify"], "compiled_precisions", lambda *_: fail())
+        monkeypatch.setattr(sys.modules["ovtq.verification.verify"], "compiled_precisions", lambda *_: fail())
     assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--preset", "u8"]) == 2
     assert at_error
     assert at_error[0]
@@ -271,7 +272,7 @@ def test_signals_wait_for_the_end_of_the_block_and_no_longer() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_two_signals_leave_nothing_and_say_it_once(number: int, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import sys; from ovtq.cli import convert; sys.exit(convert())"]
+    command = [sys.executable, "-c", "import sys; from ovtq.cli.entry import convert; sys.exit(convert())"]
     process = subprocess.Popen([*command, MINI, tmp_path / "out"], stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     while not any(tmp_path.glob(".out.ovtq-*/openvino_model.xml")):
         assert process.poll() is None
@@ -334,7 +335,7 @@ def test_long_names(tmp_path: Path) -> None:
 
 
 def _killed(out: Path, after: float) -> None:
-    command = [sys.executable, "-c", "import sys; from ovtq.cli import convert; sys.exit(convert())"]
+    command = [sys.executable, "-c", "import sys; from ovtq.cli.entry import convert; sys.exit(convert())"]
     process = subprocess.Popen(
         [*command, TINY["5.5"], out, "--force"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )

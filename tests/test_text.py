@@ -14,7 +14,7 @@ from conftest import MINI, ROOT, TINY
 from scipy.special import logsumexp
 from tokenizers import Tokenizer
 
-from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 
 TEXT = (ROOT / "tests" / "data" / "heldout.txt").read_text(encoding="utf-8")
 CALLS = (1024, 256, 65, 64, 7, 1)  # tokens of a call

@@ -15,17 +15,17 @@ from conftest import MINI, ROOT, TINY, load
 from test_passes import Tapped, applied
 from test_prune_kv import EXACT, FLAGS, SMALL
 
-from ovtq import io
-from ovtq.convert import main
+from ovtq.cli.convert import main
 from ovtq.errors import InputError, PreconditionFailed, UnsupportedModel, VerificationFailed
+from ovtq.forms.pruning import SHOWN
+from ovtq.forms.triattention import NAME, Statistics, digest
+from ovtq.forms.triattention import load as load_statistics
+from ovtq.ir import io
 from ovtq.models.rope import frequencies
 from ovtq.passes import PruneKv, RotateHeads
-from ovtq.pruning import SHOWN
-from ovtq.recheck import recheck
-from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 from ovtq.states import SCORE
-from ovtq.triattention import NAME, Statistics, digest
-from ovtq.triattention import load as load_statistics
+from ovtq.verification.recheck import recheck
 
 sys.path.insert(0, str(ROOT / "tools"))
 import calibrate_triattention as tool

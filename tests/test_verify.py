@@ -16,25 +16,26 @@ import openvino as ov
 import pytest
 from conftest import MINI, TINY, load
 
-import ovtq.attend
-import ovtq.attend_blocks
-import ovtq.attend_window
-import ovtq.packing
+import ovtq.codec.packing
+import ovtq.forms.attend
+import ovtq.forms.cpu.full
+import ovtq.forms.ring
+import ovtq.forms.window
 import ovtq.passes.rotate_heads
-import ovtq.ring
-from ovtq import io, pipeline
-from ovtq.attend import Columns, Held, Plan
-from ovtq.beams import Beams
-from ovtq.closeness import played
-from ovtq.convert import main
+from ovtq import pipeline
+from ovtq.cli.convert import main
+from ovtq.codec.rotation import randomized_hadamard
 from ovtq.errors import VerificationFailed
-from ovtq.extent import Scope, cut, scope
+from ovtq.forms.attend import Columns, Held, Plan
+from ovtq.forms.beams import Beams
+from ovtq.ir import io
 from ovtq.passes import DecoupleLength, RotateHeads, TruncateWindow
-from ovtq.rotation import randomized_hadamard
-from ovtq.routers import undecided
-from ovtq.schedule import PASTED, STEPS, Call, calls_for, edges, lengths_of
 from ovtq.states import StateSpec
-from ovtq.verify import TOLERANCE, compare, verify
+from ovtq.verification.closeness import played
+from ovtq.verification.extent import Scope, cut, scope
+from ovtq.verification.routers import undecided
+from ovtq.verification.schedule import PASTED, STEPS, Call, calls_for, edges, lengths_of
+from ovtq.verification.verify import TOLERANCE, compare, verify
 
 
 def _not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,14 +51,14 @@ def _not_orthogonal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _band_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, between = ovtq.attend_window._seen, ovtq.attend_window._between
+    seen, between = ovtq.forms.window._seen, ovtq.forms.window._between
 
     def shifted(queries: int, keys: int, window: int) -> np.ndarray:
         right = seen(queries, keys, window)
         return np.roll(right, 1, axis=1) & right
 
-    monkeypatch.setattr(ovtq.attend_window, "_seen", shifted)
-    monkeypatch.setattr(ovtq.attend_window, "_between", lambda a, b, above, last: between(a, b, above + 1, last))
+    monkeypatch.setattr(ovtq.forms.window, "_seen", shifted)
+    monkeypatch.setattr(ovtq.forms.window, "_between", lambda a, b, above, last: between(a, b, above + 1, last))
 
 
 def _window_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +78,7 @@ def _padding_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
         is_mask = padded.get_output_element_type(0) == ov.Type.i64 if isinstance(padded, ov.Node) else True
         return pad(op.maximum(padded, op.constant(np.int64(1))) if is_mask else padded, *rest)
 
-    monkeypatch.setattr(ovtq.attend_window.op, "pad", all_shown)
+    monkeypatch.setattr(ovtq.forms.window.op, "pad", all_shown)
 
 
 @pytest.mark.parametrize("target", ["gpu", "cpu"])
@@ -117,27 +118,27 @@ def test_a_conversion_wrong_at_bf16_alone_is_refused(
 
 
 def _scales_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = ovtq.attend.encode
+    encode = ovtq.forms.attend.encode
 
     def louder(*args: object) -> tuple[ov.Node, ov.Node]:
         codes, scale = encode(*args)
         return codes, ov.opset15.multiply(scale, np.float32(1.1))
 
-    monkeypatch.setattr(ovtq.attend, "encode", louder)
+    monkeypatch.setattr(ovtq.forms.attend, "encode", louder)
 
 
 def _packed_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    fields = dict(ovtq.packing._FIELDS)
+    fields = dict(ovtq.codec.packing._FIELDS)
     fields[6] = (fields[6][0], *((*field[:4], 6, low) for field, low in zip(fields[6][1:], (4, 2, 0), strict=True)))
-    pack = ovtq.attend.pack
+    pack = ovtq.forms.attend.pack
 
     def other(centred: ov.Node, codecs: list, layouts: list) -> list[ov.Node]:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(ovtq.packing, "_FIELDS", fields)
-            layouts = [ovtq.packing.layout.__wrapped__(layout.bits, layout.head_dim) for layout in layouts]
+            patch.setattr(ovtq.codec.packing, "_FIELDS", fields)
+            layouts = [ovtq.codec.packing.layout.__wrapped__(layout.bits, layout.head_dim) for layout in layouts]
         return pack(centred, codecs, layouts)
 
-    monkeypatch.setattr(ovtq.attend, "pack", other)
+    monkeypatch.setattr(ovtq.forms.attend, "pack", other)
 
 
 def _tokens_counted_twice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,13 +205,13 @@ def _scales_of_another_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _scales_joined_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    store = ovtq.attend_blocks._Scales.store
+    store = ovtq.forms.cpu.full._Scales.store
 
-    def late(self: ovtq.attend_blocks._Scales, *rest: object) -> ov.Node:
+    def late(self: ovtq.forms.cpu.full._Scales, *rest: object) -> ov.Node:
         self.joined = dict(zip(self.joined, reversed(self.joined.values()), strict=True))
         return store(self, *rest)
 
-    monkeypatch.setattr(ovtq.attend_blocks._Scales, "store", late)
+    monkeypatch.setattr(ovtq.forms.cpu.full._Scales, "store", late)
 
 
 @pytest.mark.parametrize(
@@ -248,47 +249,47 @@ def test_rows_that_outlive_a_reset_are_refused(
 
 
 def _window_scales_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    restore = ovtq.ring.restore
+    restore = ovtq.forms.ring.restore
 
     def louder(packed: ov.Output, layout: object, scales: ov.Output, *rest: object) -> ov.Node:
         return restore(packed, layout, ov.opset15.multiply(scales, np.float32(1.1)).output(0), *rest)
 
-    monkeypatch.setattr(ovtq.ring, "restore", louder)
+    monkeypatch.setattr(ovtq.forms.ring, "restore", louder)
 
 
 def _window_not_turned_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    restore = ovtq.ring.restore
+    restore = ovtq.forms.ring.restore
     eye = np.eye(64, dtype=np.float32)
-    monkeypatch.setattr(ovtq.ring, "restore", lambda a, b, c, rotation, target: restore(a, b, c, eye, target))
+    monkeypatch.setattr(ovtq.forms.ring, "restore", lambda a, b, c, rotation, target: restore(a, b, c, eye, target))
 
 
 def _window_lags(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows kept are those of one token before."""
-    store = ovtq.ring.State.store
+    store = ovtq.forms.ring.State.store
 
-    def late(self: ovtq.ring.State, new: ov.Node) -> ov.Node:
+    def late(self: ovtq.forms.ring.State, new: ov.Node) -> ov.Node:
         self.kept = ov.opset15.maximum(self.kept - 1, self.kept * 0)
         return store(self, new)
 
-    monkeypatch.setattr(ovtq.ring.State, "store", late)
+    monkeypatch.setattr(ovtq.forms.ring.State, "store", late)
 
 
 def _heads_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read, not stored, as if keys and values of a layer stood side by side."""
-    monkeypatch.setattr(ovtq.ring.np, "argsort", lambda order: np.arange(len(order)))
+    monkeypatch.setattr(ovtq.forms.ring.np, "argsort", lambda order: np.arange(len(order)))
 
 
 def _beams_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes follow their beams, scales do not."""
-    init = ovtq.ring.State.__init__
+    init = ovtq.forms.ring.State.__init__
 
-    def deaf(self: ovtq.ring.State, beams: Beams, state: StateSpec, *rest: object) -> None:
+    def deaf(self: ovtq.forms.ring.State, beams: Beams, state: StateSpec, *rest: object) -> None:
         if state.holds == "scale":
             beams = copy.copy(beams)
             beams.index, beams._pairs = ov.opset15.multiply(beams.index, np.int32(0)), {}
         init(self, beams, state, *rest)
 
-    monkeypatch.setattr(ovtq.ring.State, "__init__", deaf)
+    monkeypatch.setattr(ovtq.forms.ring.State, "__init__", deaf)
 
 
 @pytest.mark.parametrize(

@@ -11,18 +11,19 @@ import pytest
 from conftest import TINY
 from openvino import opset15 as op
 
-import ovtq.attend_blocks
-import ovtq.attend_window
+import ovtq.forms.cpu.full
+import ovtq.forms.window
 import ovtq.passes.check_call
 import ovtq.states
-from ovtq.attend_window import BLOCK, WindowRows
-from ovtq.closeness import Loss, divergence, loss, lost, played, relative, scale_of, too_lossy
-from ovtq.convert import main
+from ovtq.cli.convert import main
 from ovtq.errors import VerificationFailed
-from ovtq.graph import MASKED, f32, i64, new_variable
-from ovtq.schedule import Call
+from ovtq.forms.window import BLOCK, WindowRows
+from ovtq.ir.graph import MASKED, f32, i64, new_variable
 from ovtq.states import StateSpec
-from ovtq.verify import compare
+from ovtq.verification.closeness import Loss, divergence, loss, lost, played, relative, scale_of, too_lossy
+from ovtq.verification.hosts import recurring
+from ovtq.verification.schedule import Call
+from ovtq.verification.verify import compare
 
 Harm = Callable[[pytest.MonkeyPatch], None]
 AS_HOSTS_LOAD_IT = "the converted model is wrong on CPU as hosts load it, with no property"
@@ -281,3 +282,16 @@ def test_divergence_of_equal_logits_is_none() -> None:
     logits[:, 4] = -np.inf
     assert np.allclose(divergence(logits, logits), 0)
     assert np.allclose(divergence(logits, logits + 3), 0, atol=1e-6)
+
+
+def test_an_expert_that_rounding_chose_does_not_recur() -> None:
+    """What differs from text to text goes; what is wrong at the same positions of each stays."""
+    quiet = [np.full((1, 8), 0.01), np.full((2, 1), 0.01)]
+    chosen = [call.copy() for call in quiet]
+    chosen[0][0, 3:] = 0.3
+    assert all(np.array_equal(a, b) for a, b in zip(recurring([chosen, quiet]), quiet, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(recurring([quiet, chosen, quiet]), quiet, strict=True))
+    wrong = [call.copy() for call in quiet]
+    wrong[1][1] = 0.2
+    assert recurring([wrong, chosen, wrong])[1].tolist() == [[0.01], [0.2]]
+    assert all(np.array_equal(a, b) for a, b in zip(recurring([wrong]), wrong, strict=True))

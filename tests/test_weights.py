@@ -17,10 +17,11 @@ import openvino as ov
 import pytest
 from conftest import MINI, TINY, load
 
-import ovtq.extent
-from ovtq import conversion, copying, io, pipeline, system, weights
-from ovtq.convert import main
-from ovtq.runner import EXACT_PROPERTIES, Runner
+import ovtq.verification.extent
+from ovtq import conversion, pipeline, system
+from ovtq.cli.convert import main
+from ovtq.ir import copying, io, weights
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 
 
 def _constants(model: ov.Model) -> dict[str, tuple[str, tuple[int, ...], str]]:
@@ -195,10 +196,10 @@ def test_verification_reads_the_copy_and_waits_for_it(
 ) -> None:
     """Copied slowly from its end a model is verified all the same; with one wrong bit in a projection it is refused."""
     _no_reflink(monkeypatch)
-    monkeypatch.setattr(ovtq.extent, "BIG", 1000)
+    monkeypatch.setattr(ovtq.verification.extent, "BIG", 1000)
     monkeypatch.setattr(copying, "BLOCK", 1 << 16)
     monkeypatch.setattr(copying, "WORKERS", 2)
-    monkeypatch.setattr(ovtq.extent, "ROWS", 100)
+    monkeypatch.setattr(ovtq.verification.extent, "ROWS", 100)
     tree = ElementTree.parse(MINI / "openvino_model.xml")
     name = "self.model.layers.3.self_attn.o_proj._openvino_orig_weight"
     weight = next(layer.find("data") for layer in tree.iter("layer") if layer.get("name") == name)
@@ -297,8 +298,8 @@ def test_a_wrong_place_is_noticed(
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
 def test_without_experts_every_attention_is_run(target: str, convert: Callable[..., Path], tmp_path: Path) -> None:
     """As a model over 2 GiB is verified: no router, no expert, a state a layer; and a wrong layer is noticed."""
-    from ovtq.extent import cut, scope
-    from ovtq.verify import TOLERANCE, verify
+    from ovtq.verification.extent import cut, scope
+    from ovtq.verification.verify import TOLERANCE, verify
 
     model, description = load(TINY["5.5"])  # the nodes behind the last layer live as long as their model does
     assert model.get_variables()
@@ -315,10 +316,10 @@ def test_without_experts_every_attention_is_run(target: str, convert: Callable[.
 
 
 def test_a_long_embedding_is_shortened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(ovtq.extent, "BIG", 1000)
-    monkeypatch.setattr(ovtq.extent, "ROWS", 100)
+    monkeypatch.setattr(ovtq.verification.extent, "BIG", 1000)
+    monkeypatch.setattr(ovtq.verification.extent, "ROWS", 100)
     model = io.load(MINI)
-    assert ovtq.extent.shortened(model, 8192) == 100
+    assert ovtq.verification.extent.shortened(model, 8192) == 100
     tables = [tuple(n.get_output_shape(0)) for n in model.get_ops() if n.get_type_name() == "Constant"]
     assert (100, 384) in tables
     assert main([str(MINI), str(tmp_path / "out"), "--preset", "k6v4", "--target", "cpu"]) == 0

@@ -19,9 +19,9 @@ import openvino as ov
 import pytest
 from conftest import MINI, ROOT, TINY
 
-from ovtq import io
-from ovtq.evaluate import main as evaluate
-from ovtq.runner import EXACT_PROPERTIES, Runner
+from ovtq.cli.evaluate import main as evaluate
+from ovtq.ir import io
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 
 INSTALLED = Path(os.environ.get("OVTQ_WINDOWS_DIR", Path.home() / ".cache" / "ovtq-windows")) / "installed"
 RUN = ROOT / "tools" / "windows" / "run"
@@ -40,7 +40,7 @@ def windows(path: Path) -> str:
 
 
 def arguments(command: str, *given: object) -> list[str]:
-    code = f"import sys; from ovtq.cli import {COMMANDS[command]} as run; sys.exit(run())"
+    code = f"import sys; from ovtq.cli.entry import {COMMANDS[command]} as run; sys.exit(run())"
     return [str(RUN), "-c", code, *(windows(x) if isinstance(x, Path) else str(x) for x in given)]
 
 
@@ -325,7 +325,7 @@ def send():
         {send}
         time.sleep(0.2)
 threading.Thread(target=send, daemon=True).start()
-from ovtq.cli import convert
+from ovtq.cli.entry import convert
 sys.exit(convert())"""
     process = subprocess.Popen(
         [RUN, "-c", code, MINI, windows(tmp_path / "out"), "--target", "cpu"],
@@ -343,7 +343,7 @@ sys.exit(convert())"""
 @pytest.mark.slow
 def test_a_reader_that_leaves() -> None:
     code = """import subprocess, sys
-command = [sys.executable, "-c", "import sys; from ovtq.cli import inspect as run; sys.exit(run())", *sys.argv[1:]]
+command = [sys.executable, "-c", "import sys; from ovtq.cli.entry import inspect; sys.exit(inspect())", *sys.argv[1:]]
 process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 process.stdout.close()
 print(process.wait(), process.stderr.read())"""

@@ -18,11 +18,11 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from ovtq.calibrate import calibrate
-from ovtq.command import Out, Parser, phase, positive, progress, run
+from ovtq.cli.command import Out, Parser, phase, positive, progress, run
 from ovtq.errors import InputError
-from ovtq.text import SEPARATOR, Tokenizer
-from ovtq.triattention import digest
+from ovtq.evidence.calibrate import calibrate
+from ovtq.forms.triattention import digest
+from ovtq.runtime.text import SEPARATOR, Tokenizer
 
 
 def parser() -> Parser:

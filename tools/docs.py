@@ -27,12 +27,12 @@ from ovtq.pipeline import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
-    "ovtq-convert": "ovtq.convert",
-    "ovtq-inspect": "ovtq.inspect",
-    "ovtq-eval": "ovtq.evaluate",
-    "ovtq-bench": "ovtq.bench",
-    "ovtq-infer": "ovtq.infer",
-    "ovtq-report": "ovtq.report",
+    "ovtq-convert": "ovtq.cli.convert",
+    "ovtq-inspect": "ovtq.cli.inspect",
+    "ovtq-eval": "ovtq.cli.evaluate",
+    "ovtq-bench": "ovtq.cli.bench",
+    "ovtq-infer": "ovtq.cli.infer",
+    "ovtq-report": "ovtq.cli.report",
 }
 TARGETS = ("gpu", "cpu")
 BUNDLED = ROOT / "models" / "gpt-oss-mini"

@@ -3,8 +3,8 @@
 
 usage: draw_key_vector.py [OUT.svg]
 
-The bars are a real key: layer 1, KV head 0, of the 40th token of tests/data/heldout.txt, and what `ovtq.coding` makes
-of it in 6 bits. Needs the `eval` extra, for the tokenizer.
+The bars are a real key: layer 1, KV head 0, of the 40th token of tests/data/heldout.txt, and what `ovtq.codec.coding`
+makes of it in 6 bits. Needs the `eval` extra, for the tokenizer.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 import openvino as ov
 from openvino import opset15 as op
 
-from ovtq.coding import coding
-from ovtq.io import load, load_config
+from ovtq.codec.coding import coding
+from ovtq.codec.packing import pack
+from ovtq.ir.io import load, load_config
 from ovtq.models import describe
 from ovtq.models.rope import mean_rotated_bias
-from ovtq.packing import pack
-from ovtq.runner import EXACT_PROPERTIES
-from ovtq.text import Tokenizer
+from ovtq.runtime.runner import EXACT_PROPERTIES
+from ovtq.runtime.text import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL, TEXT = ROOT / "models" / "gpt-oss-mini", ROOT / "tests" / "data" / "heldout.txt"

@@ -14,8 +14,8 @@ from itertools import product
 
 import numpy as np
 
-from ovtq.codebook import lloyd_max
 from ovtq.codec import STEPS, dequantize, quantize
+from ovtq.codec.codebook import lloyd_max
 
 VECTORS = 6000
 

@@ -20,9 +20,9 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from ovtq import evaluate
-from ovtq.command import Parser, listed, positive, run
-from ovtq.convert import main as convert
+from ovtq.cli import evaluate
+from ovtq.cli.command import Parser, listed, positive, run
+from ovtq.cli.convert import main as convert
 from ovtq.errors import InputError
 
 

@@ -22,10 +22,10 @@ import numpy as np
 import openvino as ov
 from scipy.special import logsumexp
 
-from ovtq.convert import main as convert
+from ovtq.cli.convert import main as convert
 from ovtq.errors import InputError
 from ovtq.pipeline import PRESETS
-from ovtq.runner import Runner
+from ovtq.runtime.runner import Runner
 
 ROOT = Path(__file__).resolve().parent.parent
 

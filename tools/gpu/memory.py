@@ -35,10 +35,10 @@ from ledger import LedgerError, configuration, run_probe
 from rich.console import Console
 from rich.table import Table
 
-from ovtq import io
-from ovtq.cache import marked
-from ovtq.command import listed, positive
+from ovtq.cli.command import listed, positive
 from ovtq.errors import OvtqError
+from ovtq.ir import io
+from ovtq.ir.cache import marked
 from ovtq.states import total
 
 AS_A_HOST = ("--branch-by-length", "--last-logits")

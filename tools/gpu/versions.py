@@ -36,9 +36,9 @@ from rich.console import Console
 from rich.progress import track
 
 from ovtq.errors import InputError, OvtqError
-from ovtq.io import check_json, load, model_xml
+from ovtq.ir.io import check_json, load, model_xml
 from ovtq.pipeline import PRESETS
-from ovtq.runner import EXACT_PROPERTIES
+from ovtq.runtime.runner import EXACT_PROPERTIES
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -184,7 +184,7 @@ def converted(model: Path, presets: Sequence[str], scratch: Path) -> dict[str, d
     for device, folders in found.items():
         for preset in presets:
             out = scratch / f"{preset}-{device}"
-            entry = "import sys; from ovtq.cli import convert; sys.exit(convert())"
+            entry = "import sys; from ovtq.cli.entry import convert; sys.exit(convert())"
             options = ["--preset", preset, "--target", device, "--no-verify"]
             done = subprocess.run(
                 [sys.executable, "-c", entry, str(model), str(out), *options],

@@ -1,0 +1,326 @@
+"""ovtq-bench: time and memory of a model with other caches against the same model as exported, in turn in one run.
+
+Answers prompts (--prompt, or three by default): TTFT, TPOT, tokens a second, bytes of all states, peak memory of the
+process at prefill and decode. With --contexts it measures decode steps at these lengths instead, in blocks of 8, with
+--prefill a prefill of so many random tokens, in one call or in calls of --chunk, from empty states or at a --depth; or
+both. Every candidate runs in a process of its own, unless --one-process; whoever's turn it is runs alone. Ratios are to
+MODEL_DIR's block or run beside it, figures are medians with the quartiles. The plugin's defaults apply (on a CPU a u8
+cache) but for what is given. `read` is the bandwidth of summing a large array with all cores: what memory gives at
+best.
+
+candidates:
+  DIR[,KEY=VALUE]…            a model folder, with properties of the plugin
+  stock[:KEY=VALUE,…]         MODEL_DIR with properties, such as stock:KV_CACHE_PRECISION=f32
+  host:k6v4, host:prune128    MODEL_DIR, its states changed by the host in numpy, as model cards do
+  paged:DIR[,KEY=VALUE]…      under paged attention (CPU); DIR may be stock
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+import json
+import math
+import os
+import platform
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from rich.console import Console
+
+from ovtq import __version__, files, system
+from ovtq.cli import report
+from ovtq.cli.bench_tables import show_contexts, show_prefills, show_prompts
+from ovtq.cli.command import Out, Parser, listed, path_of, phase, positive, progress, run, tokens
+from ovtq.errors import InputError
+from ovtq.evidence.candidates import Candidate, parse
+from ovtq.evidence.roofline_cpu import read_bandwidth
+from ovtq.evidence.worker import THROUGH, Here, Worker
+from ovtq.ir import io
+from ovtq.runtime.runner import check_device
+from ovtq.runtime.text import Tokenizer
+
+PROMPTS = (
+    "Explain the key differences between mixture-of-experts and dense transformer models.",
+    "Write a Python function that returns the n-th Fibonacci number, and explain it.",
+    "OpenVINO의 장점을 설명해 주세요.",
+)
+CHUNK = 512  # tokens a prefill call of --contexts
+BLOCK = 8  # decode steps whose mean is one figure: what a method does at every fourth step must be in it
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    errors = Console(stderr=True, highlight=False)
+    return run("ovtq-bench", lambda: bench(parser().parse_intermixed_args(argv), Out(), errors), errors, argv=argv)
+
+
+def parser() -> Parser:
+    """The command line."""
+    p = Parser("ovtq-bench", __doc__)
+    p.add_argument("model_dir", type=path_of, help="the model as exported: what ratios are to")
+    p.add_argument("others", nargs="*", metavar="CANDIDATE", help="see above")
+    p.add_argument("--candidate", action="append", default=[], metavar="CANDIDATE", help="the same; may be repeated")
+    p.add_argument(
+        "--prompt", "--prompts", nargs="+", default=list(PROMPTS), metavar="TEXT", dest="prompts", help="to answer"
+    )
+    p.add_argument(
+        "--max-new-tokens", type=positive, default=200, metavar="N", help="per prompt (default: %(default)s)"
+    )
+    p.add_argument(
+        "--runs", type=positive, default=3, metavar="N", help="of each prompt, or prefill (default: %(default)s)"
+    )
+    p.add_argument("--contexts", type=listed(positive, "numbers"), metavar="TOKENS,…", help="such as 256,2k,8k,32k")
+    p.add_argument("--steps", type=positive, default=64, metavar="N", help="per context, in blocks of 8 (default: 64)")
+    p.add_argument("--fill", action="store_true", help="fill the states with noise instead of prefilling them")
+    p.add_argument("--prefill", type=listed(positive, "numbers"), metavar="TOKENS,…", help="from empty, such as 2k,8k")
+    p.add_argument(
+        "--depth",
+        type=listed(tokens, "numbers"),
+        default=[0],
+        metavar="TOKENS,…",
+        help="of noise before --prefill, such as 0,8k,32k",
+    )
+    p.add_argument(
+        "--chunk", type=positive, metavar="N", help="tokens per prefill call (default: all; 512 with --contexts)"
+    )
+    p.add_argument("--through", default="openvino", metavar="RUNTIME,…", help=f"of {', '.join(THROUGH)}")
+    p.add_argument("--device", default="CPU", help="where to run all (default: %(default)s)")
+    p.add_argument("--property", action="append", default=[], metavar="KEY=VALUE", help="of the plugin, for all")
+    p.add_argument(
+        "--one-process", action="store_true", help="all candidates in this one, which then holds the memory of all"
+    )
+    p.add_argument("--one-at-a-time", action="store_true", help="load one candidate at a time; ratios are of medians")
+    p.add_argument("--output", "--json", type=path_of, metavar="FILE", help="write the figures", dest="output")
+    p.add_argument("--report", type=path_of, metavar="FILE", help="write a page to look at (HTML)")
+    return p
+
+
+def bench(options: argparse.Namespace, console: Out, errors: Console) -> None:
+    """Do what the command line asks."""
+    texts = ["stock", *options.others, *options.candidate]
+    candidates = [parse(text, options.model_dir) for text in texts]
+    through = options.through.split(",")
+    _check(options, candidates, through)
+    properties = {"PERFORMANCE_HINT": "LATENCY", **dict(text.split("=", 1) for text in options.property)}
+    pairs = [(candidate, runtime) for runtime in through for candidate in candidates]
+    results: dict[str, Any] = {
+        "kind": "bench",
+        "ovtq": __version__,
+        "versions": {"openvino": ov.__version__, "python": platform.python_version()},
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "model": str(options.model_dir),
+        "device": options.device,
+        "machine": _machine(options.device),
+        "properties": properties,
+        "prompts": [],
+        "contexts": [],
+        "prefills": [],
+    }
+    groups = [[pair] for pair in pairs] if options.one_at_a_time else [pairs]
+    kinds: dict[str, Callable[..., list[dict[str, Any]]]] = {"contexts": _contexts, "prefills": _prefills}
+    asked = {"contexts": options.contexts, "prefills": options.prefill}
+    kinds = {kind: measure for kind, measure in kinds.items() if asked[kind]} or {"prompts": _prompts}
+    found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    with progress(errors) as bars:
+        for group in groups:
+            workers: list[Worker | Here] = []
+            try:
+                with phase(bars, "load", len(group)) as tick:
+                    for candidate, runtime in group:
+                        make = Here if options.one_process else Worker
+                        workers.append(make(candidate, runtime, options.device, properties))
+                        tick()
+                for kind, measure in kinds.items():
+                    found[kind] += measure(options, workers, bars)
+            finally:
+                for worker in workers:
+                    worker.close()
+    machine = results["machine"]
+    read = f"read {machine['read'] / 1e9:.1f} GB/s"
+    console.print(f"{machine['cpu']}, {machine['cores']} cores, {read}; on {options.device}")
+    console.print(
+        f"properties: {', '.join(f'{name}={value}' for name, value in properties.items())}; all else as it is"
+    )
+    shows = {"contexts": show_contexts, "prefills": show_prefills, "prompts": show_prompts}
+    for kind, some in found.items():
+        results[kind] = [_row(row, some) for row in some]
+        shows[kind](console, results[kind])
+    rows = [row for kind in found for row in results[kind]]
+    for label, reason in dict.fromkeys((row["candidate"], row["wrong"]) for row in rows if row["wrong"]):
+        console.print(f"not as asked: {label}: {reason}", style="bold red")
+    if options.output:
+        files.write(options.output, json.dumps(results, indent=1) + "\n")
+    if options.report:
+        report.write(options.report, [results])
+        console.print(f"report: {options.report}")
+
+
+def _check(options: argparse.Namespace, candidates: Sequence[Candidate], through: Sequence[str]) -> None:
+    """Raise InputError for what would only fail after minutes."""
+    check_device(options.device)
+    if unknown := [name for name in through if name not in THROUGH]:
+        raise InputError(f"--through: no runtime {unknown[0]!r}; there are {', '.join(THROUGH)}")
+    if (options.contexts or options.prefill) and through != ["openvino"]:
+        raise InputError("--contexts, --prefill: measured through openvino alone; give --prompts instead")
+    if options.chunk and not (options.contexts or options.prefill):
+        raise InputError("--chunk: prompts are read in one call; it belongs to --contexts and --prefill")
+    if any(options.depth) and not options.prefill:
+        raise InputError("--depth: belongs to --prefill")
+    if options.report and options.prefill and not options.contexts:
+        raise InputError("--report: the page shows no prefills; give --contexts or --prompts, or --output")
+    if options.one_process and options.one_at_a_time:
+        raise InputError("--one-process: keeps all candidates loaded; leave --one-at-a-time out")
+    if any("=" not in text for text in options.property):
+        raise InputError("--property: write KEY=VALUE")
+    if options.fill and not options.contexts:
+        raise InputError("--fill: belongs to --contexts")
+    if options.max_new_tokens < 2:
+        raise InputError("--max-new-tokens: at least 2, the first is TTFT's")
+    if options.output:
+        for candidate in candidates:
+            io.check_json(options.output, candidate.folder, None)
+    if options.report:
+        report.check(options.report)
+
+
+def _in_turn(workers: Sequence[Worker | Here], turn: int) -> Sequence[int]:
+    """The order of this turn: whoever follows another finds its caches cold, so all do in turn."""
+    return [(turn + place) % len(workers) for place in range(len(workers))]
+
+
+def _prompts(options: argparse.Namespace, workers: list[Worker | Here], bars: Any) -> list[dict[str, Any]]:
+    """Raw figures of every prompt and worker, as lists over the runs; a run before them is not counted."""
+    tokenizer = Tokenizer(options.model_dir)
+    rows = []
+    with phase(bars, "answer", len(options.prompts) * (options.runs + 1) * len(workers)) as tick:
+        for prompt in options.prompts:
+            ids = tokenizer.chat(prompt)
+            runs: list[list[dict[str, Any]]] = [[] for _ in workers]
+            for turn in range(options.runs + 1):
+                for index in _in_turn(workers, turn):
+                    runs[index].append(workers[index]("generate", ids, options.max_new_tokens))
+                    tick()
+            for worker, (_, *some) in zip(workers, runs, strict=True):
+                rows.append(
+                    _facts(worker)
+                    | {
+                        "prompt": prompt,
+                        "prompt_tokens": len(ids),
+                        "new_tokens": options.max_new_tokens,
+                        "runs": options.runs,
+                        "ttft": [run["ttft"] for run in some],
+                        "tpot": [float(np.mean(run["steps"])) for run in some],
+                        **{key: some[-1][key] for key in ("state_bytes", "pruned", "rss_prefill", "rss_decode")},
+                    }
+                )
+    return rows
+
+
+def _contexts(options: argparse.Namespace, workers: list[Worker | Here], bars: Any) -> list[dict[str, Any]]:
+    """Raw figures of every context and worker, as lists over blocks of steps."""
+    draw, rows, blocks = np.random.default_rng(0), [], math.ceil(options.steps / BLOCK)
+    ids = draw.integers(0, min(worker.facts["vocabulary"] for worker in workers), max(options.contexts))
+    for context in options.contexts:
+        with phase(bars, f"{context:,} tokens", len(workers) + blocks + 1) as tick:
+            prefill: list[dict[str, Any]] = []
+            for worker in workers:
+                if options.fill:
+                    worker("fill", context)
+                    prefill.append({"seconds": None, "rss": None})
+                else:
+                    prefill.append(worker("read", ids[:context], options.chunk or CHUNK))
+                worker("start_peak")
+                tick()
+            seconds = np.empty((blocks + 1, BLOCK, len(workers)))
+            for block in range(blocks + 1):
+                for step in range(BLOCK):
+                    for index in _in_turn(workers, step):
+                        seconds[block, step, index] = workers[index]("step")
+                tick()
+            tpot = seconds[1:].mean(1)  # the first block compiles kernels for what is new
+            for index, worker in enumerate(workers):
+                rows.append(
+                    _facts(worker)
+                    | {
+                        "context": context,
+                        "filled": options.fill,
+                        "tpot": tpot[:, index].tolist(),
+                        "prefill_s": prefill[index]["seconds"],
+                        "state_bytes": worker("state_bytes"),
+                        "pruned": None if options.fill else worker("counted"),
+                        "rss_prefill": prefill[index]["rss"],
+                        "rss_decode": worker("peak"),
+                    }
+                )
+    return rows
+
+
+def _prefills(options: argparse.Namespace, workers: list[Worker | Here], bars: Any) -> list[dict[str, Any]]:
+    """Raw figures of every length and worker, as lists over the runs, once a short prompt has made most kernels.
+
+    Those for its length a prompt still makes itself, in its first run, as most prompts do.
+    """
+    draw, rows = np.random.default_rng(0), []
+    ids = draw.integers(0, min(worker.facts["vocabulary"] for worker in workers), max(options.prefill))
+    with phase(bars, "warm up", len(workers)) as tick:
+        for worker in workers:
+            worker("read", ids[:CHUNK], CHUNK)
+            tick()
+    for depth, count in itertools.product(options.depth, options.prefill):
+        behind = f" behind {depth:,}" if depth else ""
+        with phase(bars, f"{count:,} tokens{behind}", options.runs * len(workers)) as tick:
+            runs: list[list[dict[str, Any]]] = [[] for _ in workers]
+            for turn in range(options.runs):
+                for index in _in_turn(workers, turn):
+                    runs[index].append(workers[index]("read", ids[:count], options.chunk or count, depth))
+                    tick()
+        for worker, some in zip(workers, runs, strict=True):
+            peaks = [run["rss"] for run in some if run["rss"] is not None]
+            measured = {"depth": depth, "prefill": count, "chunk": options.chunk}
+            measured["prefills_s"] = [run["seconds"] for run in some]
+            rows.append(_facts(worker) | measured | {"rss_prefill": max(peaks, default=None)})
+    return rows
+
+
+def _facts(worker: Worker | Here) -> dict[str, Any]:
+    names = ("cache", "computes", "wrong", "bytes_per_token", "flat_bytes")
+    facts = {name: worker.facts[name] for name in names}
+    return {"candidate": worker.candidate.label, "through": worker.through, **facts}
+
+
+def _row(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Medians and quartiles of raw figures, and ratios to the stock model's in the same run or step."""
+    same = ("through", "prompt", "context", "depth", "prefill")
+    base = next(
+        other for other in rows if other["candidate"] == "stock" and all(other.get(key) == row.get(key) for key in same)
+    )
+    found = {key: value for key, value in row.items() if key not in ("ttft", "tpot", "prefills_s")}
+    if "prefills_s" in row:
+        seconds = np.array(row["prefills_s"])
+        return found | {"prefill_s": _spread(seconds), "prefill_ratio": _spread(seconds / np.array(base["prefills_s"]))}
+    tpot = np.array(row["tpot"])
+    found["tpot_ms"] = _spread(tpot * 1e3)
+    found["tpot_ratio"] = _spread(tpot / np.array(base["tpot"]))
+    if "ttft" in row:
+        ttft = np.array(row["ttft"])
+        latency = float(np.median(ttft + tpot * (row["new_tokens"] - 1)))
+        found["ttft_ms"] = _spread(ttft * 1e3)
+        found |= {"latency_s": latency, "tokens_per_s": row["new_tokens"] / latency}
+    else:
+        found["prefill_ratio"] = row["prefill_s"] / base["prefill_s"] if row["prefill_s"] else None
+    return found
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    low, median, high = np.percentile(values, (25, 50, 75))
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def _machine(device: str) -> dict[str, Any]:
+    core = ov.Core()
+    found = {"cpu": core.get_property("CPU", "FULL_DEVICE_NAME"), "cores": os.cpu_count(), "ram": system.memory()}
+    return found | {"device": core.get_property(device, "FULL_DEVICE_NAME"), "read": read_bandwidth()}

@@ -1,0 +1,165 @@
+"""What the commands share: one line and exit code 2 for whatever is wrong, how numbers are written, progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from ovtq import system
+from ovtq.errors import InputError, OvtqError
+from ovtq.ir.io import last_line
+
+T = TypeVar("T")
+LINE = 1000  # characters of an error, at most
+
+
+class Out(Console):
+    """Standard output, as plain text: no markup, nothing highlighted."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, soft_wrap=True, **options)
+        if not self.is_terminal:
+            self.width = 240  # a table in a file is not cut
+
+    def on_broken_pipe(self) -> None:
+        """Let the caller decide; rich would exit with 1."""
+        raise BrokenPipeError
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that raises InputError, one line, instead of printing usage and leaving."""
+
+    def __init__(self, prog: str, description: str | None, **options: Any) -> None:
+        super().__init__(
+            prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
+        self.add_argument("--debug", action="store_true", help="show where an error was raised, too")
+
+    def error(self, message: str) -> NoReturn:
+        """One line instead of argparse's usage and line."""
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def run(
+    prog: str,
+    work: Callable[[], int | None],
+    errors: Console | None = None,
+    interrupted: str = "interrupted",
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Exit code of `work()`: what it returns (None: 0), or 2 after one line on stderr that says what is wrong.
+
+    Whatever is raised is such a line; with --debug among the arguments (`argv`, by default the process's) where it was
+    raised stands above it.
+    """
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    errors = errors or Console(stderr=True, highlight=False)
+
+    def fail(line: str) -> int:
+        with contextlib.suppress(OSError):  # there may be nobody to tell
+            if debug:
+                errors.file.write(traceback.format_exc())
+            errors.print(one_line(f"{prog}: {line}"), markup=False, soft_wrap=True)
+        return 2
+
+    try:
+        return work() or 0
+    except KeyboardInterrupt:
+        return fail(interrupted)
+    except OvtqError as error:
+        return fail(str(error))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if error.filename is None and not _can_write():
+            return fail(f"standard output can't be written to ({system.reason(error)})")
+        return fail(f"{error.filename or 'system'}: {error.strerror or last_line(error)}")
+    except MemoryError:
+        return fail("out of memory")
+    except Exception as error:
+        return fail(unforeseen(error))
+
+
+def _can_write() -> bool:
+    """Whether standard output takes what it was given; if not, it loses that."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        system.drop_output()
+        return False
+    return True
+
+
+def unforeseen(error: Exception) -> str:
+    """One line about an error that nobody foresaw."""
+    return f"failed where nothing should, please report it: {type(error).__name__}: {last_line(error)} (--debug: where)"
+
+
+def one_line(text: str) -> str:
+    """A text in one line, its middle left out if it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= LINE else f"{line[: LINE // 2]} … {line[-LINE // 2 :]}"
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1; `8k` and the like as in `tokens`."""
+    value = tokens(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+positive.__name__ = "number"  # argparse: "invalid number value: '0'"
+
+
+def tokens(text: str) -> int:
+    """A number of tokens: 300, or 8k = 8,192. 131k is 131,072, too: thousands within 3% of a power of two mean that."""
+    found = re.fullmatch(r"(\d+)([kK]?)", text.strip())
+    if not found:
+        raise ValueError
+    number = int(found[1])
+    if not found[2]:
+        return number
+    power = 1 << max(round(number * 1000 / 1024), 1).bit_length() + 10
+    near = [p for p in (power // 2, power, power * 2) if abs(number * 1000 / p - 1) <= 0.03]
+    return near[0] if near else number * 1024
+
+
+def path_of(text: str) -> Path:
+    """A path that is not empty, as a variable of a script may be that was never set."""
+    if not text.strip() or "\0" in text:
+        raise InputError(f"a path is empty or can't be one: {text!r}")
+    return Path(text)
+
+
+def listed(one: Callable[[str], T], name: str) -> Callable[[str], list[T]]:
+    """The parser of a comma-separated list of what `one` parses; `name` is what argparse calls it."""
+
+    def parse(text: str) -> list[T]:
+        return [one(part) for part in text.split(",")]
+
+    parse.__name__ = name
+    return parse
+
+
+def progress(errors: Console) -> Progress:
+    """Bars on stderr, where it is a terminal."""
+    columns = (TextColumn("{task.description:>8}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=errors, disable=not errors.is_terminal)
+
+
+@contextmanager
+def phase(bars: Progress, name: str, total: int) -> Iterator[Callable[[], None]]:
+    """One bar of `total` steps; yields what advances it."""
+    task = bars.add_task(name, total=total)
+    yield lambda: bars.advance(task)

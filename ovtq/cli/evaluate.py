@@ -1,0 +1,377 @@
+"""ovtq-eval: what a cache costs in quality, against the same model with an unquantised cache, over a text.
+
+For each candidate: what its cache really is in the compiled model; mean, median and 99.9% quantile of the divergence
+(KLD, nats) of its next-token distributions from the reference's; how often both have the same most likely token;
+perplexity and bits a byte; facts found in a haystack; how long greedy text stays the reference's. The reference is
+MODEL_DIR with everything at f32; its own row in other chunks is the noise floor. A converted folder is verified again
+first, as ovtq-convert does.
+
+candidates:
+  DIR[,KEY=VALUE]…            a model folder, with properties of the plugin
+  stock[:KEY=VALUE,…]         MODEL_DIR with properties, such as stock:KV_CACHE_PRECISION=u8
+  host:k6v4, host:prune128    MODEL_DIR, its states changed by the host in numpy, as model cards do
+  paged:DIR[,KEY=VALUE]…      under paged attention (CPU); DIR may be stock
+
+exit code: 0, 1 if a candidate is wrong (or above --max-kld), 2 if something can't be run
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import json
+import math
+import multiprocessing
+import platform
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import openvino as ov
+from rich.console import Console
+from rich.progress import Progress
+
+from ovtq import __version__, files, system
+from ovtq.cli import report
+from ovtq.cli.command import Out, Parser, listed, path_of, phase, positive, progress, run
+from ovtq.cli.evaluate_tables import show, show_head
+from ovtq.errors import InputError, VerificationFailed
+from ovtq.evidence import needles
+from ovtq.evidence.candidates import Candidate, Subject, as_hosts_load, look, open_candidate, parse
+from ovtq.evidence.divergence import Reference, cut
+from ovtq.forms.pruning import counted
+from ovtq.ir import io
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner, check_device
+from ovtq.runtime.text import Tokenizer
+from ovtq.verification.recheck import passes_of, recheck
+
+Task = tuple[str, Candidate, int]  # role, candidate, tokens a call
+Measured = tuple[dict[str, Any], list[list[int]], list[str]]  # see Evaluation.measure
+SAME = 10  # a mean KLD of so many noise floors is still none
+LEAST_FLOOR = 1e-15
+GREEDY_PROMPT = 256  # tokens of text that a greedy continuation begins with
+# what decides what a row says
+SETTINGS = "device text_sha256 windows window chunk asked greedy verified max_kld versions ovtq".split()  # noqa: SIM905
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    errors = Console(stderr=True, highlight=False)
+    return run("ovtq-eval", lambda: evaluate(parser().parse_intermixed_args(argv), Out(), errors), errors, argv=argv)
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
+
+
+def parser() -> Parser:
+    """The command line."""
+    p = Parser("ovtq-eval", __doc__)
+    p.add_argument("model_dir", type=path_of, help="the model as exported: the reference")
+    p.add_argument("others", nargs="*", metavar="CANDIDATE", help="see above")
+    p.add_argument("--candidate", action="append", default=[], metavar="CANDIDATE", help="the same; may be repeated")
+    p.add_argument("--text", type=path_of, required=True, metavar="FILE", help="UTF-8; <|endoftext|> between documents")
+    p.add_argument("--device", default="CPU", help="where to run all (default: %(default)s)")
+    p.add_argument(
+        "--windows", type=positive, default=5, metavar="N", help="of the text, at most (default: %(default)s)"
+    )
+    p.add_argument(
+        "--window", type=positive, default=1024, metavar="TOKENS", help="length of one (default: %(default)s)"
+    )
+    p.add_argument(
+        "--chunk", type=positive, default=64, metavar="TOKENS", help="tokens per call (default: %(default)s)"
+    )
+    p.add_argument(
+        "--at",
+        choices=("f32", "hosts", "both"),
+        default="f32",
+        help="compute in f32, which says what a cache loses and nothing else; or as hosts load a model, with no "
+        "property, the exported one among them; or both, a row each (default: %(default)s)",
+    )
+    p.add_argument("--max-kld", type=float, metavar="NATS", help="fail candidates whose mean KLD is above it")
+    p.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True, help="verify converted folders first (on)"
+    )
+    stacks = p.add_argument_group("needles in a haystack (--trials 0: none)")
+    stacks.add_argument(
+        "--lengths", type=listed(positive, "numbers"), default="4k", metavar="TOKENS,…", help="of a haystack"
+    )
+    stacks.add_argument(
+        "--depths", type=listed(share, "shares"), default="0.1,0.3,0.5,0.7,0.9", metavar="0…1,…", help="of the fact"
+    )
+    stacks.add_argument("--needles", type=listed(positive, "numbers"), default="1", metavar="N,…", help="facts in one")
+    stacks.add_argument(
+        "--trials", type=int, default=4, metavar="N", help="haystacks of each kind (default: %(default)s)"
+    )
+    stacks.add_argument(
+        "--answer-tokens", type=positive, default=8, metavar="N", help="read of an answer (default: %(default)s)"
+    )
+    stacks.add_argument(
+        "--read-chunk", type=positive, default=256, metavar="N", help="tokens per call (default: %(default)s)"
+    )
+    stacks.add_argument("--seed", type=int, default=0, metavar="N", help="of the haystacks (default: 0)")
+    p.add_argument("--greedy", type=int, default=8, metavar="N", help="texts continued greedily (default: 8; 0: none)")
+    p.add_argument(
+        "--greedy-tokens", type=positive, default=64, metavar="N", help="of each text (default: %(default)s)"
+    )
+    p.add_argument(
+        "--jobs", type=positive, default=1, metavar="N", help="rows at a time, each with its share of the cores (CPU)"
+    )
+    p.add_argument("--json", type=path_of, metavar="FILE", help="write the figures, after each candidate")
+    p.add_argument("--resume", action="store_true", help="take what --json FILE holds already, if made alike")
+    p.add_argument("--report", type=path_of, metavar="FILE", help="write a page to look at (HTML)")
+    return p
+
+
+def evaluate(options: argparse.Namespace, console: Out, errors: Console) -> int:
+    """Do what the command line asks; returns the exit code."""
+    candidates = [parse(text, options.model_dir) for text in (*options.others, *options.candidate)]
+    _check(options, candidates)
+    candidates = _at(options, candidates)
+    work = Evaluation(options, errors)
+    kept = _kept(options, work.results)
+    reference = parse("stock", options.model_dir)
+    work.read(reference)
+    show_head(console, work.results, work.text.scored_bytes)
+    other = max(min(options.chunk, options.window) // 2, 2)
+    rows = work.results["rows"]
+    todo = [("reference", reference, options.chunk), ("floor", reference, other)]
+    todo += [("candidate", candidate, options.chunk) for candidate in candidates]
+    olds = [kept.get((item.label, _fingerprint(item))) if role == "candidate" else None for role, item, _ in todo]
+    new = [task for task, old in zip(todo, olds, strict=True) if not old]
+    with contextlib.closing(work.measured(new)) as found:
+        for (_, candidate, _), old in zip(todo, olds, strict=True):
+            rows.append(old or work.judged(candidate, *next(found)))
+            show(console, rows[-1], resumed=old is not None)
+            if options.json:
+                files.write(options.json, work.results)
+    if options.report:
+        report.write(options.report, [work.results])
+        console.print(f"report: {options.report}")
+    return 1 if any(row["verdict"] == "wrong" for row in rows) else 0
+
+
+class Evaluation:
+    """One run: the text, the questions, the reference's answers, and the rows so far, in `results`."""
+
+    def __init__(self, options: argparse.Namespace, errors: Console) -> None:
+        self.options, self.errors = options, errors
+        self.tokenizer = Tokenizer(options.model_dir)
+        tokens = self.tokenizer.documents(options.text)
+        self.text = cut(tokens, self.tokenizer, options.windows, options.window, str(options.text))
+        kinds = options.lengths, options.depths, options.needles, options.trials, options.seed
+        self.stacks = needles.haystacks(tokens, self.tokenizer, *kinds)
+        self.prompts = _prompts(tokens, self.tokenizer, options.greedy)
+        self.written: list[list[int]] = []  # by the reference, after the prompts
+        results = {
+            "kind": "eval",
+            "ovtq": __version__,
+            "versions": {"openvino": ov.__version__, "python": platform.python_version()},
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "model": str(options.model_dir),
+            "device": options.device,
+            "text": str(options.text),
+            "text_sha256": io.text_sha256(options.text),
+            "windows": len(self.text.ids),
+            "window": options.window,
+            "chunk": options.chunk,
+            "positions": self.text.bins,
+            "asked": [*kinds, options.answer_tokens, options.read_chunk],
+            "greedy": [options.greedy, options.greedy_tokens],
+            "verified": options.verify,
+            "max_kld": options.max_kld,
+            "at": options.at,
+            "rows": [],
+        }
+        self.results: dict[str, Any] = json.loads(json.dumps(results))  # as read from a file: lists, no tuples
+
+    def read(self, reference: Candidate) -> None:
+        """Run the reference over the text."""
+        with progress(self.errors) as bars, phase(bars, "reference", self._calls(self.options.chunk)) as tick:
+            subject = open_candidate(reference, self.options.device, EXACT_PROPERTIES)
+            self.expected = Reference(subject, self.text, self.options.chunk, tick)
+
+    def measured(self, tasks: Sequence[Task]) -> Iterator[Measured]:
+        """What `measure` says of each, in turn; with --jobs in processes of their own, which read the text anew."""
+        if self.options.jobs == 1:
+            yield from (self.measure(*task) for task in tasks)
+            return
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(self.options.jobs, context, _start, (self.options, self.expected))
+        with progress(self.errors) as bars, phase(bars, "rows", len(tasks)) as tick:
+            try:
+                for found in pool.map(_measure, tasks):
+                    tick()
+                    yield found
+            except BrokenProcessPool:
+                raise InputError("--jobs: a process died; out of memory? try a smaller number") from None
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in multiprocessing.active_children():
+                    process.kill()
+
+    def measure(self, role: str, candidate: Candidate, chunk: int) -> Measured:
+        """All figures of one candidate that need no other's, what it wrote greedily, and what is wrong with it."""
+        name = f"{candidate.label}, in chunks of {chunk}" if role == "floor" else candidate.label
+        row: dict[str, Any] = {"candidate": name, "role": role, "fingerprint": _fingerprint(candidate)}
+        with progress(self.errors) as bars:
+            wrong = self._verified(candidate) if role == "candidate" else ""
+            subject = open_candidate(candidate, self.options.device, self.properties, self.options.window)
+            cache = look(candidate, subject, self.options.device)
+            row |= {"cache": cache.text, "computes": cache.computes}
+            row |= {"bytes_per_token": cache.per_token, "flat_bytes": cache.flat}
+            with phase(bars, f"{name}: text", self._calls(chunk)) as tick:
+                row |= self.expected.compare(subject, chunk, tick, name)
+            row |= {"pruned": counted(subject.request) if isinstance(subject, Runner) else None, "needles": None}
+            written: list[list[int]] = []
+            if role != "floor" and not candidate.paged:  # which has no room for other lengths
+                row["needles"], written = self._asked(subject, name, bars)
+        return row, written, [wrong, cache.wrong]
+
+    def judged(
+        self, candidate: Candidate, row: dict[str, Any], written: list[list[int]], reasons: list[str]
+    ) -> dict[str, Any]:
+        """What `measure` said of it, with how long its text stays the reference's, and the verdict."""
+        self.written = self.written or written
+        row |= {"greedy": needles.agreement(written, self.written) if written else None}
+        return row | self._verdict(candidate, row, reasons)
+
+    def _calls(self, chunk: int) -> int:
+        return len(self.text.ids) * math.ceil(self.options.window / chunk)
+
+    @property
+    def properties(self) -> dict[str, str]:
+        """Of the plugin: f32 everywhere; of several processes each has its share of the cores, and none of its own."""
+        if self.options.jobs == 1:
+            return EXACT_PROPERTIES
+        share = max(system.processors() // self.options.jobs, 1)
+        return {**EXACT_PROPERTIES, "INFERENCE_NUM_THREADS": str(share), "ENABLE_CPU_PINNING": "NO"}
+
+    def _asked(
+        self, subject: Subject, name: str, bars: Progress
+    ) -> tuple[list[dict[str, float | int]] | None, list[list[int]]]:
+        """Right answers, and the texts written."""
+        options, answers, written = self.options, None, []
+        if self.stacks:
+            with phase(bars, f"{name}: needles", len(self.stacks)) as tick:
+                how = self.stacks, options.answer_tokens, options.read_chunk, tick
+                answers = needles.score(subject, self.tokenizer, *how)
+        if self.prompts:
+            with phase(bars, f"{name}: greedy", len(self.prompts)) as tick:
+                how = options.greedy_tokens, options.chunk, self.tokenizer.end, tick
+                written = [needles.write(subject, ids, *how) for ids in self.prompts]
+        return answers, written
+
+    def _verified(self, candidate: Candidate) -> str:
+        """What is wrong with a converted folder by its own verification; empty if nothing is."""
+        if not self.options.verify or not passes_of(candidate.folder):
+            return ""
+        try:
+            recheck(self.options.model_dir, candidate.folder, self.options.device)
+        except VerificationFailed as error:
+            return str(error).removesuffix("; nothing was written")
+        return ""
+
+    def _verdict(self, candidate: Candidate, row: dict[str, Any], reasons: list[str]) -> dict[str, str]:
+        """equal (to the noise floor), ok, or wrong, and why."""
+        floor = self.results["rows"][1]["mean_kld"] if row["role"] == "candidate" else 0.0
+        equal = row["mean_kld"] <= SAME * max(floor, LEAST_FLOOR) or row["role"] == "floor"
+        if row["role"] == "candidate" and _lossless(candidate) and not equal and not any(reasons):
+            reasons.append(f"its passes are lossless, yet it is {row['mean_kld']:.1e} nats from the reference")
+        if self.options.max_kld is not None and not row["mean_kld"] <= self.options.max_kld:
+            reasons.append(f"above --max-kld {self.options.max_kld:g}")
+        reason = "; ".join(filter(None, reasons))
+        return {"verdict": "wrong" if reason else "equal" if equal else "ok", "reason": reason}
+
+
+_WORK: list[Evaluation] = []  # of a process of --jobs
+
+
+def _start(options: argparse.Namespace, expected: Reference) -> None:
+    """Begin a process of --jobs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
+    _WORK.append(Evaluation(options, Console(quiet=True, force_terminal=False)))
+    _WORK[0].expected = expected
+
+
+def _measure(task: Task) -> Measured:
+    return _WORK[0].measure(*task)
+
+
+def _at(options: argparse.Namespace, candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates at each precision that is asked for; as hosts load them, the exported model first."""
+    if options.at == "f32":
+        return list(candidates)
+    stock = parse("stock", options.model_dir)
+    hosts = [as_hosts_load(item) for item in (stock, *(some for some in candidates if some.label != "stock"))]
+    return hosts if options.at == "hosts" else [*candidates, *hosts]
+
+
+def _check(options: argparse.Namespace, candidates: Sequence[Candidate]) -> None:
+    """Raise InputError for what would only fail after minutes."""
+    check_device(options.device)
+    if not candidates:
+        raise InputError("nothing to compare; name a folder or a --candidate such as stock:KV_CACHE_PRECISION=u8")
+    labels = [candidate.label for candidate in candidates]
+    if len(set(labels)) < len(labels):
+        raise InputError(f"{next(label for label in labels if labels.count(label) > 1)}: named twice")
+    if options.resume and not options.json:
+        raise InputError("--resume takes up what --json FILE holds; name the file")
+    if options.jobs > 1 and not options.device.startswith("CPU"):
+        raise InputError("--jobs: several rows at a time share the cores of a CPU; leave it out for other devices")
+    if options.trials < 0 or options.greedy < 0:
+        raise InputError("--trials and --greedy must be at least 0")
+    if options.json:
+        for folder in (options.model_dir, *(candidate.folder for candidate in candidates)):
+            io.check_json(options.json, folder, None)
+    if options.report:
+        report.check(options.report)
+    for candidate in candidates:
+        record = candidate.folder / io.RECORD
+        if record.is_file() and passes_of(candidate.folder):
+            source = io.record_of(candidate.folder).get("source")
+            told = source.get("xml_sha256") if isinstance(source, dict) else None
+            if told not in (None, io.text_sha256(io.model_xml(options.model_dir))):
+                raise InputError(f"{candidate.folder}: not made of {options.model_dir} but of another model")
+
+
+def _prompts(tokens: Any, tokenizer: Tokenizer, count: int) -> list[Any]:
+    """Pieces of the text, evenly spread over it, as users' messages where there is a chat template."""
+    if not count or len(tokens) < GREEDY_PROMPT:
+        return []
+    starts = [round(i * (len(tokens) - GREEDY_PROMPT) / count) for i in range(count)]
+    pieces = [tokens[start : start + GREEDY_PROMPT] for start in starts]
+    return [(tokenizer.chat(tokenizer.decode(ids)) if tokenizer.templated else ids)[None] for ids in pieces]
+
+
+def _lossless(candidate: Candidate) -> bool:
+    """Whether every pass it was made with is lossless, and nothing else was asked of the plugin."""
+    passes = passes_of(candidate.folder)
+    changed = candidate.properties, candidate.change, candidate.gpu_cache, candidate.as_hosts
+    as_it_is = not any(changed)
+    return bool(passes) and as_it_is and all(item.exact for item in passes)
+
+
+def _fingerprint(candidate: Candidate) -> str:
+    weights = candidate.xml.with_suffix(".bin").stat()
+    return f"{io.text_sha256(candidate.xml)}/{weights.st_size}/{weights.st_mtime_ns}"
+
+
+def _kept(options: argparse.Namespace, results: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Rows of an earlier run made with the same settings. Raises InputError if the file holds something else."""
+    if not options.resume or not options.json.is_file():
+        return {}
+    try:
+        old = files.read_json(options.json)
+        if any(old[key] != results[key] for key in SETTINGS):
+            raise InputError(f"{options.json}: made with other settings, text or versions; name another --json FILE")
+        return {(row["candidate"], row["fingerprint"]): row for row in old["rows"] if row["role"] == "candidate"}
+    except (ValueError, LookupError, TypeError):
+        raise InputError(f"{options.json}: no figures of ovtq-eval") from None

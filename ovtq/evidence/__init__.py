@@ -1,0 +1,1 @@
+"""What conversions lose and cost: measurements."""

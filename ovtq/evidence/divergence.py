@@ -1,0 +1,124 @@
+"""How far a model's next-token distributions are from a reference's, over a text."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ovtq import system
+from ovtq.errors import InputError
+from ovtq.evidence.candidates import Subject
+from ovtq.runtime.text import Tokenizer
+
+BINS = 16  # parts of a window for which the divergence is given by itself
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids (windows, window), each window read from an empty cache, and how many bytes the scored tokens are.
+
+    Every token of a window but the first is scored.
+    """
+
+    ids: np.ndarray
+    scored_bytes: int
+
+    @property
+    def bins(self) -> list[tuple[int, int]]:
+        """The parts of a window."""
+        edges = np.linspace(0, self.ids.shape[1], min(BINS, self.ids.shape[1]) + 1).astype(int).tolist()
+        return list(itertools.pairwise(edges))
+
+
+def cut(tokens: np.ndarray, tokenizer: Tokenizer, count: int, window: int, name: str) -> Text:
+    """At most `count` windows of a text's tokens (tokens,). Raises InputError if there is not even one."""
+    if window < 2:
+        raise InputError("--window: at least 2 tokens are needed, the first of a window is not scored")
+    count = min(count, len(tokens) // window)
+    if not count:
+        raise InputError(f"{name}: {len(tokens)} tokens, at least {window} are needed; give a longer text or --window")
+    ids = tokens[: count * window].reshape(count, window)
+    return Text(ids, sum(len(tokenizer.decode(row[1:]).encode()) for row in ids))
+
+
+def chunks(subject: Subject, text: Text, chunk: int) -> Iterator[tuple[int, int, np.ndarray]]:
+    """(window, first position, logits (tokens, vocabulary)) of each call."""
+    for row, ids in enumerate(text.ids):
+        subject.reset()
+        for start in range(0, len(ids), chunk):
+            yield row, start, subject.step(ids[None, start : start + chunk])[0]
+
+
+class Reference:
+    """The reference's logits of a text, in a file that vanishes: those of a large vocabulary are gigabytes.
+
+    Another process to which it is sent reads the same file, as long as this one lives.
+    """
+
+    def __init__(self, subject: Subject, text: Text, chunk: int, tick: Callable[[], None]) -> None:
+        """Run the reference. Raises InputError if the disk has no room for the logits."""
+        folder, needed = Path(tempfile.gettempdir()), 4 * text.ids.size * subject.vocabulary
+        if shutil.disk_usage(folder).free < needed + (64 << 20):
+            raise InputError(f"{folder}: no space for the reference's logits ({needed >> 20} MiB); set TMPDIR")
+        self.text = text
+        self.file = system.scratch(folder)
+        weakref.finalize(self, self.file.close)
+        self.logits = np.memmap(self.file, np.float32, "w+", shape=(*text.ids.shape, subject.vocabulary))
+        for row, start, logits in chunks(subject, text, chunk):
+            self.logits[row, start : start + len(logits)] = logits
+            tick()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"text": self.text, "name": system.scratch_name(self.file), "shape": self.logits.shape}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.text = state["text"]
+        with system.open_scratch(state["name"]) as file:
+            self.logits = np.memmap(file, np.float32, "r", shape=state["shape"])
+
+    def compare(self, subject: Subject, chunk: int, tick: Callable[[], None], name: str) -> dict[str, Any]:
+        """KLD = Σ p·(log p − log q) in nats, p the reference's distribution and q the subject's, and what goes with it.
+
+        Mean, median and 99.9% quantile over all positions, means by part of a window, the share of positions with the
+        same most likely token, perplexity a token and bits a byte of the text. Raises InputError if that can't be.
+        """
+        ids = self.text.ids
+        kld, same, nats = np.empty(ids.shape), np.empty(ids.shape, bool), 0.0
+        if subject.vocabulary != self.logits.shape[-1]:
+            raise InputError(
+                f"{name}: {subject.vocabulary} logits a token, the reference has {self.logits.shape[-1]}: other models"
+            )
+        for row, start, logits in chunks(subject, self.text, chunk):
+            part = slice(start, start + len(logits))
+            p, q = log_softmax(self.logits[row, part]), log_softmax(logits)
+            kld[row, part] = (np.exp(p) * (p - q)).sum(-1)
+            same[row, part] = p.argmax(-1) == q.argmax(-1)
+            following = ids[row, start + 1 : start + 1 + len(logits)]
+            nats -= float(q[np.arange(len(following)), following].sum())
+            tick()
+        if not np.isfinite(kld).all():
+            raise InputError(f"{name}: its logits are not finite at {int((~np.isfinite(kld)).sum())} positions")
+        return {
+            "mean_kld": float(kld.mean()),
+            "median_kld": float(np.median(kld)),
+            "kld_p999": float(np.quantile(kld, 0.999)),
+            "kld_by_position": [float(kld[:, first:last].mean()) for first, last in self.text.bins],
+            "same_top": float(same.mean()),
+            "perplexity": math.exp(nats / (ids.size - len(ids))),
+            "bits_per_byte": nats / math.log(2) / self.text.scored_bytes,
+        }
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """In f64: at f32 its own rounding is as large as the noise floor."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))

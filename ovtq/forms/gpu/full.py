@@ -1,0 +1,316 @@
+"""The form for the GPU plugin: one branch for a decode step, one for prefill, unpacked by look-up.
+
+That plugin appends to a state in place if nothing but one Gather stands between the state and its Concat, and if the
+appended tensor is read, never the past alone: so the history is all tokens, and those that are also recent are masked.
+Unpacking is one Gather with the bytes as indices. Prefill reads keys and values of the usual width, one KV head after
+the other, through the plugin's own fused attention, which never holds all scores; a decode step folds the query heads
+that share a KV head into rows, and reads what was looked up as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from openvino import Node, Output
+from openvino import opset15 as op
+from openvino.utils.node_factory import NodeFactory
+
+from ovtq.codec.packed_attention import Place
+from ovtq.codec.packing import Layout
+from ovtq.forms.attend import NEVER, Columns, Held, Plan, Store
+from ovtq.forms.beams import Beams
+from ovtq.forms.quantizer import interleaved, look_up
+from ovtq.forms.ring import Ring
+from ovtq.ir.graph import ALL, MASKED, One, Port, Tensors, either, f32, i64, joined, numbers
+from ovtq.models.description import AttentionLayer, ModelDescription, TokenRows
+from ovtq.states import RECENT, Growing, StateSpec, cache_name, scale_name
+
+FLUSH = 1  # tokens that join the history at a time
+
+
+class Nodes:
+    """What all layers share: lengths, and `older`, how many past tokens are no longer among the recent ones."""
+
+    def __init__(self, description: ModelDescription, plan: Plan) -> None:
+        self.plan, self.description = plan, description
+        self.columns = columns = Columns(description, plan.window)
+        self.older = op.maximum(op.subtract(columns.past, i64([plan.window])), i64([0]))
+        self.is_prefill = op.not_equal(columns.new, i64([1])).output(0)
+        self.beams = Beams(description, "gpu")
+
+
+class Keeping(Protocol):
+    """The history, and what becomes of tokens in it."""
+
+    def far(self, layer: AttentionLayer) -> Output:
+        """What is added to the scores of a layer's history, (batch, 1 or kv_heads, 1, rows)."""
+
+    def read(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
+        """Keys and values of the history, looked up; `recent` are the sink's row, recent tokens and the new ones."""
+
+    def places(self, layer: AttentionLayer) -> tuple[Place, Place]:
+        """Where keys and values of a layer are."""
+
+    def rows(self, layer: AttentionLayer) -> TokenRows | None:
+        """What tells the past length."""
+
+    def finish(self) -> list[Node]:
+        """The Assigns of its states, once every layer is rewritten."""
+
+
+class Appended:
+    """All tokens stay, in states of each layer; those that are also recent, or new, are masked."""
+
+    def __init__(self, nodes: Nodes) -> None:
+        self.nodes, self.plan = nodes, nodes.plan
+        self.mask: Output | None = None
+        self.assigns: list[Node] = []
+        self.histories: dict[int, Output] = {}  # what was held of each layer's keys
+
+    def far(self, layer: AttentionLayer) -> Output:
+        """The same for every layer."""
+        if self.mask is None:
+            columns = self.nodes.columns
+            self.mask = columns.far_mask(self.nodes.older, columns.total).output(0)
+        return self.mask
+
+    def read(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
+        """Of past and new tokens."""
+        store = Store(self.nodes.beams, self.plan, layer, Growing())
+        self.histories[layer.index] = store.held[0].past
+        rows, scales = store.packed(new)
+        parts = iter(op.split(scales[0], i64(1), self.plan.packed).outputs() if self.plan.packed > 1 else scales)
+        keys, values = (self._dense(*some, parts) for some in zip(store.held, rows, self.plan.layouts, strict=True))
+        return keys, values
+
+    def _dense(
+        self, codes: Held, rows: Node | Output, layout: Layout | None, scales: Iterator[Node | Output]
+    ) -> Output:
+        """What is held, `rows` behind it, looked up.
+
+        What is not packed is multiplied by 1, or 0 for padding: as it lies in a cache with room behind it, an If reads
+        wrong rows of it.
+        """
+        codes.append(rows)
+        self.assigns.append(codes.assign())
+        if layout:
+            name, these = scale_name(codes.state.name), codes.state.layers
+            spec = StateSpec.growing(name, "f32", codes.heads, 1, Growing(), "scale", these)
+            held = Held(self.nodes.beams, spec)
+            held.append(next(scales))
+            self.assigns.append(held.assign())
+            return looked_up(layout, codes.appended, held.appended)
+        shown = op.unsqueeze(op.greater(self.nodes.columns.shown, i64([0])), i64([1, 3]))
+        return op.multiply(codes.appended, op.select(shown, f32(1), f32(0))).output(0)
+
+    def places(self, layer: AttentionLayer) -> tuple[Place, Place]:
+        """States of its own."""
+        key, value = (Place(cache_name(layer.index, what)) for what in ("key", "value"))
+        return key, value
+
+    def rows(self, layer: AttentionLayer) -> TokenRows | None:
+        """The layer's keys."""
+        return TokenRows(self.histories[layer.index])
+
+    def finish(self) -> list[Node]:
+        """The Assigns of all that is held, in the order of the layers."""
+        return self.assigns
+
+
+@dataclass(frozen=True)
+class Limits(Tensors):
+    """The first new query that sees each recent column, and, of several tokens, the query and the history's mask."""
+
+    limits: Output
+    query: Output | None = None
+    far: Output | None = None
+
+
+@dataclass(frozen=True)
+class Prefill(Tensors):
+    """What several tokens read: `seen` is their mask, or what it is made of for each KV head."""
+
+    queries: Output
+    keys: Output
+    values: Output
+    recent: Output
+    seen: One | Limits
+
+
+@dataclass(frozen=True)
+class Decode(Tensors):
+    """What one token reads: (batch, 1 or kv_heads, 1, rows of the history) `far`, (batch, 1, 1, recent) `near`."""
+
+    queries: Output
+    keys: Output
+    values: Output
+    recent: Output
+    far: Output
+    near: Output
+
+
+class Branches:
+    """The nodes that all layers share, and the rewrite of one layer; `keeping` is its history."""
+
+    def __init__(self, nodes: Nodes, keeping: Keeping) -> None:
+        self.nodes, self.keeping, self.plan, self.columns = nodes, keeping, nodes.plan, nodes.columns
+        self.states = nodes.beams.states
+        self.limits = self.columns.limits(self.columns.near(nodes.older)).output(0)
+        self.query = numbers(self.columns.new, 2).output(0)
+        # A window of none still has the sink's row, and a state that tells GenAI not to cut the others.
+        plan = self.plan
+        self.ring = Ring(nodes.description, RECENT, plan.layers, plan.window, nodes.beams, plan.sink_rows)
+        self.near: Output | None = None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of calls or texts beyond which it takes another way: one token, the window, all that may stay."""
+        room = self.plan.pruning.room if self.plan.pruning else 0
+        return tuple(filter(None, (1, self.plan.window, room)))
+
+    def rewrite(self, layer: AttentionLayer) -> AttentionLayer:
+        """The layer with a packed or pruned cache."""
+        centre = self.plan.centres[layer.index]
+        # in one tensor, for kernels are what a step costs
+        entry = op.concat([layer.key.source, layer.value.source], 1)
+        scale = np.ones((2 * layer.kv_heads, 1, 1), np.float32)
+        scale[: layer.kv_heads] = layer.scale
+        new = op.multiply(entry, f32(scale[None]))
+        if centre.any():
+            new = op.subtract(new, f32(np.concatenate([centre, 0 * centre])[None, :, None]))
+        context = self._attend(layer, new)
+        keeping = self.keeping
+        cache = self.plan.cache(layer, FLUSH, keeping.places(layer), keeping.rows(layer), self.lengths)
+        return layer.rewritten(context, cache, key=Port(entry, 0), value=Port(entry, 1))
+
+    def rows(self, layer: AttentionLayer) -> TokenRows | None:
+        """What tells the past length."""
+        return self.keeping.rows(layer)
+
+    def finish(self) -> list[Node]:
+        """The Assigns of all states, once every layer is rewritten."""
+        return [*self.keeping.finish(), *self.ring.store()]
+
+    def _attend(self, layer: AttentionLayer, new: Node) -> Node:
+        """The context, (batch, query_heads, new, d); `new` are keys and values, (batch, 2·kv_heads, new, d)."""
+        recent = self.ring.join(layer, 0, new)  # first the sink's row
+        # recent as a whole: of a Split's outputs the plugin's If reads the wrong half
+        shared = layer.query.source, *self.keeping.read(layer, new, recent), recent.output(0)
+        far = self.keeping.far(layer)
+        near, seen = self._masks(far)
+        context = either(
+            self.nodes.is_prefill,
+            (Prefill(*shared, seen), lambda read: One(self._prefill(layer, read))),
+            (Decode(*shared, far, near), lambda read: One(self._decode(layer, read))),
+            ("prefill", "decode"),
+        )
+        return op.reshape(context.value, i64([0, layer.query_heads, -1, layer.head_dim]), True)
+
+    def _masks(self, far: Output) -> tuple[Output, One | Limits]:
+        """What a decode step adds to the scores of recent columns, and what tells a prefill which columns are seen.
+
+        That is one mask for all layers, made once, where they have one `far`; else what each makes its own of.
+        """
+        alike = far.get_partial_shape()[1] == 1
+        if self.near is None:
+            if alike:  # of several tokens it is their mask
+                self.near = either(
+                    self.nodes.is_prefill,
+                    (Limits(self.limits, self.query, far), lambda read: One(_mask(read, read.far))),
+                    (Limits(self.limits), lambda read: One(_near(read.limits))),
+                    ("mask", "near"),
+                ).value
+            else:
+                self.near = _near(self.limits).output(0)
+        return self.near, One(self.near) if alike else Limits(self.limits, self.query, far)
+
+    def _decode(self, layer: AttentionLayer, read: Decode) -> Node:
+        """One new token: the recent columns are 2 + window, so that every sum has a shape that fuses."""
+        H, G, d = layer.kv_heads, layer.group, layer.head_dim
+        (key_layout, value_layout), rotation = self.plan.layouts, self.plan.rotation
+        width = 2 + self.columns.rows
+        sinks = np.zeros((1, H, G, width), np.float32)
+        sinks[..., :1] = layer.sink_logits[..., 0]
+        key_rows, value_rows = op.split(read.recent, i64(1), 2).outputs()
+        rows = op.reshape(read.queries, i64([0, H, -1, d]), True)
+        far_scores = op.add(op.matmul(_into(rows, key_layout, rotation), read.keys, False, True), read.far)
+        near_scores = op.add(op.matmul(rows, key_rows, False, True), op.reshape(read.near, i64([0, 1, 1, width]), True))
+        weights = op.softmax(op.concat([op.add(near_scores, f32(sinks)), far_scores], 3), 3)
+        near_weights = op.slice(weights, i64([0]), i64([width]), i64([1]), i64([3]))
+        far_weights = op.slice(weights, i64([width]), i64([ALL]), i64([1]), i64([3]))
+        far_context = _out_of(op.matmul(far_weights, read.values, False, False), value_layout, rotation)
+        context = op.add(far_context, op.matmul(near_weights, value_rows, False, False))
+        return op.reshape(context, i64([0, H * G, -1, d]), True)
+
+    def _prefill(self, layer: AttentionLayer, read: Prefill) -> Node:
+        """Any number of tokens: keys as the model made them (the centre added again), the plugin's own sinks.
+
+        One KV head after the other, so that one's buffers serve the next: an If has buffers of its own, which it keeps,
+        so those of all heads would be there once for each layer. K and V of one head meet the queries of its group as
+        they are, where those of several would be copied to all query heads. The plugin runs nodes by their depth, so
+        what reads a head takes its number from what the head before it gave.
+        """
+        (key_layout, value_layout), rotation = self.plan.layouts, self.plan.rotation
+        centres, H, d, seen = self.plan.centres[layer.index], layer.kv_heads, layer.head_dim, read.seen
+        groups = op.reshape(read.queries, i64([0, H, -1, d]), True)
+        out: list[Node] = []
+        for head in range(H):
+            mine, values_at = (_after(out, number) for number in (head, H + head))
+            centre = f32(centres[head][None, None, None])
+            key_rows, value_rows = (op.gather(read.recent, at, i64(1)) for at in (mine, values_at))
+            far_keys = _out_of(op.gather(read.keys, mine, i64(1)), key_layout, rotation)
+            far_values = _out_of(op.gather(read.values, mine, i64(1)), value_layout, rotation)
+            inputs = [
+                op.reshape(op.gather(groups, mine, i64(1)), i64([0, layer.group, -1, d]), True),
+                op.concat([op.add(key_rows, centre), op.add(far_keys, centre)], 2),
+                op.concat([value_rows, far_values], 2),
+                seen.value if isinstance(seen, One) else _mask(seen, op.gather(seen.far, mine, i64(1))),
+                f32(np.array([1.0])),
+            ]
+            if layer.sinks is not None:
+                inputs.append(f32(layer.sinks.reshape(1, H, -1, 1)[:, head, :, None]))
+            ports = [x.output(0) if isinstance(x, Node) else x for x in inputs]
+            # the sixth input, sinks, is not in the Python signature of the operation
+            out.append(NodeFactory("opset13").create("ScaledDotProductAttention", ports, {"causal": False}))
+        return joined(out, 1)
+
+
+def _after(done: list[Node], number: int) -> Node:
+    """[number], which can't be computed before what was done last."""
+    if not done:
+        return i64([number])
+    some = op.reshape(op.slice(done[-1], i64([0] * 4), i64([1] * 4), i64([1] * 4)), i64([1]), False)
+    return op.add(op.convert(op.less(some, some), "i64"), i64([number]))
+
+
+def _near(limits: Output) -> Node:
+    """(batch, 1, 1, recent): what a single new token's scores of recent columns are added to."""
+    return op.select(op.less_equal(limits, i64([0])), f32(0), f32(MASKED))
+
+
+def _mask(read: Limits, far: Output | Node) -> Node:
+    """(batch, 1, new, columns): what the scores of several tokens are added to. The sink's column is not seen."""
+    near = op.slice(read.limits, i64([1]), i64([ALL]), i64([1]), i64([3]))
+    near = op.pad(near, i64([0, 0, 0, 1]), i64([0, 0, 0, 0]), "constant", i64(NEVER))
+    history = op.select(op.less(far, f32(0)), i64(NEVER), i64(0))
+    return op.select(op.less_equal(op.concat([near, history], 3), read.query), f32(0), f32(MASKED))
+
+
+def looked_up(layout: Layout | None, tokens: Output, scales: Output | None = None) -> Output:
+    """Of a history (batch, kv_heads, tokens, ·), what attention reads: (batch, kv_heads, tokens, features)."""
+    if layout is None or scales is None:
+        return tokens
+    return look_up(tokens, layout, scales).output(0)
+
+
+def _into(rows: Node, layout: Layout | None, rotation: np.ndarray) -> Node:
+    """Rows (…, d) as they meet looked-up keys: rotated, and decoded on this side."""
+    return rows if layout is None else op.matmul(rows, f32(interleaved(layout) @ rotation.T), False, True)
+
+
+def _out_of(features: Node | Output, layout: Layout | None, rotation: np.ndarray) -> Node | Output:
+    """Looked-up features, or a sum of them, as vectors (…, d) of the model."""
+    return features if layout is None else op.matmul(features, f32(rotation @ interleaved(layout).T), False, True)

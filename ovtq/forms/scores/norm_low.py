@@ -1,0 +1,27 @@
+"""norm-low: the length of the key, short ones first (Devoto et al., arXiv 2406.11430)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import numpy as np
+from openvino import Node
+from openvino import opset15 as op
+
+from ovtq.forms.scores.base import Arriving, Score, Tokens
+from ovtq.ir.graph import i64
+
+
+class NormLow(Score):
+    """The length of the key, short ones first (Devoto et al., arXiv 2406.11430)."""
+
+    name: ClassVar[str] = "norm-low"
+    digits: ClassVar[int] = 1
+
+    def numpy(self, tokens: Tokens) -> np.ndarray:
+        """Of all tokens, (batch, kv_heads, tokens)."""
+        return -np.linalg.norm(tokens.keys, axis=-1)
+
+    def nodes(self, call: Arriving) -> tuple[Node, list[Node]]:
+        """Of the new ones, (batch, heads, new, 1) f32."""
+        return op.negative(op.reduce_l2(call.tensors("key"), i64([3]), True)), []

@@ -1,0 +1,1 @@
+"""OpenVINO graphs and model folders."""

@@ -1,0 +1,1 @@
+"""Compiled models, fed call by call."""

@@ -1,0 +1,1 @@
+"""The converted file beside the original, as hosts load them."""

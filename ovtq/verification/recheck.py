@@ -1,0 +1,46 @@
+"""Whether a converted folder still is what ovtq makes of a model: its recorded passes are run again and verified."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ovtq import pipeline
+from ovtq.errors import InputError, VerificationFailed
+from ovtq.ir import io
+from ovtq.models import describe
+from ovtq.passes import PASSES, Pass
+from ovtq.verification.extent import usual
+from ovtq.verification.verify import Difference, verify
+
+
+def passes_of(folder: Path) -> tuple[Pass, ...]:
+    """The passes that a folder's IR was made with, from its stamp; none of a model as exported.
+
+    Raises InputError if this version of ovtq has no such passes or options.
+    """
+    steps = io.stamp_of(io.load(folder)).get("passes", [])
+    for step in steps:
+        if step["name"] not in PASSES:
+            raise InputError(f"{folder}: made with a pass {step['name']!r} that this ovtq does not know")
+    return tuple(
+        PASSES[step["name"]].parse({name: str(value) for name, value in step["options"].items()}).at(folder)
+        for step in steps
+    )
+
+
+def recheck(model_dir: Path, converted: Path, device: str) -> Difference:
+    """Verify `converted`, made of `model_dir`, as ovtq-convert does; packed layers are held to numpy once more.
+
+    Raises VerificationFailed if it is wrong, or not what this version of ovtq writes.
+    """
+    model = io.load(model_dir)
+    description = describe(model, io.load_config(model_dir))
+    extent = usual(description, io.model_xml(model_dir))
+    made, description, _ = pipeline.run(model, description, passes_of(converted))
+    names, written = ({node.get_friendly_name() for node in graph.get_ops()} for graph in (made, io.load(converted)))
+    if names != written:
+        raise VerificationFailed(
+            f"its graph is not what its recorded passes make of the model: {len(names ^ written)} nodes differ, "
+            f"such as {min(names ^ written)}"
+        )
+    return verify(io.model_xml(model_dir), io.model_xml(converted), description.layers, device, 0, extent)

@@ -1,0 +1,103 @@
+"""A packed or pruned cache for full layers: what the passes that give them one have in common."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from ovtq.codec.coding import coding, unfit
+from ovtq.forms.attend import Plan
+from ovtq.forms.pruning import Pruning
+from ovtq.forms.table import FULL
+from ovtq.ir.graph import rebuild
+from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.models.rope import key_centre, norms
+from ovtq.passes.checks import coupled, not_exported, taken, unequal
+from ovtq.states import RECENT
+
+
+@dataclass(frozen=True)
+class FullCache:
+    """Which full layers get one, how it is packed (`bits` of keys and values, each one of BITS), and what is pruned.
+
+    `window` recent tokens, at the least, stay as they are. Raises ValueError for unusable options.
+    """
+
+    bits: tuple[str, str]
+    window: int
+    protect: str
+    centre: str
+    seed: int
+    target: str
+    pruning: Pruning | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
+        for part in filter(None, self.protect.split(",")):
+            if not re.fullmatch(r"(first:|last:)?\d+", part):
+                raise ValueError(f"protect: expected first:N, last:N or an index, got {part!r}")
+
+    def chosen(self, description: ModelDescription) -> tuple[AttentionLayer, ...]:
+        """The full layers that are not protected."""
+        full = description.full
+        kept: set[int] = set()
+        for part in filter(None, self.protect.split(",")):
+            kind, _, number = part.rpartition(":")
+            count = int(number)
+            some = {"first": full[:count], "last": full[len(full) - min(count, len(full)) :]}.get(kind)
+            kept |= {count} if some is None else {layer.index for layer in some}
+        return tuple(layer for layer in full if layer.index not in kept)
+
+    def unfit(self, description: ModelDescription) -> str:
+        """Why it can't be given to this model; empty if it can."""
+        indices = {layer.index for layer in description.full}
+        for part in filter(None, self.protect.split(",")):
+            if part.isdigit() and int(part) not in indices:
+                return f"protect: layer {part} is no full layer; those are {', '.join(map(str, indices))}"
+        layers = self.chosen(description)
+        if not layers:
+            return "no full layer is left to quantise" if description.full else "the model has no full layers"
+        reason = unfit(self.bits, layers[0].head_dim)
+        return (
+            not_exported(layers)
+            or unequal(layers, "heads or head_dim")
+            or (f"layer {layers[0].index} {reason}" if reason else "")
+            or coupled(description)
+            or taken(description.states, RECENT)
+        )
+
+    def plan(self, model: ov.Model, layers: tuple[AttentionLayer, ...]) -> Plan:
+        """The same with what it needs of the model."""
+        how = coding(self.bits, layers[0].head_dim, self.seed)
+        centres = {
+            layer.index: (key_centre(model, layer, self.centre) * np.float32(layer.scale)).astype(np.float32)
+            for layer in layers
+        }
+        return Plan(how.key, how.value, how.rotation, layers, centres, self.window, self.pruning)
+
+    def give(
+        self, model: ov.Model, description: ModelDescription
+    ) -> tuple[ov.Model, ModelDescription, Mapping[str, Any]]:
+        """The model with that cache; facts tell the layers, and what tells these codecs from others."""
+        layers = self.chosen(description)
+        plan = self.plan(model, layers)
+        form = FULL[self.target](description, plan)
+        changed = {layer.index: form.rewrite(layer) for layer in layers}
+        model = rebuild(model, drop=[path.assign for layer in layers for path in layer.paths], add=form.finish())
+        facts = {"layers": plan.indices, **plan.digests, "centre_norms": norms(plan.centres)}
+        return model, description.recached(changed, form.states), facts
+
+    def not_as_asked(self, description: ModelDescription) -> str:
+        """What of its states is floats in place of codes, or codes in place of floats; empty if nothing is."""
+        whole = {what for what, bits in zip(("key", "value"), self.bits, strict=True) if bits == "none"}
+        mine = {layer.index for layer in self.chosen(description)}
+        for state in description.states:
+            if state.holds in ("key", "value") and mine & {*state.layers} and state.real != (state.holds in whole):
+                return f"the state {state.name} is {state.type}"
+        return ""
