@@ -147,6 +147,8 @@ def convert(
         budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     checks = Checks(verify, verify_device, verify_seed, verify_layers)
+    options.chosen()  # said at once what is wrong with them
+    checks.refuse_bad()
     raised: list[Exception] = []
 
     def told(stage: str, done: int, total: int) -> None:

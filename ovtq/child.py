@@ -94,6 +94,12 @@ class _Child:
             self.process.wait()
         self.tidy()
 
+    def close(self) -> None:
+        """Let go of what was shared with it, once it is gone."""
+        for file in (self.hear, self.say, self.native):
+            with contextlib.suppress(OSError):
+                file.close()
+
     def tidy(self) -> None:
         """Remove what it left."""
         for target in self.made:
@@ -163,8 +169,10 @@ def call(module: str, function: str, *arguments: Any, on_progress: Callable[...,
         child.messages(heard)
     finally:
         child.end()
-    if not results:
-        raise InputError(str(child.death())) from None
+        death = None if results else child.death()
+        child.close()
+    if death:
+        raise InputError(str(death)) from None
     kind, value, *more = results[-1]
     if kind == "raised":
         if more:
