@@ -144,7 +144,7 @@ def test_from_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     place = harmed(tmp_path, "running the original", "os.kill(os.getpid(), signal.SIGSEGV)")["PYTHONPATH"]
     monkeypatch.setenv("PYTHONPATH", place)
     heard: list[str] = []
-    with pytest.raises(InputError, match="^OpenVINO died of SIGSEGV while running the original$"):
+    with pytest.raises(InputError, match=r"^OpenVINO died of SIGSEGV while running the original$"):
         ovtq.convert(TINY["5.5"], tmp_path / "out", on_progress=lambda stage, *_: heard.append(stage))
     assert list(dict.fromkeys(heard)) == ["read", "rewrite", "write", "verify"]
     assert os.listdir(tmp_path) == ["site"]
