@@ -48,8 +48,11 @@ CACHED = getattr(os, "RWF_NOWAIT", None)  # a Python built for an old glibc lack
 # ------------------------------------------------------------------------------------------ streams
 
 
+STDOUT = "standard output"  # in place of a file's name in an OSError
+
+
 class _Piped(io.TextIOWrapper):
-    """Standard output in UTF-8; says BrokenPipeError where Windows' C library says that an argument is invalid."""
+    """Standard output, named in its errors; BrokenPipeError where Windows says that an argument is invalid."""
 
     def write(self, text: str) -> int:
         with self._told():
@@ -64,18 +67,23 @@ class _Piped(io.TextIOWrapper):
         try:
             yield
         except OSError as error:
-            if error.errno == errno.EINVAL:
+            if isinstance(error, BrokenPipeError) or (WINDOWS and error.errno == errno.EINVAL):
                 raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
-            raise
+            raise OSError(error.errno, error.strerror, STDOUT) from None
 
 
 def use_utf8() -> None:
     """Let the standard streams take every character: UTF-8 on Windows, elsewhere the locale's, with ? for the rest."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if WINDOWS and stream is not None and not stream.isatty():
-            setattr(sys, name, _Piped(stream.detach(), "utf-8", "replace", line_buffering=name == "stderr"))
-        elif stream is not None:
+        if stream is None:
+            continue
+        kind = "utf-8" if WINDOWS else stream.encoding
+        if name == "stdout" and not stream.isatty():
+            sys.stdout = _Piped(stream.detach(), kind, "replace")
+        elif WINDOWS and not stream.isatty():
+            sys.stderr = io.TextIOWrapper(stream.detach(), kind, "replace", line_buffering=True)
+        else:
             stream.reconfigure(errors="replace")
     if WINDOWS and sys.stdin is not None and not sys.stdin.isatty():
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # PowerShell may begin with a mark

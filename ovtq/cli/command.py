@@ -81,23 +81,13 @@ def run(
     except BrokenPipeError:
         raise
     except OSError as error:
-        if error.filename is None and not _can_write():
-            return fail(f"standard output can't be written to ({system.reason(error)})")
+        if error.filename == system.STDOUT:
+            return fail(f"{system.STDOUT} can't be written to ({system.reason(error)})")
         return fail(f"{error.filename or 'system'}: {error.strerror or last_line(error)}")
     except MemoryError:
         return fail("out of memory")
     except Exception as error:
         return fail(unforeseen(error))
-
-
-def _can_write() -> bool:
-    """Whether standard output takes what it was given; if not, it loses that."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        system.drop_output()
-        return False
-    return True
 
 
 def unforeseen(error: Exception) -> str:
@@ -107,7 +97,7 @@ def unforeseen(error: Exception) -> str:
 
 def one_line(text: str) -> str:
     """A text in one line, its middle left out if it is long."""
-    line = " ".join(text.split())
+    line = " ".join(text.split()).encode("utf-8", "backslashreplace").decode("utf-8")  # names may be no text
     return line if len(line) <= LINE else f"{line[: LINE // 2]} … {line[-LINE // 2 :]}"
 
 
