@@ -13,7 +13,7 @@ from typing import Any
 
 import openvino as ov
 
-from ovtq import __version__, files, pipeline, states, whereabouts
+from ovtq import __version__, files, pipeline, staging, states, whereabouts
 from ovtq.errors import InputError, UnsupportedModel
 from ovtq.ir import cache, io
 from ovtq.models import ModelDescription, describe
@@ -21,7 +21,6 @@ from ovtq.options import Checks, Options
 from ovtq.passes import Pass
 from ovtq.pipeline import Step
 from ovtq.runtime.runner import check_device
-from ovtq.staging import staged
 from ovtq.states import StateSpec
 from ovtq.verification.extent import usual
 from ovtq.verification.verify import TOLERANCE, Difference, calls_of, kept_precision, verify
@@ -149,6 +148,7 @@ def convert(
     if record_to:
         io.check_json(record_to, model_dir, out_dir)
     if out_dir is not None:
+        staging.tidy_up(out_dir)  # a result that a killed run set aside is there again
         was = io.check_output(model_dir, out_dir, force, wording.option("force"))
         if checks.verify:
             check_device(checks.verify_device)
@@ -181,7 +181,7 @@ def convert(
         return _told(made, found, precision)
     stamp(made)
     layers, device = description.layers, checks.verify_device
-    with staged(out_dir, was) as folder:
+    with staging.staged(out_dir, was) as folder:
         whereabouts.at("writing the model")
         tick = _stage(on_progress, "write", 2)
         with io.saving(made.model, folder, source) as written:

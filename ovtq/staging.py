@@ -74,7 +74,8 @@ def tidy_up(out_dir: Path) -> None:
 
     Nothing is touched that a run at work has, or another user.
     """
-    _tidy_up(system.long_path(system.resolved(out_dir)))
+    with contextlib.suppress(OSError, ValueError):  # no such path
+        _tidy_up(system.long_path(system.resolved(out_dir)))
 
 
 class _Place:
