@@ -219,6 +219,11 @@ class ModelDescription:
         """The layers that see every token."""
         return tuple(layer for layer in self.layers if layer.window is None)
 
+    @property
+    def sinks(self) -> bool:
+        """Whether any layer's attention has sinks."""
+        return any(layer.sinks is not None for layer in self.layers)
+
     def with_layers(self, changed: dict[int, AttentionLayer]) -> ModelDescription:
         """This description with some layers replaced, by index."""
         return replace(self, layers=tuple(changed.get(layer.index, layer) for layer in self.layers))

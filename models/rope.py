@@ -65,11 +65,11 @@ def frequencies(model: ov.Model, key: Output, kv_heads: int, head_dim: int) -> n
 def rotated(
     model: ov.Model, key: Output, projection: Node, vectors: np.ndarray, positions: int = POSITIONS
 ) -> np.ndarray:
-    """RoPE_t(vectors) for t < positions, (kv_heads, positions, head_dim) f32; vectors (kv_heads, head_dim).
+    """RoPE_t(vectors) for t < positions, (kv_heads, positions, head_dim) f32; vectors (kv_heads, head_dim) or (width,).
 
     `key` (batch, kv_heads, tokens, head_dim) is where the keys enter the attention; whatever stands between the node
-    `projection` and there, RoPE and a rotation of the heads, is applied as the graph has it. Runs on the CPU; only
-    that part of the graph does.
+    `projection` and there, RoPE and a rotation of the heads, is applied as the graph has it. `vectors` may be all that
+    the projection gives, queries and values, too. Runs on the CPU; only that part of the graph does.
     """
     stand_in, result = op.parameter([1, -1, vectors.size], np.float32), op.result(key)
     stand_in.output(0).set_names({"projected"})

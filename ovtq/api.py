@@ -91,13 +91,15 @@ def compress(
         budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     graph = _graph(model)
-    items = options.chosen()
-    if isinstance(config, str | Path):
-        items = tuple(item.at(_folder_of(config)) for item in items)
+    options.chosen()  # refused before the rest takes seconds
     facts = _config(model, config)
     conversion.refuse_converted("the model", graph)
     copy = graph.clone()  # passes reuse the nodes of what they are given
-    made = conversion.rewrite(copy, described(copy, facts), options, items)
+    description = described(copy, facts)
+    items = options.chosen(description=description)
+    if isinstance(config, str | Path):
+        items = tuple(item.at(_folder_of(config)) for item in items)
+    made = conversion.rewrite(copy, description, options, items)
     conversion.stamp(made)
     if isinstance(model, ov.Model):
         return cast(M, made.model)

@@ -18,7 +18,7 @@ from ovtq.errors import InputError, UnsupportedModel
 from ovtq.ir import cache, io
 from ovtq.models import ModelDescription, describe
 from ovtq.options import Checks, Options
-from ovtq.passes import Pass
+from ovtq.passes import PASSES, Pass
 from ovtq.pipeline import Step
 from ovtq.runtime.runner import check_device
 from ovtq.states import StateSpec
@@ -71,7 +71,7 @@ class Rewritten:
 
     model: ov.Model
     description: ModelDescription
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...]  # those left out, too
     record: dict[str, Any]
 
 
@@ -109,12 +109,13 @@ def rewrite(
         "ovtq": __version__,
         "schema": states.SCHEMA,
         "preset": options.named,
-        "passes": [dataclasses.asdict(step) for step in steps],
+        "passes": [_recorded(step) for step in steps if not step.skipped],
+        "skipped": {step.name: step.skipped for step in steps if step.skipped},
         "layers": [dataclasses.asdict(layer) for layer in _layers(description)],
         "target": target,
         "states": [state.told() for state in description.states],
         "state_bytes": {"before": before, "after": _memory(model, description.states, target)},
-        "paged_attention": all(item.paged_attention for item in passes),
+        "paged_attention": all(PASSES[step.name].paged_attention for step in steps if not step.skipped),
     }
     record["versions"] = {"openvino": ov.__version__, "python": platform.python_version()}
     return Rewritten(model, description, tuple(steps), record)
@@ -160,6 +161,7 @@ def convert(
     config = io.load_config(model_dir)
     with _foreseen(model_dir):
         description = describe(model, config)
+    passes = tuple(item.at(model_dir) for item in options.chosen(wording, description))
     tick()
     weights = source.with_suffix(".bin").stat().st_size
     extent = usual(description, source, checks.verify_layers)
@@ -228,9 +230,14 @@ def convert_as_given(
     return convert(model_dir, out_dir, options, checks, force=force, on_progress=on_progress)
 
 
+def _recorded(step: Step) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(step).items() if name != "skipped"}
+
+
 def _told(made: Rewritten, found: Difference | None, precision: str | None) -> Conversion:
     description, target = made.description, made.record["target"]
-    return Conversion(made.record, made.steps, _layers(description), found, description.states, target, precision)
+    steps = tuple(step for step in made.steps if not step.skipped)
+    return Conversion(made.record, steps, _layers(description), found, description.states, target, precision)
 
 
 def _layers(description: ModelDescription) -> tuple[Layer, ...]:

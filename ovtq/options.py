@@ -10,6 +10,7 @@ from typing import Any
 from ovtq import pipeline
 from ovtq.errors import InputError
 from ovtq.forms.table import TARGETS
+from ovtq.models import ModelDescription
 from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
 from ovtq.wording import PROGRAM, Wording
 
@@ -54,9 +55,9 @@ class Options:
         """The preset; None of a list of passes."""
         return None if self.passes is not None else self.preset or PRESET
 
-    def chosen(self, wording: Wording = PROGRAM) -> tuple[Pass, ...]:
-        """The passes. Raises InputError for options that can't be used, or not together."""
-        passes = self._listed(wording)
+    def chosen(self, wording: Wording = PROGRAM, description: ModelDescription | None = None) -> tuple[Pass, ...]:
+        """The passes, of a preset those for such a model. Raises InputError for options that can't be used together."""
+        passes = self._listed(wording, description)
         pruning = self._given(PRUNING)
         if pruning and self.budget is None and not any(isinstance(item, PruneKv) for item in passes):
             raise InputError(f"{wording.option(next(iter(pruning)))} has no effect without {wording.option('budget')}")
@@ -74,14 +75,14 @@ class Options:
             settings[PruneKv.name] = pruning | settings.get(PruneKv.name, {})
         return pipeline.with_settings(passes, settings, wording)
 
-    def _listed(self, wording: Wording) -> tuple[Pass, ...]:
+    def _listed(self, wording: Wording, description: ModelDescription | None) -> tuple[Pass, ...]:
         if self.target not in TARGETS:
             raise InputError(f"{wording.option('target')} is one of {', '.join(TARGETS)}, got {self.target!r}")
         if self.passes is None:
             name = self.preset or PRESET
             if name not in pipeline.PRESETS:
                 raise InputError(f"no preset is named {name!r}; there are {', '.join(pipeline.PRESETS)}")
-            return pipeline.PRESETS[name].on(self.target)
+            return pipeline.PRESETS[name].on(self.target, description)
         if self.preset is not None:
             raise InputError(f"give {wording.option('preset')} or {wording.option('passes')}, not both")
         items = [self.passes] if isinstance(self.passes, str) else self.passes

@@ -14,7 +14,7 @@ from typing import Any
 
 import openvino as ov
 
-from ovtq.errors import InputError
+from ovtq.errors import InputError, PreconditionFailed
 from ovtq.ir.graph import id_of
 from ovtq.models import ModelDescription
 from ovtq.passes import (
@@ -32,17 +32,25 @@ from ovtq.passes import (
 )
 from ovtq.wording import COMMAND_LINE, Wording
 
+SERVES_NONE = "no layer is given another cache, for which they are"
+
 
 @dataclass(frozen=True)
 class Preset:
-    """A named list of passes and what it is for; `cpu` are the passes for a CPU, where they are others."""
+    """A named list of passes and what it is for; `cpu` are the passes for a CPU, where they are others.
+
+    `plain` are those for models whose attention has no sinks, by target, where they are others again.
+    """
 
     passes: tuple[Pass, ...]
     purpose: str
     cpu: tuple[Pass, ...] | None = None
+    plain: Mapping[str, tuple[Pass, ...]] | None = None
 
-    def on(self, target: str) -> tuple[Pass, ...]:
-        """The passes for a target, gpu or cpu."""
+    def on(self, target: str, description: ModelDescription | None = None) -> tuple[Pass, ...]:
+        """The passes for a target, gpu or cpu, in a model (None: one whose attention has sinks)."""
+        if self.plain and description and not description.sinks:
+            return for_target(self.plain[target], target)
         return for_target(self.cpu if target == "cpu" and self.cpu else self.passes, target)
 
 
@@ -78,7 +86,12 @@ EXACT: tuple[Pass, ...] = (
 
 
 def _native(precision: str, purpose: str) -> Preset:
-    """The plugin's own compressed cache; on a GPU without sinks in the attention, and no floats in other states."""
+    """The plugin's own compressed cache; on a GPU without sinks in the attention, and no floats in other states.
+
+    Without sinks both plugins read their own cache in place as it is: then it is made more faithful, and nothing else,
+    but that a GPU's sliding layers keep their window alone. A CPU would copy the window in every step.
+    """
+    faithful = (RotateHeads(), CachePrecision(precision))
     return Preset(
         passes=(
             DecoupleLength(),
@@ -90,6 +103,17 @@ def _native(precision: str, purpose: str) -> Preset:
         ),
         purpose=purpose,
         cpu=(*EXACT, CachePrecision(precision)),
+        plain={
+            "gpu": (
+                DecoupleLength(),
+                TruncateWindow(k_bits="8", v_bits="8"),
+                SimplifyMask(),
+                RotateHeads(layers="full"),
+                CachePrecision(precision),
+                CheckCall(),
+            ),
+            "cpu": faithful,
+        },
     )
 
 
@@ -162,13 +186,14 @@ def with_pruning(passes: Sequence[Pass], target: str, wording: Wording = COMMAND
 
 @dataclass(frozen=True)
 class Step:
-    """What one pass did."""
+    """What one pass did, or, if it was left out, why."""
 
     name: str
     options: Mapping[str, Any]
     exact: bool
     sites: int
     facts: Mapping[str, Any]
+    skipped: str = ""
 
 
 def run(
@@ -177,16 +202,38 @@ def run(
     passes: Sequence[Pass],
     after: Callable[[Pass, ov.Model], None] = lambda item, model: None,
 ) -> tuple[ov.Model, ModelDescription, list[Step]]:
-    """Apply `passes` in order, calling `after` behind each. Raises the errors of `Pass.apply`."""
+    """Apply `passes` in order, calling `after` behind each. Raises the errors of `Pass.apply`.
+
+    A pass for which there is nothing to do in this model is left out, and so are, if that leaves none that gives layers
+    another cache, those that serve such passes. Raises PreconditionFailed if none is left.
+    """
     steps = []
+    idle = [item.needless(description) for item in passes if item.recaches]
+    alone = all(idle) and bool(idle)
     for item in passes:
+        reason = item.needless(description) or (SERVES_NONE if alone and item.serves else "")
+        if reason:
+            steps.append(Step(item.name, item.options, item.exact, 0, {}, reason))
+            after(item, model)
+            continue
         known = {id_of(node) for node in model.get_ops()}
         rewrite = item.apply(model, description)
         model, description = rewrite.model, rewrite.description
         _name_new_nodes(model, known, item.name)
         steps.append(Step(item.name, item.options, item.exact, rewrite.sites, dict(rewrite.facts)))
         after(item, model)
+    if all(step.skipped for step in steps) and steps:
+        raise PreconditionFailed(f"nothing to do in this model: {told(steps)}; use it as it is, or another preset")
     return model, description, steps
+
+
+def told(steps: Sequence[Step]) -> str:
+    """The passes that were left out and why, those of one reason together; empty if none was."""
+    names: dict[str, list[str]] = {}
+    for step in steps:
+        if step.skipped:
+            names.setdefault(step.skipped, []).append(step.name)
+    return "; ".join(f"{', '.join(some)}: {reason}" for reason, some in names.items())
 
 
 def _name_new_nodes(model: ov.Model, known: set[str], prefix: str) -> None:

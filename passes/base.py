@@ -33,11 +33,13 @@ class Pass(ABC):
 
     `paged_attention` says that GenAI's continuous batching can still turn the result into a model with paged attention.
     `requires` refuses before anything is touched; `run` rewrites exactly `sites` places; `ensures` checks the result on
-    the graph.
+    the graph. `needless` says where a model has no place for it: then a pipeline leaves it out and tells so.
     """
 
     name: ClassVar[str]
     paged_attention: ClassVar[bool]
+    recaches: ClassVar[bool] = False  # gives layers another cache
+    serves: ClassVar[bool] = False  # prepares or completes the work of those that do, and has no other use in a preset
 
     @property
     @abstractmethod
@@ -51,6 +53,10 @@ class Pass(ABC):
     @abstractmethod
     def requires(self, description: ModelDescription) -> None:
         """Raise PreconditionFailed if this pass can't work on the model; must not change it."""
+
+    def needless(self, description: ModelDescription) -> str:
+        """Why there is nothing for this pass to do in such a model, which may well go without it; empty if there is."""
+        return ""
 
     @abstractmethod
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:

@@ -9,20 +9,20 @@ import openvino as ov
 
 from ovtq.errors import VerificationFailed
 from ovtq.ir.cache import mark, marked
-from ovtq.models.description import ModelDescription, SinkRow, Window
+from ovtq.models.description import Exported, ModelDescription, SinkRow, Window
 from ovtq.passes.base import Pass, Rewrite, option
 
 
 @dataclass(frozen=True)
 class CachePrecision(Pass):
-    """Whatever loads the model keeps its full layers' K and V in 8 or 4 bits, unless it is told another precision.
+    """Whatever loads the model keeps the K and V that no pass took in 8 or 4 bits, unless told another precision.
 
     No property has to be passed, by no host. OpenVINO's own mark for it, `runtime_options` in rt_info, is ignored by
     the GPU plugin on chips with XMX (Arc, Lunar Lake); the one that it takes on all chips was made for another purpose,
     and both are written. Lossy: by how much is the plugin's affair.
 
-    Refuses a model without full layers, and one with a sink row (which is for the GPU) beside windows that are not
-    packed: while there are floats in another state, the GPU plugin compresses none.
+    Refuses a model that has no such layer left, and one with a sink row (which is for the GPU) beside windows that are
+    not packed: while there are floats in another state, the GPU plugin compresses none.
     """
 
     name: ClassVar[str] = "cache-precision"
@@ -32,13 +32,16 @@ class CachePrecision(Pass):
     precision: str = option("u8", "of keys and values in the plugin's cache", choices=("u8", "u4"))
 
     def sites(self, description: ModelDescription) -> int:
-        """One per full layer."""
-        return len(description.full)
+        """One per layer whose cache is the plugin's own."""
+        return sum(isinstance(layer.cache, Exported | SinkRow) for layer in description.layers)
+
+    def needless(self, description: ModelDescription) -> str:
+        """Where no layer's cache is the plugin's own."""
+        return "" if self.sites(description) else "no layer's cache is left to the plugin"
 
     def requires(self, description: ModelDescription) -> None:
-        """Refuses a model without full layers, or with a cache that a GPU would not compress."""
-        if not description.full:
-            raise self.refuse("the model has no full layers")
+        """Refuses a model without such layers, or with a cache that a GPU would not compress."""
+        self.refuse_if(self.needless(description))
         sink_row = any(isinstance(layer.cache, SinkRow) for layer in description.full)
         if sink_row and any(isinstance(layer.cache, Window) for layer in description.sliding):
             raise self.refuse(
@@ -48,7 +51,7 @@ class CachePrecision(Pass):
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Write the marks."""
         mark(model, self.precision)
-        return Rewrite(model, description, len(description.full), {"cache_precision": self.precision})
+        return Rewrite(model, description, self.sites(description), {"cache_precision": self.precision})
 
     def ensures(self, rewrite: Rewrite) -> None:
         """The marks are there."""

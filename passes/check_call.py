@@ -45,6 +45,7 @@ class CheckCall(Pass):
     name: ClassVar[str] = "check-call"
     exact: ClassVar[bool] = True
     paged_attention: ClassVar[bool] = False
+    serves: ClassVar[bool] = True
 
     target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
 

@@ -24,21 +24,23 @@ class DecoupleLength(Pass):
     as long as past and new tokens together, which is how all consumers (optimum-intel, openvino_genai) pass it;
     check-call, the last pass, takes the past length from a state again, and then it may be longer.
 
-    Rewrites every ShapeOf of a state's past or appended tokens. Refuses if there is none.
+    Rewrites every ShapeOf of a state's past or appended tokens; where masks come from the inputs alone and no head is
+    broadcast there is none, and the past length is known all the same. Refuses a second run.
     """
 
     name: ClassVar[str] = "decouple-length"
     exact: ClassVar[bool] = True
     paged_attention: ClassVar[bool] = False
+    serves: ClassVar[bool] = True
 
     def sites(self, description: ModelDescription) -> int:
         """One per ShapeOf of a KV state."""
         return len(shape_readers(description))
 
     def requires(self, description: ModelDescription) -> None:
-        """Refuses a model none of whose lengths come from a state."""
-        if not shape_readers(description):
-            raise self.refuse("no length in this model comes from a KV state; leave this pass out")
+        """Refuses a model whose past length is that of the inputs already."""
+        if description.past is not None:
+            raise self.refuse("the lengths in this model come from the inputs already; leave this pass out")
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each ShapeOf by the lengths of the inputs and the (constant) heads and head_dim."""

@@ -50,6 +50,7 @@ class PruneKv(Pass):
     name: ClassVar[str] = "prune-kv"
     exact: ClassVar[bool] = False
     paged_attention: ClassVar[bool] = False
+    recaches: ClassVar[bool] = True
 
     k_bits: str = option("none", "bits per coordinate of a key", choices=BITS)
     v_bits: str = option("none", "bits per coordinate of a value", choices=BITS)
@@ -156,6 +157,10 @@ class PruneKv(Pass):
         """The statistics, under the name that `at` knows."""
         if self.stats:
             shutil.copyfile(self.stats, folder / triattention.NAME)
+
+    def needless(self, description: ModelDescription) -> str:
+        """In a model without full layers."""
+        return "" if description.full else "the model has no full layers"
 
     def requires(self, description: ModelDescription) -> None:
         """Refuses what quantize-kv refuses, and a slack for a GPU."""

@@ -37,6 +37,7 @@ class QuantizeKv(Pass):
     name: ClassVar[str] = "quantize-kv"
     exact: ClassVar[bool] = False
     paged_attention: ClassVar[bool] = False
+    recaches: ClassVar[bool] = True
 
     k_bits: str = option("6", "bits per coordinate of a key", choices=BITS)
     v_bits: str = option("4", "bits per coordinate of a value", choices=BITS)
@@ -66,6 +67,10 @@ class QuantizeKv(Pass):
     def sites(self, description: ModelDescription) -> int:
         """One per full layer that is not protected."""
         return len(self.chosen(description))
+
+    def needless(self, description: ModelDescription) -> str:
+        """In a model without full layers."""
+        return "" if description.full else "the model has no full layers"
 
     def requires(self, description: ModelDescription) -> None:
         """Refuses models without such layers in exported form, and those not decoupled yet."""

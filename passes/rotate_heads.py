@@ -53,11 +53,14 @@ class RotateHeads(Pass):
         """One per layer."""
         return len(self._chosen(description))
 
+    def needless(self, description: ModelDescription) -> str:
+        """In a model without such layers."""
+        return "" if self._chosen(description) or self.layers == "left" else f"the model has no {self.layers} layers"
+
     def requires(self, description: ModelDescription) -> None:
         """Refuses a head_dim without a Hadamard matrix, and a model without such layers."""
         chosen = self._chosen(description)
-        if not chosen and self.layers != "left":
-            raise self.refuse(f"the model has no {self.layers} layers")
+        self.refuse_if(self.needless(description))
         for layer in chosen:
             if layer.head_dim & (layer.head_dim - 1):
                 raise self.refuse(

@@ -29,15 +29,19 @@ class SimplifyMask(Pass):
     name: ClassVar[str] = "simplify-mask"
     exact: ClassVar[bool] = True
     paged_attention: ClassVar[bool] = False
+    serves: ClassVar[bool] = True
 
     def sites(self, description: ModelDescription) -> int:
         """One per layer that has an exported mask."""
         return len(_masks(description))
 
+    def needless(self, description: ModelDescription) -> str:
+        """Where no exported mask is left."""
+        return "" if _masks(description) else "no layer has an exported mask left"
+
     def requires(self, description: ModelDescription) -> None:
         """Refuses a model without exported masks."""
-        if not self.sites(description):
-            raise self.refuse("no layer has an exported attention mask")
+        self.refuse_if(self.needless(description))
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Make one mask per window and feed it to its layers."""

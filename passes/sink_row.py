@@ -57,6 +57,7 @@ class SinkRow(Pass):
     name: ClassVar[str] = "sink-row"
     exact: ClassVar[bool] = True
     paged_attention: ClassVar[bool] = False
+    recaches: ClassVar[bool] = True
 
     seed: int = option(0, "seed of the rotation's random rows and signs")
     rotate: bool = option(True, "spread vectors over all coordinates, those for the sink included")
@@ -70,10 +71,15 @@ class SinkRow(Pass):
         """One per full layer."""
         return len(description.full)
 
+    def needless(self, description: ModelDescription) -> str:
+        """In a model without full layers, and in one whose attention has no sinks."""
+        if not description.full:
+            return "the model has no full layers"
+        return "" if any(layer.sinks is not None for layer in description.full) else "its attention has no sinks"
+
     def requires(self, description: ModelDescription) -> None:
         """Refuses models without such layers, and those not decoupled yet."""
-        if not description.full:
-            raise self.refuse("the model has no full layers")
+        self.refuse_if(self.needless(description))
         if not description.sliding or any(isinstance(layer.cache, Exported) for layer in description.sliding):
             raise self.refuse(
                 "run truncate-window first: GenAI's chat may cut all tokens off states that grow, but not the sink's "

@@ -47,6 +47,7 @@ class TruncateWindow(Pass):
 
     name: ClassVar[str] = "truncate-window"
     paged_attention: ClassVar[bool] = False
+    recaches: ClassVar[bool] = True
 
     slack: int = option(0, "tokens to keep beyond those that can be seen")
     k_bits: str = option("none", "bits per coordinate of a key", choices=BITS)
@@ -71,11 +72,14 @@ class TruncateWindow(Pass):
         """One per sliding layer."""
         return len(description.sliding)
 
+    def needless(self, description: ModelDescription) -> str:
+        """In a model without sliding layers."""
+        return "" if description.sliding else "the model has no sliding-window layers"
+
     def requires(self, description: ModelDescription) -> None:
         """Refuses models without uniform sliding layers in exported form, and those not decoupled yet."""
         layers = description.sliding
-        if not layers:
-            raise self.refuse("the model has no sliding-window layers")
+        self.refuse_if(self.needless(description))
         self.refuse_if(not_exported(layers) or unequal(layers, "window, heads or head_dim"))
         reason = None if self.exact else unfit((self.k_bits, self.v_bits), layers[0].head_dim)
         self.refuse_if(reason and f"layer {layers[0].index} {reason}")

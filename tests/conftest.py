@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from ovtq.models import ModelDescription, describe
 ROOT = Path(__file__).resolve().parent.parent
 MINI = ROOT / "models" / "gpt-oss-mini"
 TINY = {version: ROOT / "tests" / "data" / f"tiny-transformers-{version}" for version in ("5.5", "4.57")}
+FAMILIES = ROOT / "tests" / "data" / "families"
 GPU_TOOLS = ROOT / "tools" / "gpu"
 GPU_INSTALLED = Path(os.environ.get("OVTQ_GPU_DIR", Path.home() / ".cache" / "ovtq-gpu"))
 
@@ -39,6 +41,24 @@ def tiny(request: pytest.FixtureRequest) -> Path:
 def tiny_copy(tmp_path: Path) -> Path:
     """A tiny model of one's own, to break."""
     return Path(shutil.copytree(TINY["5.5"], tmp_path / "model"))
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a model of tests/data/families, unpacked once."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def unpacked(name: str) -> Path:
+        folder = shared / "families" / name
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                with tarfile.open(FAMILIES / f"{name}.tar.xz") as archive:
+                    archive.extractall(folder)
+        return folder
+
+    return unpacked
 
 
 @pytest.fixture(scope="session")

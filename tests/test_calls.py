@@ -25,6 +25,7 @@ OPTIONS = [
     *(pytest.param(f"{preset} --target cpu", marks=pytest.mark.slow) for preset in ("k8v4", "k4v4", "u4")),
     *(pytest.param(f"{preset} --target gpu", marks=pytest.mark.slow) for preset in ("k8v4", "k4v4", "u4", "f16")),
 ]
+PRUNED = ["k6v4 --budget 128 --target gpu"]  # no cache there holds all tokens, so the mask tells how many there were
 IDS = np.random.RandomState(0).randint(0, 256, (4, 400)).astype(np.int64)
 
 
@@ -91,6 +92,8 @@ def test_a_malformed_call_is_refused_and_leaves_nothing_behind(options: str, con
     model = compiled(convert(TINY["5.5"], "--preset", *options.split(), "--no-verify"))
     right = said(model.create_infer_request(), TEXT)
     cases = MALFORMED | (ON_A_CPU if options.endswith("cpu") else {})
+    if options in PRUNED:
+        cases = {name: calls for name, calls in cases.items() if not name.startswith("mask")}
     for name, calls in cases.items():
         request = model.create_infer_request()
         said(request, TEXT)
@@ -98,14 +101,14 @@ def test_a_malformed_call_is_refused_and_leaves_nothing_behind(options: str, con
             said(request, calls[:-1])
             with pytest.raises(RuntimeError) as error:
                 request.infer(calls[-1].feed())
-            if name not in ("more beams than sequences",):  # which another node may meet first, where batches are one
+            if name != "more beams than sequences":  # which another node may meet first, where batches are one
                 assert REFUSAL in str(error.value), name
         for some in (request, model.create_infer_request()):
             for got, expected in zip(said(some, TEXT), right, strict=True):
                 assert np.array_equal(got, expected), name
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", [some for some in OPTIONS if getattr(some, "values", [some])[0] not in PRUNED])
 def test_of_a_mask_that_is_too_long_the_first_columns_are_read(options: str, convert: Callable[..., Path]) -> None:
     """As of an exported model; hosts with a buffer of fixed length pass such."""
     model = compiled(convert(TINY["5.5"], "--preset", *options.split(), "--no-verify"))

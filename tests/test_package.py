@@ -23,7 +23,7 @@ demo
 cli
 api
 conversion evidence
-options verification
+options verification advice
 pipeline runtime
 passes
 forms

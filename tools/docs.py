@@ -78,6 +78,8 @@ def preset_tables() -> str:
         lists.append([f"`{name}`", *(["both"] if same else ["GPU"]), spelled(passes["gpu"])])
         if not same:
             lists.append(["", "CPU", spelled(passes["cpu"])])
+        for target, some in (preset.plain or {}).items():
+            lists.append(["", f"{target.upper()}, a model without sinks", spelled(some)])
     heads = ["preset", "lossless", "paged attention", "bytes per token, GPU", "CPU", "flat MB, GPU", "CPU"]
     return f"{table(heads, rows, 3)}\n\n{table(['preset', 'target', 'passes, in order'], lists)}"
 

@@ -15,6 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ovtq import __version__, conversion, pipeline, states, system
+from ovtq.advice import SHORT_WINDOW
 from ovtq.cli.command import Out, Parser, path_of, progress, run
 from ovtq.conversion import CONTEXTS
 from ovtq.errors import InputError
@@ -47,6 +48,10 @@ def parser() -> argparse.ArgumentParser:
     presets = "\n".join(
         f"  {name:<16} {preset.purpose}\n{'':<19}= {_names(preset.passes)}"
         + (f"\n{'':<19}with --target cpu = {_names(preset.cpu)}" if preset.cpu else "")
+        + "".join(
+            f"\n{'':<19}in a model without sinks, with --target {target} = {_names(some)}"
+            for target, some in (preset.plain or {}).items()
+        )
         for name, preset in pipeline.PRESETS.items()
     )
     passes = "\n".join(
@@ -54,7 +59,12 @@ def parser() -> argparse.ArgumentParser:
         + "".join(f"\n{'':<19}{option}: {text}" for option, text in cls.option_help().items())
         for name, cls in PASSES.items()
     )
-    p = Parser("ovtq-convert", __doc__, epilog=f"presets:\n{presets}\n\npasses and their options:\n{passes}")
+    head = "presets (a pass with nothing to do in a model is left out):"
+    p = Parser(
+        "ovtq-convert",
+        __doc__,
+        epilog=f"{head}\n{presets}\n\npasses and their options:\n{passes}",
+    )
     p.add_argument("model_dir", type=path_of, help="folder with a stateful IR: openvino_model.xml/.bin, config.json")
     p.add_argument("out_dir", type=path_of, nargs="?", help="folder to write; not needed with --dry-run")
     what = p.add_mutually_exclusive_group()
@@ -238,6 +248,15 @@ def _report(console: Console, options: argparse.Namespace, record: Mapping[str, 
     made = f"preset {record['preset']}" if record["preset"] else "these passes"
     console.print(f"{made}, in the form for the {record['target'].upper()} (--target)")
     console.print(table)
+    for name, reason in record["skipped"].items():
+        console.print(f"{name} left out: {reason}")
+
+    for step in record["passes"]:
+        if record["target"] == "cpu" and step["facts"].get("window", 0) > SHORT_WINDOW:
+            console.print(
+                f"a window of {step['facts']['window']:,} tokens is held from the first token on and copied in every "
+                "step: shorter texts are slower than in the exported model"
+            )
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     before, after = record["state_bytes"]["before"], record["state_bytes"]["after"]

@@ -16,6 +16,7 @@ from openvino import opset15 as op
 from rich.console import Console
 
 from ovtq import __version__, files, pipeline, states
+from ovtq.advice import Advice, advise, attention_of
 from ovtq.cli.command import Out, Parser, listed, path_of, phase, positive, progress, run
 from ovtq.cli.inspect_tables import SECTIONS
 from ovtq.errors import InputError, OvtqError, UnsupportedModel
@@ -29,6 +30,7 @@ from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 from ovtq.states import FLOAT_BYTES, StateSpec
 
 TEXT_TOKENS = 1024  # of --text that are run
+SAME = {"hidden_size": ("n_embd",), "vocab_size": (), "max_position_embeddings": ("n_positions",)}  # of config.json
 PAGE = 16  # tokens in a block of the GPU plugin's paged attention
 
 
@@ -107,13 +109,13 @@ def inspect(options: argparse.Namespace, errors: Console) -> dict[str, Any]:
         "ovtq": __version__,
         "model": str(options.model_dir),
         "architecture": (config.get("architectures") or [None])[0],
-        "config": {key: config.get(key) for key in ("hidden_size", "vocab_size", "max_position_embeddings")},
+        "config": {key: next((config[name] for name in (key, *SAME[key]) if name in config), None) for key in SAME},
         "weights_bytes": xml.with_suffix(".bin").stat().st_size,
         "target": target,
         "float_bytes": FLOAT_BYTES[target],
         "contexts": sorted(set(options.context)),
         "converted": converted,
-        "consumers": _consumers(converted),
+        "consumers": _consumers(converted, any(_with_sinks(node) for node in model.get_ops())),
     }
     if options.roofline:
         try:
@@ -134,24 +136,36 @@ def inspect(options: argparse.Namespace, errors: Console) -> dict[str, Any]:
     description = describe(model, config)
     ids = _tokens(options.model_dir, options.text) if options.text else None  # refused before the rest takes seconds
     facts["layers"] = _layers(description)
+    facts["attention"] = attention_of(description)
     facts["states"] = groups(description.states, target)
     facts["memory"] = _stock(description, facts["contexts"], target)
     with progress(errors) as bars, phase(bars, "presets", len(pipeline.PRESETS)) as tick:
         for name, preset in pipeline.PRESETS.items():
             fresh = io.load(options.model_dir)
             try:
-                changed, made, _ = pipeline.run(fresh, describe(fresh, config), preset.on(target))
+                found = describe(fresh, config)
+                changed, made, steps = pipeline.run(fresh, found, preset.on(target, found))
             except OvtqError as error:  # such as a model without what a pass needs; the others still tell
                 facts["memory"].append({"cache": name, "refused": str(error)})
             else:
                 asked = cache.marked(changed)
-                facts["memory"].append(memory(name, made.states, facts["contexts"], target, asked))
+                row = memory(name, made.states, facts["contexts"], target, asked)
+                facts["memory"].append(row | {"skipped": pipeline.told(steps)})
             tick()
+    facts["recommended"] = _recommended(advise(description, target), facts["memory"])
     if ids is not None:
         found = key_bias_shares(model, description, ids)
         for layer in facts["layers"]:
             layer["text"] = found.get(layer["index"])
     return facts
+
+
+def _recommended(advice: Advice, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The preset and why; no preset if this model is refused that one."""
+    refused = next((row["refused"] for row in rows if row["cache"] == advice.preset and "refused" in row), None)
+    if refused:
+        return {"preset": None, "reason": f"{advice.preset} would be right, but: {refused}"}
+    return {"preset": advice.preset, "reason": advice.reason}
 
 
 def _converted(xml: Path, model: ov.Model) -> dict[str, Any] | None:
@@ -171,14 +185,18 @@ def _converted(xml: Path, model: ov.Model) -> dict[str, Any] | None:
     }
 
 
-def _consumers(converted: dict[str, Any] | None) -> dict[str, str]:
+def _with_sinks(node: ov.Node) -> bool:
+    return node.get_type_name() == "ScaledDotProductAttention" and node.get_input_size() > 5
+
+
+def _consumers(converted: dict[str, Any] | None, sinks: bool) -> dict[str, str]:
     """Which hosts take the model, as README's table says; "PA" stands for all that demand paged attention."""
     paged = converted is None or converted["paged_attention"]
     return {
         "OVModelForCausalLM": "yes",
         "LLMPipeline": "yes, with paged attention" if paged else "yes: falls back to the stateful path by itself",
         'LLMPipeline, "SDPA"': "yes"
-        if converted
+        if converted or not sinks
         else "yes; but OpenVINO 2026.4.0 and 2026.4.1 do not compile it for GPUs with XMX such as Lunar Lake",
         'LLMPipeline, "PA"': "yes" if paged else "no: throws",
     }
@@ -233,7 +251,8 @@ def _stock(description: ModelDescription, contexts: Sequence[int], target: str) 
     if target == "cpu":
         kinds = ("f32", "f16", "u8", "u4")
         return [memory(f"as exported, {kind}", description.states, contexts, target, kind) for kind in kinds]
-    return [memory("as exported, f16", description.states, contexts, target, "f16")] + [
+    kinds = ("f16",) if description.sinks else ("f16", "u8")  # which a GPU keeps of a model with sinks in f16 alone
+    return [memory(f"as exported, {kind}", description.states, contexts, target, kind) for kind in kinds] + [
         _paged(f"paged, {kind}", description, contexts, bits) for kind, bits in (("u8", 8), ("u4", 4))
     ]
 

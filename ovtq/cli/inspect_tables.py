@@ -17,6 +17,10 @@ NOTES = {
     "cpu": "as exported: u8 is the plugin's default; beside a row it keeps 8 bytes of scale and zero point. Presets: "
     "floats as declared (f32), which the default u8 compresses where the plugin fuses the attention; u8 and u4 ask "
     "for it themselves",
+    "gpu, no sinks": "as exported: the precision is what KV_CACHE_PRECISION says, with 4 bytes of scale and zero point "
+    "beside a row; paged attention keeps keys by channel, in blocks of 16 tokens",
+    "cpu, no sinks": "as exported: u8 is the plugin's default; beside a row it keeps 8 bytes of scale and zero point. "
+    "Presets: floats as declared (f32), which the default u8 compresses where the plugin fuses the attention",
 }
 
 
@@ -32,14 +36,20 @@ def _short(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else f"{tokens:,}"
 
 
+def _known(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"
+
+
 def _model(console: Console, facts: dict[str, Any]) -> None:
     config, layers = facts["config"], facts["layers"]
     sliding = sum(layer["window"] is not None for layer in layers)
     console.print(
         f"{facts['model']}: {facts['architecture']}, {len(layers)} layers ({sliding} sliding, {len(layers) - sliding} "
-        f"full), hidden {config['hidden_size']}, vocabulary {config['vocab_size']:,}, "
-        f"{config['max_position_embeddings']:,} positions, {facts['weights_bytes'] / 1e6:,.1f} MB of weights"
+        f"full), hidden {_known(config['hidden_size'])}, vocabulary {_known(config['vocab_size'])}, "
+        f"{_known(config['max_position_embeddings'])} positions, {facts['weights_bytes'] / 1e6:,.1f} MB of weights"
     )
+    if "attention" in facts:
+        console.print(facts["attention"])
     made = facts["converted"]
     if made is None:
         console.print("not converted")
@@ -113,19 +123,26 @@ def _memory(console: Console, facts: dict[str, Any]) -> None:
         *(f"MB at {_short(tokens)}" for tokens in facts["contexts"]),
         left=(first,),
     )
-    refused = []
+    refused, left = [], {}
     for row in facts["memory"]:
         if "refused" in row:
             refused.append(f"{row['cache']}: {row['refused']}")
             continue
+        if row.get("skipped"):
+            left.setdefault(row["skipped"], []).append(row["cache"])
         at = (f"{row['at'][str(tokens)] / 1e6:,.1f}" for tokens in facts["contexts"])
         table.add_row(row["cache"], f"{row['per_token']:,}", f"{row['flat']:,}", *at)
     console.print()
     console.print(table)
     for line in refused:
         console.print(line)
+    for reason, presets in left.items():
+        console.print(f"{', '.join(presets)} without {reason}")
     if not facts["converted"]:
-        console.print(NOTES[facts["target"]])
+        sinks = any(layer["sinks"] for layer in facts["layers"])
+        console.print(NOTES[facts["target"] if sinks else f"{facts['target']}, no sinks"])
+        found = facts["recommended"]
+        console.print(f"recommended: {found['preset'] or 'no preset'}: {found['reason']}")
 
 
 def _consumers(console: Console, facts: dict[str, Any]) -> None:

@@ -40,13 +40,20 @@ class Text:
 
 
 def cut(tokens: np.ndarray, tokenizer: Tokenizer, count: int, window: int, name: str) -> Text:
-    """At most `count` windows of a text's tokens (tokens,). Raises InputError if there is not even one."""
+    """At most `count` windows of a text's tokens (tokens,), each behind the token that begins a text, if there is one.
+
+    Raises InputError if there is not even one.
+    """
     if window < 2:
         raise InputError("--window: at least 2 tokens are needed, the first of a window is not scored")
-    count = min(count, len(tokens) // window)
+    begin = tokenizer.begin
+    each = window if begin is None else window - 1
+    count = min(count, len(tokens) // each)
     if not count:
         raise InputError(f"{name}: {len(tokens)} tokens, at least {window} are needed; give a longer text or --window")
-    ids = tokens[: count * window].reshape(count, window)
+    ids = tokens[: count * each].reshape(count, each)
+    if begin is not None:
+        ids = np.insert(ids, 0, begin, axis=1)
     return Text(ids, sum(len(tokenizer.decode(row[1:]).encode()) for row in ids))
 
 

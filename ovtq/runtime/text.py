@@ -38,6 +38,12 @@ class Tokenizer:
         return self.genai.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=False)
 
     @property
+    def begin(self) -> int | None:
+        """Id of the token that the tokenizer puts before every text (BOS), without which some models degenerate."""
+        whole = np.array(self.genai.encode("a").input_ids.data[0], np.int64)
+        return int(whole[0]) if len(whole) > 1 and whole[0] != self.encode("a")[0] else None
+
+    @property
     def templated(self) -> bool:
         """Whether the model has a chat template."""
         return bool(self.genai.chat_template)

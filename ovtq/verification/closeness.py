@@ -120,7 +120,7 @@ def loss(calls: Sequence[Call], losses: Sequence[np.ndarray], shown: Sequence[np
     steps = [some.reshape(-1) for call, some in zip(calls, losses, strict=True) if call.tokens == 1]
     return Loss(
         mean=float(every.mean()),
-        often=float(np.quantile(every, 0.99)),
+        often=float(np.quantile(every, 0.99, method="higher")),  # there may be infinities
         largest=float(every.max()),
         stretch=_worst(every, STRETCH),
         block=_worst(every, BLOCK),

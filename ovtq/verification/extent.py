@@ -10,8 +10,9 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.errors import UnsupportedModel
+from ovtq.errors import VerificationFailed
 from ovtq.ir.graph import ancestors, consumers, descendants, id_of, redirect
+from ovtq.ir.io import stamp_of
 from ovtq.models import AttentionLayer, ModelDescription
 from ovtq.states import POSITION, PRUNED, SCORE
 
@@ -45,7 +46,8 @@ def scope(description: ModelDescription, layers: int | None = None, experts: boo
         return Scope(count)
     last = _output_projection(description.layers[some - 1]).get_friendly_name()
     before = [] if experts else description.layers[: some - 1]
-    return Scope(some, last, tuple(_join(layer).get_friendly_name() for layer in before))
+    joins = [join.get_friendly_name() for layer in before if (join := _join(layer))]
+    return Scope(some, last, tuple(joins))
 
 
 def usual(description: ModelDescription, xml: Path, layers: int | None = None) -> Scope:
@@ -61,19 +63,35 @@ def _output_projection(layer: AttentionLayer) -> Node:
     return node
 
 
-def _join(layer: AttentionLayer) -> Node:
-    """The Add of the stream behind the attention and of what the experts make of it. Raises UnsupportedModel."""
+def _join(layer: AttentionLayer) -> Node | None:
+    """The Add of the stream behind the attention and of what an MLP or experts make of it.
+
+    None where they stand beside the attention, not behind it (parallel residuals): then they are run, too.
+    """
     node = _output_projection(layer)
     while not (len(after := consumers(node.output(0))) > 1 and node.get_type_name() == "Add"):
+        if not after:
+            return None
         node = after[0]  # the bias, then the stream, which the experts' norm reads, too
     found = [step for step in after if step.get_type_name() == "Add"]
     if len(found) != 1:
-        raise UnsupportedModel(f"layer {layer.index}: found {len(found)} places where experts join, expected 1")
+        return None
+    seen, todo = {id_of(node)}, [found[0]]
+    while todo:
+        step = todo.pop()
+        if step.get_type_name() == "ScaledDotProductAttention":
+            return None
+        if id_of(step) not in seen:
+            seen.add(id_of(step))
+            todo += [value.get_node() for value in step.input_values()]
     return found[0]
 
 
 def cut(model: ov.Model, extent: Scope) -> ov.Model:
-    """What the node `extent.end` depends on, with the states read there, and that node as the result."""
+    """What the node `extent.end` depends on, with the states read there, and that node as the result.
+
+    Raises VerificationFailed if that of an exported model has not one attention for each layer.
+    """
     nodes = {node.get_friendly_name(): node for node in model.get_ops()}
     for name in extent.joins:
         join = nodes[name]
@@ -97,7 +115,13 @@ def cut(model: ov.Model, extent: Scope) -> ov.Model:
                         step.input(index).replace_source_output(inside[0])
         todo += sorted(_states(sink.input_value(0)) - {*kept, *todo})  # what it is made of
     sinks = [sink for name, sink in sinks.items() if name in kept]
-    return ov.Model([op.result(end.output(0))], sinks, model.get_parameters())
+    part = ov.Model([op.result(end.output(0))], sinks, model.get_parameters())
+    attentions = sum(node.get_type_name() == "ScaledDotProductAttention" for node in part.get_ops())
+    if not stamp_of(model) and attentions != extent.layers:
+        raise VerificationFailed(
+            f"the first {extent.layers} layers can't be verified alone: {attentions} attentions are left of them"
+        )
+    return part
 
 
 def rooted(model: ov.Model) -> ov.Model:

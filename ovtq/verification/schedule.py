@@ -57,8 +57,13 @@ def pasted(lengths: Sequence[int], longest: int) -> list[Call]:
 def edges(window: int) -> list[Call]:
     """Calls that reach every case of the cache: empty, growing by single tokens across the window's edge; forgotten
     with the batch as it is; a batch of two with left padding, then its sequences swapped by beam_idx; and calls so
-    short that no token is old enough to be quantised."""
-    one = [Call(max(window - 5, 1), reset=True), *[Call(1)] * STEPS, Call(7), Call(1), Call(9, reset=True)]
+    short that no token is old enough to be quantised. A long window is reached in calls of PASTED tokens, and in a
+    batch not at all: a form does there what it does behind a short one."""
+    long, rest = divmod(max(window - 5, 1), PASTED)
+    edge = [PASTED] * long + [rest] * bool(rest)
+    window = min(window, PASTED)
+    steps = [*[Call(1)] * STEPS, Call(7), Call(1), Call(9, reset=True)]
+    one = [Call(edge[0], reset=True), *map(Call, edge[1:]), *steps]
     two = [Call(24, 2, pad=9, reset=True), Call(1, 2, beams=(1, 0)), Call(window, 2), Call(1, 2, beams=(1, 1))]
     return [*one, *two, Call(20, 2, pad=5, reset=True), Call(1, 2, beams=(1, 0)), Call(7, 2)]
 

@@ -1,0 +1,67 @@
+"""Which preset to take: decided here alone, by what a model's attention is and by what was measured.
+
+docs/families.md has the figures and their commands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ovtq.models import ModelDescription
+
+# Tokens. A CPU copies what a sliding layer keeps in every step, however short the text; up to here that costs nothing.
+SHORT_WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A preset, and why that one."""
+
+    preset: str
+    reason: str
+
+
+def advise(description: ModelDescription, target: str) -> Advice:
+    """The preset for a model on a target, gpu or cpu, if nothing else is asked for than a right and fast model."""
+    windows = [layer.window for layer in description.sliding if layer.window is not None]
+    longest = max(windows, default=0)
+    if description.sinks:
+        if target == "gpu" and windows:
+            return Advice("u8", "its attention has sinks: in the cache itself, as a row, they let a GPU keep 8 bits")
+        if target == "gpu" or longest > SHORT_WINDOW or not windows:
+            return Advice(
+                "k6v4", "its attention has sinks, with which the plugin's own cache is kept as floats or copied"
+            )
+        return Advice("exact", f"sliding layers keep {longest - 1:,} tokens: less to read, and the rest as exported")
+    if target == "gpu":
+        return Advice(
+            "u8",
+            "without sinks a GPU reads its own 8-bit cache in place, rotated for less loss; packed presets (k8v4, "
+            "k6v4) move more bytes a step, and are for memory alone",
+        )
+    if windows and longest <= SHORT_WINDOW:
+        return Advice("exact", f"sliding layers keep {longest - 1:,} tokens: less to read, and the rest as exported")
+    reason = "the plugin's own 8-bit cache, rotated for less loss, in the exported form: as fast as exported"
+    if windows:
+        reason += (
+            f"; exact would keep {longest - 1:,} tokens a sliding layer from the first token on and copy them in every "
+            "step, which is slower than the exported model until texts are longer than that"
+        )
+    return Advice("u8", reason)
+
+
+def attention_of(description: ModelDescription) -> str:
+    """What kind of attention a model has, in a line."""
+    parts = []
+    for layers, kind in ((description.full, "full"), (description.sliding, "sliding")):
+        for heads in sorted({(x.query_heads, x.kv_heads, x.head_dim, x.window) for x in layers}, key=str):
+            query_heads, kv_heads, head_dim, window = heads
+            share = (
+                f"{query_heads} query heads" if query_heads == kv_heads else f"{query_heads} query heads on {kv_heads}"
+            )
+            parts.append(f"{kind}{f' over {window:,} tokens' if window else ''}, {share} of {head_dim}")
+    biases = sum(layer.key_bias is not None for layer in description.layers)
+    return (
+        f"attention: {'; '.join(parts)}; {'with' if description.sinks else 'no'} sinks; "
+        f"{'keys with a bias' if biases else 'no bias of keys alone'}"
+    )
