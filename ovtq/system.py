@@ -310,7 +310,9 @@ def is_own(path: Path, kind: Callable[[int], bool]) -> bool:
         found = path.lstat()
     except OSError:
         return False
-    return kind(found.st_mode) and (WINDOWS or found.st_uid == os.geteuid())
+    if sys.platform == "win32":
+        return kind(found.st_mode)
+    return kind(found.st_mode) and found.st_uid == os.geteuid()
 
 
 def identity(path: Path) -> tuple[int, int, int] | None:

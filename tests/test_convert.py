@@ -397,13 +397,17 @@ def _interrupted(out: Path, number: int, *options: str) -> subprocess.CompletedP
         stdout=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, how),
+        start_new_session=True,
     )
     deadline = time.monotonic() + 60
     while not any(out.parent.glob(f".{out.name}.ovtq-*/openvino_model.xml")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(number)
+    if number == signal.SIGKILL:  # of both its processes: one alone would be tidied up after
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import gc
 import json
 import os
@@ -337,10 +338,14 @@ def test_long_names(tmp_path: Path) -> None:
 def _killed(out: Path, after: float) -> None:
     command = [sys.executable, "-c", "import sys; from ovtq.cli.entry import convert; sys.exit(convert())"]
     process = subprocess.Popen(
-        [*command, TINY["5.5"], out, "--force"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        [*command, TINY["5.5"], out, "--force"],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     )
     time.sleep(after)
-    process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
