@@ -17,8 +17,10 @@ import numpy as np
 import openvino as ov
 from openvino import opset15 as op
 
-from ovtq.codec.coding import coding
+from ovtq.codec.basis import HeadBasis
+from ovtq.codec.coding import codecs
 from ovtq.forms.attend import Plan
+from ovtq.forms.bases import LayerBases
 from ovtq.forms.gpu.kernels import Kernels
 from ovtq.ir.graph import Port, dim, i64
 from ovtq.models.description import AttentionLayer, ModelDescription
@@ -49,9 +51,10 @@ def one_layer(bits: tuple[int, int], head_dim: int) -> tuple[ov.Model, Attention
         0, None, HEADS * GROUP, HEADS, head_dim, head_dim**-0.5, SINKS, None, None, *ports, stand_in.output(0), None
     )
     result = op.result(op.add(stand_in, op.multiply(tokens, tokens)))
-    how = coding(tuple(map(str, bits)), head_dim, 0)
     centre = rounded(0.3 * np.random.RandomState(2).standard_normal((HEADS, head_dim)))
-    plan = Plan(how.key, how.value, how.rotation, (layer,), {0: centre}, WINDOW)
+    middle = rounded(0.3 * np.random.RandomState(3).standard_normal((HEADS, head_dim)))
+    bases = LayerBases(skewed(head_dim, centre, 4), skewed(head_dim, middle, 5))
+    plan = Plan(*codecs(tuple(map(str, bits)), head_dim), (layer,), {0: bases}, WINDOW)
     past = op.subtract(dim(mask, 1), dim(ids, 1))
     form = Kernels(ModelDescription("none", ids, mask, None, (layer,), (), past), plan, CAPACITY)
     made = form.rewrite(layer)
@@ -69,6 +72,15 @@ def inputs(rng: np.random.RandomState, tokens: int, shown: np.ndarray, head_dim:
     query, key, value = (rounded(rng.standard_normal(shape)) for shape in shapes)
     ids = np.zeros((batch, tokens), np.int64)
     return {"input_ids": ids, "attention_mask": shown, "query": query, "key": key, "value": value}
+
+
+def skewed(head_dim: int, centre: np.ndarray, seed: int) -> HeadBasis:
+    """A basis for each head that is no rotation, in numbers that f16 holds: a permutation, doubled here and there."""
+    random = np.random.RandomState(seed)
+    matrix = np.zeros((HEADS, head_dim, head_dim), np.float32)
+    for one in matrix:
+        one[np.arange(head_dim), random.permutation(head_dim)] = random.choice([-2, -1, 0.5, 1, 2], head_dim)
+    return HeadBasis(matrix, np.linalg.inv(matrix).astype(np.float32), centre)
 
 
 def calls(text: str) -> list[int]:

@@ -82,8 +82,8 @@ class KernelLayout:
         lengths = {
             "SCALE": 2,
             "SINKS": 2 * self.query_heads,
-            "CENTRES": self.kv_heads * self.head_dim,
-            **dict.fromkeys(("KEY_ROTATIONS", "VALUE_ROTATIONS", "KEY_RETURNS", "VALUE_RETURNS"), matrices),
+            **dict.fromkeys(("KEY_CENTRES", "VALUE_CENTRES"), self.kv_heads * self.head_dim),
+            **dict.fromkeys(("QUERY_BASES", "KEY_BASES", "VALUE_BASES", "KEY_RETURNS", "VALUE_RETURNS"), matrices),
         }
         found, at = {}, 0
         for name, length in lengths.items():

@@ -16,8 +16,6 @@ __kernel void ovtq_append(__global REAL* state, const __global REAL* step, __glo
   const __global REAL* shown = values + (size_t)KV_HEADS * rows * HEAD_DIM;
   float key[SHARE], value[SHARE];
   load_key(key, keys + ((size_t)head * rows + token) * HEAD_DIM, state, head);
-  turn(key, key_rotation(state, head));
-  load_value(value, values + ((size_t)head * rows + token) * HEAD_DIM);
-  turn(value, value_rotation(state, head));
+  load_value(value, values + ((size_t)head * rows + token) * HEAD_DIM, state, head);
   store(state, head, past + token, key, value, shown[token] > (REAL)0.5f, (int)token + SLOTS > count);
 }

@@ -31,11 +31,11 @@ __kernel void ovtq_attend(__global REAL* state, const __global REAL* step, __glo
   __local float sinks[GROUP];
   for (uint g = me; g < GROUP; g += SUB_GROUPS) {
     float query[SHARE], along = 0;
-    load_value(query, queries + g * HEAD_DIM);
-    FOR_SHARE along += query[i] * (float)state[CENTRES + head * HEAD_DIM + SHARE * lane + i];
+    load(query, queries + g * HEAD_DIM);
+    FOR_SHARE along += query[i] * (float)centre(state, KEY_CENTRES, head)[SHARE * lane + i];
     along = sub_group_reduce_add(along);
     if (lane == 0) sinks[g] = (float)state[SINKS + 2 * (head * GROUP + g)] + (float)state[SINKS + 2 * (head * GROUP + g) + 1] - along;
-    turn(query, key_rotation(state, head));
+    turn(query, matrix(state, QUERY_BASES, head));
     FOR_SHARE turned[g][SHARE * lane + i] = query[i];
   }
   barrier(CLK_LOCAL_MEM_FENCE);
@@ -49,15 +49,14 @@ __kernel void ovtq_attend(__global REAL* state, const __global REAL* step, __glo
   const int older = max(past - WINDOW, 0);  // tokens that are read as packed
   if (part == 0) {
     float key[SHARE], value[SHARE];
-    if (me == 0) {  // the sink: a token without a value
-      FOR_SHARE value[i] = 0;
+    if (me == 0) {  // the sink: a token without a value, so less the centre
+      FOR_SHARE value[i] = -(float)centre(state, VALUE_CENTRES, head)[SHARE * lane + i];
+      turn(value, matrix(state, VALUE_BASES, head));
       for (int g = 0; g < GROUP; g++) add(sinks[g], value, &top[g], &sum[g], context[g]);
     }
     if (me == SUB_GROUPS - 1) {  // the new token
       load_key(key, keys + head * HEAD_DIM, state, head);
-      turn(key, key_rotation(state, head));
-      load_value(value, values + head * HEAD_DIM);
-      turn(value, value_rotation(state, head));
+      load_value(value, values + head * HEAD_DIM, state, head);
       const bool shown = facts[2] > (REAL)0.5f;
       for (int g = 0; g < GROUP; g++) {
         float score = 0;
@@ -70,8 +69,8 @@ __kernel void ovtq_attend(__global REAL* state, const __global REAL* step, __glo
     for (int token = older + (int)me; token < past; token += SUB_GROUPS) {
       const __global REAL* entry = ring_row(state, head, token);
       if (entry[2 * HEAD_DIM] < (REAL)0.5f) continue;
-      load_value(key, entry);
-      load_value(value, entry + HEAD_DIM);
+      load(key, entry);
+      load(value, entry + HEAD_DIM);
       for (int g = 0; g < GROUP; g++) {
         float score = 0;
         FOR_SHARE score += key[i] * turned[g][SHARE * lane + i];
@@ -142,7 +141,8 @@ __kernel void ovtq_attend(__global REAL* state, const __global REAL* step, __glo
       total += factor * joined[n][g][HEAD_DIM + 1];
       FOR_SHARE x[i] += factor * joined[n][g][SHARE * lane + i];
     }
-    turn(x, value_return(state, head));
+    turn(x, matrix(state, VALUE_RETURNS, head));
+    FOR_SHARE x[i] += total * (float)centre(state, VALUE_CENTRES, head)[SHARE * lane + i];
     __global float* record = (__global float*)output + ((head * GROUP + g) * PARTS + part) * RECORD;
     FOR_SHARE record[SHARE * lane + i] = x[i];
     if (lane == 0) {

@@ -10,21 +10,13 @@
 #define FOR_SHARE _Pragma("unroll") for (int i = 0; i < SHARE; i++)
 
 // The state of a layer: constants, packed rows of all tokens, the last tokens as they came. Offsets are in its elements.
-inline const __global REAL* key_rotation(const __global REAL* state, uint head) {
-  return state + KEY_ROTATIONS + (size_t)head * HEAD_DIM * HEAD_DIM;
+// Of a KV head: what queries, keys and values are multiplied with, and what turns keys and values back.
+inline const __global REAL* matrix(const __global REAL* state, int of, uint head) {
+  return state + of + (size_t)head * HEAD_DIM * HEAD_DIM;
 }
 
-inline const __global REAL* value_rotation(const __global REAL* state, uint head) {
-  return state + VALUE_ROTATIONS + (size_t)head * HEAD_DIM * HEAD_DIM;
-}
-
-// And their transposes, which turn back.
-inline const __global REAL* key_return(const __global REAL* state, uint head) {
-  return state + KEY_RETURNS + (size_t)head * HEAD_DIM * HEAD_DIM;
-}
-
-inline const __global REAL* value_return(const __global REAL* state, uint head) {
-  return state + VALUE_RETURNS + (size_t)head * HEAD_DIM * HEAD_DIM;
+inline const __global REAL* centre(const __global REAL* state, int of, uint head) {
+  return state + of + head * HEAD_DIM;
 }
 
 inline __global REAL* packed_row(__global REAL* state, uint head, uint token) {
@@ -53,16 +45,25 @@ inline void turn(float* x, const __global REAL* matrix) {
   FOR_SHARE x[i] = y[i];
 }
 
-// scale·key − centre, and the value, of a token: as they are quantised, but for the rotation.
+inline void load(float* x, const __global REAL* source) {
+  const uint lane = get_sub_group_local_id();
+  FOR_SHARE x[i] = source[SHARE * lane + i];
+}
+
+// (scale·key − centre)·matrix and (value − centre)·matrix: as they are quantised.
 inline void load_key(float* x, const __global REAL* source, const __global REAL* state, uint head) {
   const uint lane = get_sub_group_local_id();
   const float scale = (float)state[SCALE] + (float)state[SCALE + 1];
-  FOR_SHARE x[i] = scale * (float)source[SHARE * lane + i] - (float)state[CENTRES + head * HEAD_DIM + SHARE * lane + i];
+  const __global REAL* middle = centre(state, KEY_CENTRES, head);
+  FOR_SHARE x[i] = scale * (float)source[SHARE * lane + i] - (float)middle[SHARE * lane + i];
+  turn(x, matrix(state, KEY_BASES, head));
 }
 
-inline void load_value(float* x, const __global REAL* source) {
+inline void load_value(float* x, const __global REAL* source, const __global REAL* state, uint head) {
   const uint lane = get_sub_group_local_id();
-  FOR_SHARE x[i] = source[SHARE * lane + i];
+  const __global REAL* middle = centre(state, VALUE_CENTRES, head);
+  FOR_SHARE x[i] = (float)source[SHARE * lane + i] - (float)middle[SHARE * lane + i];
+  turn(x, matrix(state, VALUE_BASES, head));
 }
 
 // Codes less their middle, and the scale: ovtq.codec.AdaptiveUniform.

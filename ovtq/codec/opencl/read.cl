@@ -23,14 +23,15 @@ __kernel void ovtq_read(__global REAL* state, const __global INPUT1_TYPE* unused
       FOR_SHARE value[i] *= value_scale;
     } else if ((int)row < count) {
       const __global REAL* entry = ring_row(state, head, row);
-      load_value(key, entry);
-      load_value(value, entry + HEAD_DIM);
+      load(key, entry);
+      load(value, entry + HEAD_DIM);
     }
-    turn(key, key_return(state, head));
-    turn(value, value_return(state, head));
+    turn(key, matrix(state, KEY_RETURNS, head));
+    turn(value, matrix(state, VALUE_RETURNS, head));
     __global OUTPUT0_TYPE* at = output + ((size_t)head * rows + row) * HEAD_DIM + SHARE * lane;
     if ((int)row < count) {
-      FOR_SHARE key[i] += (float)state[CENTRES + head * HEAD_DIM + SHARE * lane + i];
+      FOR_SHARE key[i] += (float)centre(state, KEY_CENTRES, head)[SHARE * lane + i];
+      FOR_SHARE value[i] += (float)centre(state, VALUE_CENTRES, head)[SHARE * lane + i];
     }
     FOR_SHARE at[i] = (OUTPUT0_TYPE)key[i];
     FOR_SHARE at[(size_t)KV_HEADS * rows * HEAD_DIM + i] = (OUTPUT0_TYPE)value[i];

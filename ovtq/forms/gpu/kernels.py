@@ -175,19 +175,22 @@ class Kernels:
     def _state(self, layer: AttentionLayer) -> Output:
         """What a layer's kernels are given; it starts with the layer's constants, and zeros."""
         layout, plan = self.layout, self.plan
-        rotation = np.broadcast_to(plan.rotation, (layout.kv_heads, layout.head_dim, layout.head_dim))
-        back = rotation.swapaxes(1, 2)
+        key, value = plan.bases[layer.index]
         constants = {
             "SCALE": in_two(np.array(layer.scale)),
             "SINKS": in_two(layer.sink_logits.reshape(-1)),
-            "CENTRES": plan.centres[layer.index],
-            "KEY_ROTATIONS": rotation,
-            "VALUE_ROTATIONS": rotation,
-            "KEY_RETURNS": back,
-            "VALUE_RETURNS": back,
+            "KEY_CENTRES": key.centre,
+            "VALUE_CENTRES": value.centre,
+            "QUERY_BASES": key.dual,
+            "KEY_BASES": key.matrix,
+            "VALUE_BASES": value.matrix,
+            "KEY_RETURNS": key.inverse,
+            "VALUE_RETURNS": value.inverse,
         }
         head = np.zeros(layout.offsets["ROWS"], np.float32)
         for name, values in constants.items():
+            if values.ndim == 3:  # one that all heads share
+                values = np.broadcast_to(values, (layout.kv_heads, *values.shape[1:]))
             head[layout.offsets[name] :][: values.size] = values.reshape(-1)
         one, rows, width = layout.shape
         spec = StateSpec(
