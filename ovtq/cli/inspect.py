@@ -6,7 +6,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         to_stdout = options.json == Path("-")
         if options.json and not to_stdout:
             io.check_json(options.json, options.model_dir, None)
-        facts = inspect(options, errors)
-        text = json.dumps(facts, indent=1) + "\n"
-        if to_stdout:
-            Out().out(text, end="")
-            return
-        console = Out() if sys.stdout.isatty() else Out(width=160)  # a file needs no narrow columns
-        for section in SECTIONS:
-            section(console, facts)
+        with _as_recorded(options.model_dir):
+            facts = inspect(options, errors)
+            text = json.dumps(facts, indent=1) + "\n"
+            if to_stdout:
+                Out().out(text, end="")
+                return
+            console = Out() if sys.stdout.isatty() else Out(width=160)  # a file needs no narrow columns
+            for section in SECTIONS:
+                section(console, facts)
         if options.json:
             files.write(options.json, text)
 
     return run("ovtq-inspect", work, errors, argv=argv)
+
+
+@contextmanager
+def _as_recorded(model_dir: Path) -> Iterator[None]:
+    """Within it, what a converted folder's record or stamp lacks, or has in another form, is an InputError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if not (model_dir / io.RECORD).exists() and not io.stamp_of(io.load(model_dir)):
+            raise
+        raise InputError(
+            f"{model_dir}: what {io.RECORD} or the model's rt_info says of its conversion is not of this version's "
+            f"form ({type(error).__name__}: {io.last_line(error)}); convert the original model again"
+        ) from error
 
 
 def parser() -> argparse.ArgumentParser:
