@@ -1,4 +1,4 @@
-"""A converted folder behind a server, asked by the official openai client. Needs `pip install openai 'yonga[serve]'`."""
+"""A converted folder behind a server, asked by the openai client. Needs `pip install openai 'yonga[serve]'`."""
 
 from __future__ import annotations
 
