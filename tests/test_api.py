@@ -344,8 +344,8 @@ def test_bad_models(tiny_copy: Path, tmp_path: Path) -> None:
         ovtq.compress("model", SMALL)  # type: ignore[type-var]
     with pytest.raises(errors.InputError, match=r"config: expected a mapping, or the path .*, got int"):
         ovtq.compress(io.load(SMALL), 3)  # type: ignore[arg-type]
-    with pytest.raises(errors.UnsupportedModel, match="model_type 'mistral'"):
-        ovtq.describe(SMALL, {"model_type": "mistral"})
+    with pytest.raises(errors.UnsupportedModel, match=r"config\.json has 3 layers"):
+        ovtq.describe(SMALL, {"num_hidden_layers": 3})
     with pytest.raises(errors.InputError, match="no such folder"):
         ovtq.state_bytes(tmp_path / "nowhere", 1)
     for tokens in (-1, 1.5):

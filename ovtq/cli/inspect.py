@@ -15,9 +15,9 @@ import openvino as ov
 from openvino import opset15 as op
 from rich.console import Console
 
-from ovtq import __version__, pipeline, states
+from ovtq import __version__, files, pipeline, states
 from ovtq.advice import Advice, advise, attention_of
-from ovtq.cli.command import Out, Parser, listed, phase, positive, progress, run
+from ovtq.cli.command import Out, Parser, listed, path_of, phase, positive, progress, run
 from ovtq.cli.inspect_tables import SECTIONS
 from ovtq.errors import InputError, OvtqError, UnsupportedModel
 from ovtq.evidence import roofline, roofline_cpu
@@ -52,15 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for section in SECTIONS:
             section(console, facts)
         if options.json:
-            options.json.write_text(text, encoding="utf-8")
+            files.write(options.json, text)
 
-    return run("ovtq-inspect", work, errors)
+    return run("ovtq-inspect", work, errors, argv=argv)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = Parser("ovtq-inspect", __doc__)
-    p.add_argument("model_dir", type=Path, help="folder with a stateful IR, exported or converted")
+    p.add_argument("model_dir", type=path_of, help="folder with a stateful IR, exported or converted")
     p.add_argument(
         "--context",
         type=listed(positive, "tokens"),
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--text",
-        type=Path,
+        type=path_of,
         metavar="FILE",
         help=f"run {TEXT_TOKENS:,} tokens of it on the CPU, to compare key biases with the keys (compiles the model; "
         "needs the extra genai)",
@@ -85,7 +85,12 @@ def parser() -> argparse.ArgumentParser:
         "should take on this machine, by what its parts cost here (compiles two layers and runs them; half a minute)",
     )
     p.add_argument(
-        "--json", type=Path, nargs="?", const=Path("-"), metavar="FILE", help="write it as JSON, too; alone on stdout"
+        "--json",
+        type=path_of,
+        nargs="?",
+        const=Path("-"),
+        metavar="FILE",
+        help="write it as JSON, too; alone on stdout",
     )
     return p
 
@@ -112,6 +117,8 @@ def inspect(options: argparse.Namespace, errors: Console) -> dict[str, Any]:
         "consumers": _consumers(converted, any(_with_sinks(node) for node in model.get_ops())),
     }
     if options.roofline:
+        if config.get("model_type") != "gpt_oss":
+            raise InputError(f"--roofline: known of GPT-OSS alone, this is {config.get('model_type')}")
         try:
             if options.roofline == "cpu":
                 facts["roofline"] = roofline_cpu.table(options.model_dir, facts["contexts"])
@@ -144,7 +151,8 @@ def inspect(options: argparse.Namespace, errors: Console) -> dict[str, Any]:
             else:
                 asked = cache.marked(changed)
                 row = memory(name, made.states, facts["contexts"], target, asked)
-                facts["memory"].append(row | {"skipped": pipeline.told(steps)})
+                left = pipeline.told(steps)
+                facts["memory"].append(row | {"skipped": left} if left else row)
             tick()
     facts["recommended"] = _recommended(advise(description, target), facts["memory"])
     if ids is not None:
@@ -274,8 +282,8 @@ def key_bias_shares(model: ov.Model, description: ModelDescription, ids: np.ndar
     places = {}
     for layer in description.layers:
         found = biased_projection(layer.key.source, layer.kv_heads, layer.head_dim)
-        if found:
-            add, bias = found
+        if found and layer.key_bias is not None:  # not one of queries, keys and values together
+            add, bias = found[0], layer.key_bias
             places[layer.index] = next(x for x in add.input_values() if constant_of(x) is None), bias
     if not places:
         return {}
