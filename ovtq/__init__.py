@@ -6,7 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ovtq import codec, errors
-    from ovtq.api import PRESETS, Conversion, compress, convert, describe, pruning_counts, state_bytes, verify
+    from ovtq.api import (
+        PRESETS,
+        Conversion,
+        compress,
+        convert,
+        describe,
+        load_state,
+        pruning_counts,
+        read_prompt,
+        save_state,
+        state_bytes,
+        verify,
+    )
 
 __version__ = "0.1.0"
 
@@ -19,7 +31,10 @@ __all__ = [
     "convert",
     "describe",
     "errors",
+    "load_state",
     "pruning_counts",
+    "read_prompt",
+    "save_state",
     "state_bytes",
     "verify",
 ]

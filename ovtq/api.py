@@ -23,11 +23,24 @@ from ovtq.models import ModelDescription
 from ovtq.models import describe as described
 from ovtq.options import Checks, Options, PassList, Settings
 from ovtq.pipeline import PRESETS
+from ovtq.prefix import load_state, read_prompt, save_state
 from ovtq.runtime.runner import check_device
 from ovtq.verification.recheck import recheck
 from ovtq.verification.verify import Difference
 
-__all__ = ["PRESETS", "Conversion", "compress", "convert", "describe", "pruning_counts", "state_bytes", "verify"]
+__all__ = [
+    "PRESETS",
+    "Conversion",
+    "compress",
+    "convert",
+    "describe",
+    "load_state",
+    "pruning_counts",
+    "read_prompt",
+    "save_state",
+    "state_bytes",
+    "verify",
+]
 
 Folder = str | Path
 Config = Mapping[str, Any] | str | Path  # of a model: what config.json holds, that file, or its folder
@@ -83,20 +96,21 @@ def compress(
     one has. `config` is what its config.json holds, that file, or its folder. An OVModelForCausalLM of optimum-intel is
     changed in place and returned; it compiles again when it is used next, and `save_pretrained` writes the new model.
 
-    `preset` is one of PRESETS ("k6v4" if there is none, nor `passes`), `target` gpu or cpu. All else as for
-    ovtq-convert; None: as the preset has it. Raises InputError, UnsupportedModel or PreconditionFailed; the model is
-    then as it was.
+    `preset` is one of PRESETS, or "auto" (if there is none, nor `passes`), which takes what was measured to be best for
+    target and model (`ovtq.automatic`); `target` is gpu or cpu. All else as for ovtq-convert; None: as the preset has
+    it. Raises InputError, UnsupportedModel or PreconditionFailed; the model is then as it was.
     """
     options = Options(
         preset, target, passes, k_bits, v_bits, residual_window, protect, centre, window_bits,
         budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     graph = _graph(model)
-    options.chosen()  # refused before the rest takes seconds
+    options.refuse_bad()  # before the rest takes seconds
     facts = _config(model, config)
     conversion.refuse_converted("the model", graph)
     copy = graph.clone()  # passes reuse the nodes of what they are given
     description = described(copy, facts)
+    options, _ = options.settled(description)
     items = options.chosen(description=description)
     if isinstance(config, str | Path):
         items = tuple(item.at(_folder_of(config)) for item in items)
@@ -135,11 +149,13 @@ def convert(
     verify_seed: int = 0,
     verify_layers: int | None = None,
     force: bool = False,
+    card: bool = True,
     on_progress: OnProgress | None = None,
 ) -> Conversion:
     """Convert a model's folder into another, as ovtq-convert does: verified, whole or not at all.
 
     `out_dir` None: tell what would be done, write and verify nothing. `force` replaces a folder that ovtq made.
+    `card`: leave a model card, README.md, in it.
     `on_progress(stage, done, total)` is called as each of the stages read, rewrite, write and verify begins and goes
     on; what it raises ends the conversion. Options as of `compress`, `verify_…` as of ovtq-convert. Raises OvtqError;
     `model_dir` is never changed.
@@ -161,7 +177,7 @@ def convert(
 
     folder = None if out_dir is None else Path(out_dir)
     try:
-        return conversion.convert(Path(model_dir), folder, options, checks, force=force, on_progress=told)
+        return conversion.convert(Path(model_dir), folder, options, checks, force=force, card=card, on_progress=told)
     except InputError:
         if raised:  # not one of the disk, as which it was taken
             raise raised[0] from None

@@ -13,6 +13,7 @@ from typing import Any
 import openvino as ov
 
 from ovtq import __version__, pipeline, states
+from ovtq import card as model_card
 from ovtq.errors import InputError
 from ovtq.ir import cache, io
 from ovtq.models import ModelDescription, describe
@@ -132,6 +133,7 @@ def convert(
     checks: Checks,
     *,
     force: bool = False,
+    card: bool = True,
     record_to: Path | None = None,
     on_progress: OnProgress = lambda stage, done, total: None,
     after: After = lambda item, model: None,
@@ -139,10 +141,10 @@ def convert(
 ) -> Conversion:
     """Convert a folder into another; `out_dir` None: say what would be done, write nothing but the record.
 
-    The input is left untouched, and `out_dir` is whole or as it was. `record_to` is a file that the record is written
-    to besides. Raises OvtqError, worded as the options were given.
+    The input is left untouched, and `out_dir` is whole or as it was. `card`: leave a README.md in it. `record_to` is a
+    file that the record is written to besides. Raises OvtqError, worded as the options were given.
     """
-    passes = tuple(item.at(model_dir) for item in options.chosen(wording))
+    options.refuse_bad(wording)
     checks.refuse_bad(wording)
     source = io.model_xml(model_dir)
     if record_to:
@@ -157,6 +159,7 @@ def convert(
     tick()
     refuse_converted(model_dir, model)
     description = describe(model, io.load_config(model_dir))
+    options, advice = options.settled(description)
     passes = tuple(item.at(model_dir) for item in options.chosen(wording, description))
     tick()
     weights = source.with_suffix(".bin").stat().st_size
@@ -170,6 +173,7 @@ def convert(
     made = rewrite(model, description, options, passes, done)
     description, record = made.description, made.record
     record["source"] = {"xml_sha256": io.text_sha256(source), "bin_bytes": weights}
+    record["reason"] = advice and advice.reason
     record["verified"] = None
     precision, found = cache.marked(made.model), None
     if out_dir is None:
@@ -200,6 +204,8 @@ def convert(
             written.wait()
             tick()
         (folder / io.RECORD).write_text(_text(record), encoding="utf-8", newline="\n")
+        if card:
+            model_card.leave(model_dir, folder, record)
         _write_record(record_to, record)
     return _told(made, found, precision)
 

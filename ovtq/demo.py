@@ -101,4 +101,4 @@ def _bytes(folders: Sequence[Path]) -> Table:
 
 
 if __name__ == "__main__":
-    sys.exit(run_command("demo", "interrupted"))
+    sys.exit(run_command("demo", package="ovtq"))

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ovtq import pipeline
+from ovtq.advice import Advice
+from ovtq.automatic import AUTO, PACKED, choose
 from ovtq.errors import InputError
 from ovtq.forms.table import TARGETS
 from ovtq.models import ModelDescription
 from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
 from ovtq.wording import PROGRAM, Wording
 
-PRESET = "k6v4"  # unless there is another, or a list of passes
 PACKING = ("k_bits", "v_bits", "residual_window", "protect", "centre")  # of quantize-kv
 PRUNING = ("budget", "recent_window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv
 
@@ -52,11 +53,38 @@ class Options:
 
     @property
     def named(self) -> str | None:
-        """The preset; None of a list of passes."""
-        return None if self.passes is not None else self.preset or PRESET
+        """The preset by its own name; None of a list of passes."""
+        if self.passes is not None:
+            return None
+        return pipeline.ALIASES.get(self.preset, self.preset) if self.preset else AUTO
+
+    @property
+    def packs(self) -> bool:
+        """Whether options were given that a packed or pruned cache alone has."""
+        settings = self.settings if isinstance(self.settings, Mapping) else {}
+        return bool(self._given((*PACKING, *PRUNING))) or bool({QuantizeKv.name, PruneKv.name} & {*settings})
+
+    def settled(self, description: ModelDescription) -> tuple[Options, Advice | None]:
+        """These options with a preset in the place of `auto`, and why that one; None if another was named."""
+        if self.named != AUTO:
+            return self, None
+        found = choose(description, self.target, self.packs)
+        return replace(self, preset=found.preset), found
+
+    def refuse_bad(self, wording: Wording = PROGRAM) -> None:
+        """Raise InputError for what is wrong whatever the model is."""
+        if self.target not in TARGETS:
+            raise InputError(f"{wording.option('target')} is one of {', '.join(TARGETS)}, got {self.target!r}")
+        if self.named != AUTO:
+            self.chosen(wording)
+        elif self.packs:
+            replace(self, preset=PACKED.preset).chosen(wording)
 
     def chosen(self, wording: Wording = PROGRAM, description: ModelDescription | None = None) -> tuple[Pass, ...]:
-        """The passes, of a preset those for such a model. Raises InputError for options that can't be used together."""
+        """The passes of settled options, of a preset those for such a model.
+
+        Raises InputError for options that can't be used together.
+        """
         passes = self._listed(wording, description)
         pruning = self._given(PRUNING)
         if pruning and self.budget is None and not any(isinstance(item, PruneKv) for item in passes):
@@ -79,10 +107,9 @@ class Options:
         if self.target not in TARGETS:
             raise InputError(f"{wording.option('target')} is one of {', '.join(TARGETS)}, got {self.target!r}")
         if self.passes is None:
-            name = self.preset or PRESET
-            if name not in pipeline.PRESETS:
-                raise InputError(f"no preset is named {name!r}; there are {', '.join(pipeline.PRESETS)}")
-            return pipeline.PRESETS[name].on(self.target, description)
+            if self.named not in pipeline.PRESETS:
+                raise InputError(f"no preset is named {self.named!r}; there are {', '.join((AUTO, *pipeline.PRESETS))}")
+            return pipeline.PRESETS[self.named].on(self.target, description, pruned=self.budget is not None)
         if self.preset is not None:
             raise InputError(f"give {wording.option('preset')} or {wording.option('passes')}, not both")
         items = [self.passes] if isinstance(self.passes, str) else self.passes

@@ -39,16 +39,23 @@ SERVES_NONE = "no layer is given another cache, for which they are"
 class Preset:
     """A named list of passes and what it is for; `cpu` are the passes for a CPU, where they are others.
 
-    `plain` are those for models whose attention has no sinks, by target, where they are others again.
+    `plain` are those for models whose attention has no sinks, by target, where they are others again; `pruned` those
+    that prune-kv goes with.
     """
 
     passes: tuple[Pass, ...]
     purpose: str
     cpu: tuple[Pass, ...] | None = None
     plain: Mapping[str, tuple[Pass, ...]] | None = None
+    pruned: tuple[Pass, ...] | None = None
 
-    def on(self, target: str, description: ModelDescription | None = None) -> tuple[Pass, ...]:
-        """The passes for a target, gpu or cpu, in a model (None: one whose attention has sinks)."""
+    def on(self, target: str, description: ModelDescription | None = None, pruned: bool = False) -> tuple[Pass, ...]:
+        """The passes for a target, gpu or cpu, in a model (None: one whose attention has sinks).
+
+        `pruned`: prune-kv will be among them.
+        """
+        if pruned and self.pruned:
+            return for_target(self.pruned, target)
         if self.plain and description and not description.sinks:
             return for_target(self.plain[target], target)
         return for_target(self.cpu if target == "cpu" and self.cpu else self.passes, target)
@@ -71,7 +78,8 @@ def _packed(bits: str, purpose: str) -> Preset:
     )
 
 
-EXACT: tuple[Pass, ...] = (
+# Full layers are left to the runtime's own cache and attention.
+PLAIN: tuple[Pass, ...] = (
     # lengths first: layer 0, whose state every length is read from, is one that truncate-window cuts
     DecoupleLength(),
     TruncateWindow(),
@@ -102,7 +110,7 @@ def _native(precision: str, purpose: str) -> Preset:
             CheckCall(),
         ),
         purpose=purpose,
-        cpu=(*EXACT, CachePrecision(precision)),
+        cpu=(*PLAIN, CachePrecision(precision)),
         plain={
             "gpu": (
                 DecoupleLength(),
@@ -119,8 +127,12 @@ def _native(precision: str, purpose: str) -> Preset:
 
 PRESETS: dict[str, Preset] = {
     "exact": Preset(
-        passes=EXACT,
-        purpose="lossless: sliding-window layers keep their window only, values of full layers are rotated",
+        passes=(DecoupleLength(), TruncateWindow(), SimplifyMask(), SinkRow(), CheckCall()),
+        purpose="lossless: sliding-window layers keep their window only; on a GPU full layers are read in place by the "
+        "plugin's fused attention, 30,720 bytes a token of GPT-OSS-20B",
+        cpu=PLAIN,
+        plain={"gpu": PLAIN, "cpu": PLAIN},
+        pruned=PLAIN,
     ),
     "rotate": Preset(
         passes=(RotateHeads(),),
@@ -137,12 +149,6 @@ PRESETS: dict[str, Preset] = {
         "4",
         "small: keys and values in 4 bits; 6,528 bytes a token of GPT-OSS-20B, mean KLD 8.2e-4 on the bundled model",
     ),
-    "f16": Preset(
-        passes=(DecoupleLength(), TruncateWindow(), SimplifyMask(), SinkRow(), CheckCall()),
-        purpose="lossless, for a GPU: moves a thirteenth of the bytes that `exact` moves for a token of history, for a "
-        "quarter more memory; 30,720 bytes a token of GPT-OSS-20B",
-        cpu=EXACT,
-    ),
     "u8": _native(
         "u8",
         "fast: the plugin's own 8-bit cache and kernels; 15,936 bytes a token of GPT-OSS-20B on a GPU, mean KLD 9e-5 "
@@ -150,6 +156,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "u4": _native("u4", "fast: the same in 4 bits; 8,448 bytes a token of GPT-OSS-20B on a GPU, mean KLD 6.8e-3"),
 }
+LEAD = "beam_idx/converted_by_ovtq/pass_ATTENTION_BACKEND=SDPA"  # what beam_idx is called in an error
+ALIASES = {"f16": "exact"}  # other names that are taken
 
 
 def for_target(passes: Sequence[Pass], target: str) -> tuple[Pass, ...]:
@@ -224,7 +232,16 @@ def run(
         after(item, model)
     if all(step.skipped for step in steps) and steps:
         raise PreconditionFailed(f"nothing to do in this model: {told(steps)}; use it as it is, or another preset")
+    if not all(item.paged_attention for item in passes):
+        _lead(model)
     return model, description, steps
+
+
+def _lead(model: ov.Model) -> None:
+    """Let the error of GenAI's paged path, which names the inputs that it has no use for, say what to do instead."""
+    for parameter in model.get_parameters():
+        if "beam_idx" in parameter.output(0).get_names():
+            parameter.set_friendly_name(LEAD)
 
 
 def told(steps: Sequence[Step]) -> str:

@@ -28,7 +28,8 @@ class CheckCall(Pass):
     decouple-length takes the past length from attention_mask. Of a mask that is too long an exported model reads the
     first columns: behind this pass that is so again. On a GPU the past length is that of a cache that holds all tokens;
     on a CPU, where no cache of ovtq does, it comes from a state of its own, (batch, 1) i32; on a GPU whose caches are
-    all pruned it stays that of attention_mask. On a CPU beam_idx is checked by value, too; a GPU would have to wait.
+    all pruned, or windows, it stays that of attention_mask. On a CPU beam_idx is checked by value, too; a GPU would
+    have to wait.
 
     A call for which there is no right result is refused, by a node whose name says what a call must be, for plugins
     quote the name. Of a call that any node refuses, the CPU plugin (of an exported model, too) keeps the shapes that
@@ -79,8 +80,9 @@ class CheckCall(Pass):
             held = [op.subtract(dim(read, 0), one)]
         elif rows:
             past = rows.count()
-        else:  # pruned, all of them: a count would have to be waited for, so it stays that of the mask
+        else:  # pruned or windows, all of them: a count would have to be waited for, so it stays that of the mask
             past = description.past
+            last, held = [i64([0])], [past]  # less than none: a mask shorter than the new tokens
         # What must not be more than what; of lengths alone, which the GPU plugin compares on the host
         these = [one, sequences, batch, beam_count, batch, op.add(past, new), *[i64([0])] * len(first), *last]
         those = [new, batch, sequences, batch, beam_count, columns, *first, *held]

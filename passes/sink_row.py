@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,17 +11,17 @@ import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.codec.rotation import digest, hadamard_matrix, randomized_frame
+from ovtq.codec.rotation import digest, hadamard_matrix, randomized_frame, spread_width
 from ovtq.errors import VerificationFailed
+from ovtq.forms.gpu.recent import PADDING, RecentRows
 from ovtq.ir.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
 from ovtq.models.description import AttentionLayer, Exported, ModelDescription, TokenRows
 from ovtq.models.description import SinkRow as SinkRowCache
 from ovtq.models.rope import key_centre, norms
 from ovtq.passes.base import Pass, Rewrite, option
-from ovtq.passes.checks import coupled, not_exported
-from ovtq.states import Growing, StateSpec, cache_name
+from ovtq.passes.checks import coupled, not_exported, taken, unequal
+from ovtq.states import RECENT, Growing, StateSpec, cache_name
 
-PADDING = 16  # coordinates more than head_dim: kernels of the GPU plugin take a head in sixteens
 ALL = 2**31 - 1
 SINK = 1.0  # the size of a coordinate of b·u
 SHORT = 2.0**-6  # and of its value: of zeros, which have no range, the GPU plugin takes a scale that overflows f16
@@ -62,8 +63,11 @@ class SinkRow(Pass):
     seed: int = option(0, "seed of the rotation's random rows and signs")
     rotate: bool = option(True, "spread vectors over all coordinates, those for the sink included")
     centre: str = option("bias", "what is subtracted from all keys", choices=("bias", "none"))
+    window: int = option(0, "tokens before a query's own that it reads as they are, whatever the cache keeps; 0: none")
 
     def __post_init__(self) -> None:
+        if not 0 <= self.window <= 4096:
+            raise ValueError(f"window must be from 0 to 4096, got {self.window}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
 
@@ -90,21 +94,30 @@ class SinkRow(Pass):
             if layer.sinks is None:
                 raise self.refuse(f"layer {layer.index} has no sinks; leave this pass out")
             try:
-                hadamard_matrix(layer.head_dim + PADDING)
+                if self.window:
+                    spread_width(layer.head_dim, layer.head_dim + PADDING - 2)
+                else:
+                    hadamard_matrix(layer.head_dim + PADDING)
             except ValueError as error:
                 raise self.refuse(f"layer {layer.index} has head_dim {layer.head_dim}: {error}") from None
         self.refuse_if(coupled(description))
+        if self.window:
+            self.refuse_if(unequal(description.full, "heads or head_dim") or taken(description.states, RECENT))
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each layer's states and attention."""
-        rows = _Rows(self, description)
         centres = {layer.index: key_centre(model, layer, self.centre) for layer in description.full}
-        changed = {layer.index: rows.attend(layer, centres[layer.index]) for layer in description.full}
+        rows: RecentRows | _Rows
+        if self.window:
+            rows = RecentRows(description, self.window, centres, self.seed, self.rotate)
+        else:
+            rows = _Rows(self, description, centres)
+        changed = {layer.index: rows.attend(layer) for layer in description.full}
         old = [path.assign for layer in description.full for path in layer.paths]
-        model = rebuild(model, drop=old, add=rows.assigns)
+        model = rebuild(model, drop=old, add=rows.finish())
         facts = {
             "width": rows.width,
-            "matrix_sha256": digest(np.concatenate([rows.frame, rows.sink[None]])),
+            "matrix_sha256": rows.digest,
             "centre_norms": norms(centres),
         }
         return Rewrite(model, description.recached(changed, rows.states), len(changed), facts)
@@ -122,7 +135,8 @@ class SinkRow(Pass):
 class _Rows:
     """The nodes that all full layers share, and the rewrite of one layer."""
 
-    def __init__(self, item: SinkRow, description: ModelDescription) -> None:
+    def __init__(self, item: SinkRow, description: ModelDescription, centres: Mapping[int, np.ndarray]) -> None:
+        self.centres = centres
         layer = description.full[0]
         d, self.width = layer.head_dim, layer.head_dim + PADDING
         if item.rotate:
@@ -139,12 +153,21 @@ class _Rows:
         self.assigns: list[Node] = []
         self.states: list[StateSpec] = []
 
-    def attend(self, layer: AttentionLayer, centre: np.ndarray) -> AttentionLayer:
+    @property
+    def digest(self) -> str:
+        """Of the rows that vectors are spread by."""
+        return digest(np.concatenate([self.frame, self.sink[None]]))
+
+    def finish(self) -> list[Node]:
+        """The Assigns, once every layer is rewritten."""
+        return self.assigns
+
+    def attend(self, layer: AttentionLayer) -> AttentionLayer:
         """Rewrite one layer."""
         H, G = layer.kv_heads, layer.group
         key, value = (size * np.sqrt(self.width, dtype=np.float32) * self.sink for size in (SINK, SHORT))
         part = layer.sinks.reshape(1, H * G, 1, 1) / layer.scale * key / np.square(key).sum()
-        moved = (-centre @ self.frame)[None, :, None]
+        moved = (-self.centres[layer.index] @ self.frame)[None, :, None]
         query = self._behind_sink(op.add(self._rotate(layer.query.source), f32(part)), H * G, 0 * key)
         keys, _ = self._cache(layer, "key", op.add(self._rotate(layer.key.source), f32(moved)), key + moved)
         values, past = self._cache(layer, "value", self._rotate(layer.value.source), value)

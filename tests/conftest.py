@@ -81,8 +81,8 @@ def convert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def exact(convert: Callable[..., Path]) -> Path:
-    """The bundled model, converted with the preset `exact`."""
-    return convert(MINI, "--preset", "exact")
+    """The bundled model, converted with the preset `exact` for a CPU."""
+    return convert(MINI, "--preset", "exact", "--target", "cpu")
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from conftest import TINY, load
 
 from ovtq.ir.dump import dump
 from ovtq.ir.graph import Port, consumers
-from ovtq.passes import PASSES, CheckCall, Pass, PruneKv, QuantizeKv, TruncateWindow
+from ovtq.passes import PASSES, CheckCall, Pass, PruneKv, QuantizeKv, SinkRow, TruncateWindow
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
@@ -21,6 +21,7 @@ SUBJECTS: dict[str, Pass] = {name: cls() for name, cls in PASSES.items()}
 SUBJECTS["quantize-kv-cpu"] = QuantizeKv(target="cpu")
 SUBJECTS["prune-kv-cpu"] = PruneKv(target="cpu")
 SUBJECTS["check-call-cpu"] = CheckCall(target="cpu")
+SUBJECTS["sink-row-window"] = SinkRow(window=16)
 SUBJECTS["truncate-window-cpu"] = TruncateWindow(target="cpu")
 SUBJECTS["truncate-window-packed"] = TruncateWindow(k_bits="6", v_bits="4")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from conftest import GPU_TOOLS, MINI, ROOT
 
 RECORD = ROOT / "tests" / "data" / "ledger.json"
-PRESETS = ("rotate", "exact", "k8v4", "k6v4", "k4v4", "f16", "u8", "u4")
+PRESETS = ("rotate", "exact", "k8v4", "k6v4", "k4v4", "u8", "u4")
 COUNTS = ("kernels", "copies", "waits", "read_per_token", "written_per_token", "flat_read", "flat_written")
 
 

@@ -170,7 +170,8 @@ def test_a_hosts_changes_reach_the_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "number"), [("300", 300), ("2k", 2048), ("8K", 8192), ("131k", 131072), ("128k", 131072), ("10k", 10240)]
+    ("text", "number"),
+    [("300", 300), ("2k", 2048), ("8K", 8192), ("131k", 131072), ("128k", 131072), ("10k", 10240), ("33k", 33792)],
 )
 def test_numbers_of_tokens(text: str, number: int) -> None:
     assert tokens(text) == number

@@ -171,6 +171,8 @@ def _command(words: list[str], fenced: bool) -> Iterator[str]:
         return
     first, *rest = words
     name = Path(first).name
+    if name == "ovtq" and rest and rest[0][:1] not in ("-", "…") and not rest[0].isupper():
+        name, rest = f"ovtq-{rest[0]}", rest[1:]
     if name.startswith("ovtq-") and first != "~/.cache/ovtq-gpu" and not first.startswith(("tools/", "~")):
         if name not in DOCS["COMMANDS"]:
             yield f"there is no command {name}"
@@ -259,6 +261,8 @@ def test_what_a_page_names_is_there(page: Path) -> None:
         ("[x](docs/nowhere.md)", "there is no docs/nowhere.md"),
         ("[x](docs/presets.md#nowhere)", "no heading of that name"),
         ("`ovtq-convrt A B`", "no command ovtq-convrt"),
+        ("`ovtq convrt A B`", "no command ovtq-convrt"),
+        ("`ovtq eval A B --txt FILE`", "no flag --txt"),
         ("`ovtq-convert A B --buget 3`", "no flag --buget"),
         ("`--target tpu`", "--target can't be tpu"),
         ("`k6v4 --target tpu`", "--target can't be tpu"),
@@ -286,6 +290,19 @@ def test_what_is_not_there_is_found(text: str, fault: str) -> None:
 def test_the_readme_is_an_introduction() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
+
+
+def test_the_readmes_first_screen_takes_a_newcomer_to_text() -> None:
+    """In this order: install, get a model, convert, load in either host; and what a host must be told or not asked."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[:48]
+    steps = (
+        "pip install '.[genai]'", "takes 45 GB of memory", "hf download ", "optimum-cli export openvino ",
+        "ovtq convert ", "LLMPipeline(", "OVModelForCausalLM.from_pretrained(", "ovtq.read_prompt(", "`CACHE_DIR`",
+        '`ATTENTION_BACKEND="PA"`', "`num_return_sequences` above 1", "`ovtq.save_state`", "`ovtq doctor`",
+    )  # fmt: skip
+    places = [next((number for number, line in enumerate(lines) if step in line), None) for step in steps]
+    assert None not in places, dict(zip(steps, places, strict=True))
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/presets.md"])
@@ -325,13 +342,13 @@ def test_workflows_and_forms_are_yaml() -> None:
 
 
 @pytest.mark.parametrize(("number", "needs"), [(0, "openvino_genai"), (1, "optimum.intel")])
-def test_the_readmes_python_runs(number: int, needs: str, convert: Callable[..., Path]) -> None:
+def test_the_readmes_python_runs(number: int, needs: str, convert: Callable[..., Path], tmp_path: Path) -> None:
     """As it stands, with the bundled model on a CPU in the place of GPT-OSS-20B on a GPU."""
     pytest.importorskip(needs, reason="needs an extra")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 2
     folder = convert(MINI, "--preset", "u8", "--target", "cpu")
-    code = blocks[number].replace("gpt-oss-20b-u8", str(folder)).replace('"GPU"', '"CPU"')
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    code = blocks[number].replace("gpt-oss-20b-kv", str(folder)).replace('"GPU"', '"CPU"')
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) > 20

@@ -30,12 +30,13 @@ from ovtq.ir.graph import constant_of
 from ovtq.models import ModelDescription, describe
 from ovtq.models.description import Exported
 from ovtq.models.rope import mean_rotated_bias
+from ovtq.passes import PASSES
 from ovtq.runtime.paged import PagedRunner
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 from ovtq.verification.extent import cut, rooted, scope
 from ovtq.verification.packed_check import PackedCheck
 from ovtq.verification.routers import with_routers
-from ovtq.verification.schedule import Call
+from ovtq.verification.schedule import PASTED, Call, calls_for
 from ovtq.verification.verify import TOLERANCE, compare, play
 
 # windows of the layers, query heads, KV heads, head_dim, scale if it is not 1/√head_dim
@@ -209,6 +210,25 @@ def test_exact_and_packed_in_short_texts(name: str, family: Callable[[str], Path
         assert any(lossy) == bool(check.layers) == (preset == "k6v4" and bool(description.full)), preset
 
 
+@pytest.mark.parametrize(
+    ("name", "needless"),
+    [
+        ("llama3", {"truncate-window", "sink-row"}),
+        ("mistral-window", {"sink-row", "quantize-kv", "prune-kv"}),
+        ("gemma2", {"sink-row"}),
+    ],
+)
+def test_a_pass_that_has_nothing_to_do_says_so_and_refuses(
+    name: str, needless: set[str], family: Callable[[str], Path]
+) -> None:
+    model, description = load(family(name))
+    found = {item: reason for item, cls in PASSES.items() if (reason := cls().needless(description))}
+    assert {*found} == needless
+    for item, reason in found.items():
+        with pytest.raises(PreconditionFailed, match=f"{item}: {reason}"):
+            PASSES[item]().apply(model, description)
+
+
 def test_a_model_without_sliding_layers_or_sinks_leaves_out_what_is_for_those(family: Callable[[str], Path]) -> None:
     _, description, steps = rewritten(family("llama3"), "u8", "gpu")
     assert [step.name for step in steps if not step.skipped] == ["rotate-heads", "cache-precision"]
@@ -220,7 +240,7 @@ def test_a_model_without_sliding_layers_or_sinks_leaves_out_what_is_for_those(fa
     with pytest.raises(
         PreconditionFailed, match=r"nothing to do in this model: .*sink-row: its attention has no sinks"
     ):
-        rewritten(family("llama3"), "f16", "gpu")
+        pipeline.run(*load(family("llama3")), pipeline.PRESETS["exact"].on("gpu"))  # those of a model with sinks
 
 
 @pytest.mark.parametrize(
@@ -334,17 +354,43 @@ def test_a_large_window_is_not_cut_on_a_cpu(window: int, preset: str, family: Ca
     assert ("slower than the exported model" in advice.reason) == (preset == "u8")
 
 
-def test_a_large_window_that_is_cut_is_told(
-    family: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = Path(shutil.copytree(family("gemma2"), tmp_path / "model"))
+def _widened(folder: Path, out: Path, window: int) -> Path:
+    """A copy of a model whose windows are of so many tokens."""
+    shutil.copytree(folder, out)
     model = io.load(folder)
     for node in model.get_ops():
         value = constant_of(node.input_value(1)) if node.get_type_name() == "Add" else None
         if value is not None and value.size == 1 and value.reshape(-1)[0] == -24:
-            node.input(1).replace_source_output(op.constant(np.full(value.shape, -300, value.dtype)).output(0))
-    ov.save_model(model, tmp_path / "openvino_model.xml", compress_to_fp16=False)
-    for part in ("xml", "bin"):
-        shutil.move(tmp_path / f"openvino_model.{part}", folder / f"openvino_model.{part}")
+            node.input(1).replace_source_output(op.constant(np.full(value.shape, -window, value.dtype)).output(0))
+    ov.save_model(model, out / "openvino_model.xml", compress_to_fp16=False)
+    return out
+
+
+def test_a_large_window_that_is_cut_is_told(
+    family: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = _widened(family("gemma2"), tmp_path / "model", 300)
     assert convert([str(folder), "--dry-run", "--preset", "exact", "--target", "cpu"]) == 0
     assert "a window of 300 tokens is held from the first token on" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_long_window_is_crossed_in_calls_that_are_not_long(family: Callable[[str], Path], tmp_path: Path) -> None:
+    _, description = load(_widened(family("gemma2"), tmp_path / "model", 4096))
+    assert [layer.window for layer in description.layers] == [4096, None]
+    calls = calls_for(description.layers)
+    assert max(call.tokens for call in calls) == PASTED
+    assert sum(call.tokens * call.batch for call in calls) < 8000
+    text, longest = 0, 0
+    for call in calls:
+        text = call.tokens if call.reset else text + call.tokens
+        longest = max(longest, text)
+    assert 4096 < longest < 4200
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["gpu", "cpu"])
+def test_a_long_window_is_verified(target: str, family: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = _widened(family("gemma2"), tmp_path / "model", 2000)
+    made = ovtq.convert(folder, tmp_path / "out", preset="exact", target=target)
+    assert made.verification is not None
+    assert made.verification.relative <= TOLERANCE

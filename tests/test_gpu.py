@@ -50,8 +50,8 @@ def test_the_original_does_not_compile_for_lunar_lake() -> None:
 
 @virtual
 @pytest.mark.parametrize("preset", ["exact", "rotate"])
-def test_the_converted_model_compiles_for_lunar_lake(preset: str, request: pytest.FixtureRequest) -> None:
-    graph = report(probe("virtual", request.getfixturevalue(preset), "--compile-only"))["graph"]
+def test_the_converted_model_compiles_for_lunar_lake(preset: str, convert: Callable[..., Path]) -> None:
+    graph = report(probe("virtual", convert(MINI, "--preset", preset), "--compile-only"))["graph"]
     layers = 3 if preset == "exact" else 6
     # K and V of each full layer are appended in place and attended to by the fused kernel
     assert [node["dtype"] for node in graph["kv_cache"]] == ["f16"] * 2 * layers

@@ -74,15 +74,25 @@ def test_no_count_has_risen(
 
 @on_lunar_lake
 def test_an_f16_cache_that_is_broadcast_by_hand(measured: Callable[[str], dict[str, Any]]) -> None:
-    """`exact`: K and V of every full layer are read, written for all query heads, and read again with the mask."""
+    """`rotate`: K and V of every layer are read, written for all query heads, and read again with the mask."""
+    found = measured("rotate")
+    (broadcast,), (attention,) = rows(found, "broadcast"), rows(found, "sdpa")
+    assert (broadcast["launches"], attention["launches"]) == (2 * 6, 6)
+    assert broadcast["read"] == 6 * 2 * KV_HEADS * WIDTH * 2
+    assert broadcast["written"] == 6 * 2 * HEADS * WIDTH * 2
+    assert attention["read"] == 6 * (2 * HEADS * WIDTH * 2 + 2)
+    assert attention["written"] == 0
+
+
+@on_lunar_lake
+def test_an_f16_cache_that_is_read_in_place_by_hand(measured: Callable[[str], dict[str, Any]]) -> None:
+    """`exact`: rows of 80, of which the last 16 are the sinks' and padding, are read once, as they lie."""
     found = measured("exact")
     assert found["layers"] == 3
-    (broadcast,), (attention,) = rows(found, "broadcast"), rows(found, "sdpa")
-    assert (broadcast["launches"], attention["launches"]) == (2 * 3, 3)
-    assert broadcast["read"] == 3 * 2 * KV_HEADS * WIDTH * 2
-    assert broadcast["written"] == 3 * 2 * HEADS * WIDTH * 2
-    assert attention["read"] == 3 * (2 * HEADS * WIDTH * 2 + 2)
-    assert attention["written"] == 0
+    (attention,) = rows(found, "sdpa_micro")
+    assert (attention["launches"], attention["written"]) == (3, 0)
+    assert attention["read"] == 3 * (2 * KV_HEADS * 80 * 2 + 2)
+    assert not rows(found, "broadcast")
 
 
 @on_lunar_lake

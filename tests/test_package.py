@@ -6,8 +6,10 @@ import ast
 import graphlib
 import importlib.metadata
 import importlib.util
+import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -19,11 +21,13 @@ import ovtq
 PACKAGES = ("ovtq", "passes", "models")
 # Who may import whom: each folder, or module of ovtq/ itself, those in the lines below its own.
 FLOORS = """
-demo
+demo __main__
 cli
 api
-conversion evidence
-options verification advice
+conversion evidence prefix
+options verification card
+automatic
+advice
 pipeline runtime
 passes
 forms
@@ -126,6 +130,26 @@ def test_the_wheel_carries_every_module(tmp_path: Path) -> None:
 
 def _site() -> str:
     return str(Path(importlib.util.find_spec("numpy").origin).parent.parent)
+
+
+@pytest.mark.slow
+def test_the_tests_run_from_the_sdist(tmp_path: Path) -> None:
+    """It holds every file of the repository, and what is unpacked converts and passes."""
+    pytest.importorskip("build", reason="needs the extra [dev]")
+    build = [sys.executable, "-m", "build", "--sdist", "--outdir", tmp_path, ROOT]
+    subprocess.run(build, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        archive.extractall(tmp_path, filter="data")
+    unpacked = next(path for path in tmp_path.iterdir() if path.is_dir())
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = listing.stdout.split("\n")
+    assert [name for name in listed if name and not (unpacked / name).exists()] == []
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_automatic.py"]
+    done = subprocess.run(
+        [*command, "tests/test_convert.py::test_writes_a_whole_folder_and_leaves_the_input_alone"],
+        cwd=unpacked, env={**os.environ, "PYTHONPATH": str(unpacked)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
 
 
 def test_versions_agree() -> None:

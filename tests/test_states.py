@@ -48,14 +48,14 @@ def cases() -> list[Any]:
                     continue
                 if pruning and preset not in ("exact", "k8v4", "k6v4", "k4v4"):
                     continue
-                again = preset in ("k8v4", "k4v4", "u4") or (preset, target) == ("f16", "cpu")
+                again = preset in ("k8v4", "k4v4", "u4")
                 found.append(pytest.param(preset, target, option, marks=pytest.mark.slow if again else ()))
     return found
 
 
 def passes_of(preset: str, target: str, option: str) -> tuple:
     settings, pruning = OPTIONS[option]
-    passes = pipeline.with_settings(pipeline.PRESETS[preset].on(target), settings)
+    passes = pipeline.with_settings(pipeline.PRESETS[preset].on(target, bool(pruning)), settings)
     return pipeline.with_settings(pipeline.with_pruning(passes, target), pruning) if pruning else passes
 
 

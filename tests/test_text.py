@@ -22,7 +22,7 @@ SHORT = {7: 160, 1: 64}  # tokens of the text where calls are short
 # nats of a token: over its own call lengths the exported model's mean differs by .004
 NOISE = 0.01
 LOSSY = {"k4v4": 0.01, "u4": 0.02}  # what a preset may lose besides
-EVERY = ("exact", "rotate", "k8v4", "k6v4", "k4v4", "f16", "u8", "u4")
+EVERY = ("exact", "rotate", "k8v4", "k6v4", "k4v4", "u8", "u4")
 DEFAULT = ("exact --target cpu", "exact --target gpu", "k6v4 --target cpu", "k6v4 --target gpu", "u8 --target gpu")
 OPTIONS = [
     option if (option := f"{preset} --target {target}") in DEFAULT else pytest.param(option, marks=pytest.mark.slow)

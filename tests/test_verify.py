@@ -477,7 +477,7 @@ def test_the_schedule_reaches_every_case(window: int) -> None:
 @pytest.mark.parametrize("target", ["gpu", "cpu"])
 def test_every_length_of_every_form_is_passed(options: list[str], target: str) -> None:
     """Calls longer than each, the shortest and the longest twice in a row; and one as people paste them."""
-    passes = pipeline.PRESETS[options[0]].on(target)
+    passes = pipeline.PRESETS[options[0]].on(target, pruned=options[1:] != [])
     if options[1:]:
         passes = pipeline.with_settings(pipeline.with_pruning(passes, target), ["prune-kv.budget=128"])
     layers = pipeline.run(*load(TINY["5.5"]), passes)[1].layers

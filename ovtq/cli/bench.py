@@ -24,7 +24,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from rich.console import Console
 from ovtq import __version__, system
 from ovtq.cli import report
 from ovtq.cli.bench_tables import show_contexts, show_prefills, show_prompts
-from ovtq.cli.command import Out, Parser, listed, phase, positive, progress, run, tokens
+from ovtq.cli.command import Out, Parser, listed, phase, positive, progress, run, tokens, turns
 from ovtq.errors import InputError
 from ovtq.evidence.candidates import Candidate, parse
 from ovtq.evidence.roofline_cpu import read_bandwidth
@@ -151,6 +151,8 @@ def bench(options: argparse.Namespace, console: Out, errors: Console) -> None:
         results[kind] = [_row(row, some) for row in some]
         shows[kind](console, results[kind])
     rows = [row for kind in found for row in results[kind]]
+    for line in dict.fromkeys(where_states_turn(rows)):
+        console.print(line)
     for label, reason in dict.fromkeys((row["candidate"], row["wrong"]) for row in rows if row["wrong"]):
         console.print(f"not as asked: {label}: {reason}", style="bold red")
     if options.output:
@@ -291,6 +293,17 @@ def _facts(worker: Worker | Here) -> dict[str, Any]:
     names = ("cache", "computes", "wrong", "bytes_per_token", "flat_bytes")
     facts = {name: worker.facts[name] for name in names}
     return {"candidate": worker.candidate.label, "through": worker.through, **facts}
+
+
+def where_states_turn(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Of each candidate with states of a fixed length: from how many tokens on its states are smaller than stock's."""
+    stock = next((row for row in rows if row["candidate"] == "stock" and row["bytes_per_token"] is not None), None)
+    for row in rows:
+        if stock and row["bytes_per_token"] is not None and row["flat_bytes"]:
+            sizes = (stock["bytes_per_token"], stock["flat_bytes"], row["bytes_per_token"], row["flat_bytes"])
+            turn = turns(*sizes)
+            said = f"from {turn:,} tokens on" if turn is not None else "at no length"
+            yield f"{row['candidate']}: states smaller than stock's {said}"
 
 
 def _row(row: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -8,13 +8,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
+import openvino as ov
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ovtq import __version__
 from ovtq.errors import InputError, OvtqError
 from ovtq.ir.io import last_line
 
 T = TypeVar("T")
+
+
+# What people type who know other programs of this kind, or the flag of another command.
+ELSEWHERE = {
+    "--(?:k|v|window)-bits": "bits are chosen when a model is converted: ovtq convert",
+    "--(?:preset|target|budget|protect|residual-window|recent-window|centre|score|passes)": "an option of ovtq convert",
+    "--model(?:-dir)?": "the model's folder is the first argument, without a flag",
+    "--output-dir": "the folder to write is the second argument, without a flag",
+    "--compress-every": "there is no such step: the graph itself packs tokens as they leave the recent ones",
+    "--top-[pk]": "ovtq infer takes --temperature alone; openvino_genai samples in every way",
+}
 
 
 class Out(Console):
@@ -37,10 +50,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options
         )
+        versions = f"ovtq {__version__}, openvino {ov.__version__}"
+        self.add_argument("--version", action="version", version=versions, help="print the versions of both and leave")
 
     def error(self, message: str) -> NoReturn:
-        """One line instead of argparse's usage and line."""
-        raise InputError(f"{message}; see {self.prog} --help")
+        """One line instead of argparse's usage and line; says where a flag of another place is."""
+        found = [said for flag, said in ELSEWHERE.items() if re.search(rf"(?<![\w-]){flag}(?![\w-])", message)]
+        raise InputError("; ".join([message, *found[:1], f"see {self.prog} --help"]))
 
 
 def run(
@@ -77,16 +93,23 @@ positive.__name__ = "number"  # argparse: "invalid number value: '0'"
 
 
 def tokens(text: str) -> int:
-    """A number of tokens: 300, or 8k = 8,192. 131k is 131,072, too: thousands within 3% of a power of two mean that."""
+    """A number of tokens: 300, or 8k = 8,192. A power of two may be told by its thousands, too: 131k is 131,072."""
     found = re.fullmatch(r"(\d+)([kK]?)", text.strip())
     if not found:
         raise ValueError
     number = int(found[1])
     if not found[2]:
         return number
-    power = 1 << max(round(number * 1000 / 1024), 1).bit_length() + 10
-    near = [p for p in (power // 2, power, power * 2) if abs(number * 1000 / p - 1) <= 0.03]
-    return near[0] if near else number * 1024
+    power = 1 << (number * 1000).bit_length()  # 131k: the next power of two, 131,072, has 131 whole thousands
+    return power if number and power // 1000 == number else number * 1024
+
+
+def turns(per_token: int, flat: int, other_per_token: int, other_flat: int) -> int | None:
+    """Tokens from which on the other states are the smaller; None: never."""
+    gain, lead = per_token - other_per_token, other_flat - flat
+    if gain <= 0:
+        return 0 if lead < 0 and gain == 0 else None
+    return max(lead // gain + 1, 0)
 
 
 def listed(one: Callable[[str], T], name: str) -> Callable[[str], list[T]]:

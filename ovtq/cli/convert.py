@@ -15,14 +15,15 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from ovtq import __version__, conversion, pipeline, states
+from ovtq import conversion, pipeline, states
 from ovtq.advice import SHORT_WINDOW
+from ovtq.automatic import AUTO, caution
 from ovtq.cli.command import Out, Parser, progress, run
 from ovtq.conversion import CONTEXTS
 from ovtq.errors import InputError
 from ovtq.ir import io
 from ovtq.ir.dump import dump
-from ovtq.options import PRESET, Checks, Options
+from ovtq.options import Checks, Options
 from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
 from ovtq.verification.closeness import STRETCH
 from ovtq.verification.extent import BIG, BIG_LAYERS
@@ -30,6 +31,31 @@ from ovtq.wording import COMMAND_LINE
 
 PACKED_OPTIONS = ("k-bits", "v-bits", "residual-window", "protect", "centre")  # of quantize-kv, with flags of their own
 PRUNING_OPTIONS = ("recent-window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv, likewise
+
+
+EXAMPLES = """examples:
+  ovtq convert gpt-oss-20b gpt-oss-20b-kv                 for a GPU, the preset that was measured to be best
+  ovtq convert gpt-oss-20b gpt-oss-20b-cpu --target cpu   for a CPU
+  ovtq convert gpt-oss-20b --dry-run --preset k6v4        what would be done, and the bytes"""
+WORDS = """words:
+  full layer       one that attends to all tokens; sliding: to the last few, its window
+  per token, flat  bytes that each token adds; bytes that are there however long the text is
+  packed           tokens kept as codes of a few bits; the most recent ones, the residual window, as they are
+  centre           what is taken from a key before it is coded, because all keys share it
+  slack            tokens that a pruned or sliding layer may hold beyond its number, so that it is cut less often
+  lossless, exact  the graph computes what the exported one does, to rounding"""
+
+
+class _Print(argparse.Action):
+    """Prints a text and leaves, as --help does."""
+
+    def __init__(self, *names: Any, text: str, **options: Any) -> None:
+        super().__init__(*names, nargs=0, **options)
+        self.text = text
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        sys.stdout.write(self.text)
+        parser.exit()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,15 +87,19 @@ def parser() -> argparse.ArgumentParser:
         for name, cls in PASSES.items()
     )
     head = "presets (a pass with nothing to do in a model is left out):"
-    p = Parser(
-        "ovtq-convert",
-        __doc__,
-        epilog=f"{head}\n{presets}\n\npasses and their options:\n{passes}",
+    p = Parser("ovtq-convert", f"{__doc__}\n\n{EXAMPLES}", epilog=f"{head}\n{presets}\n\n{WORDS}")
+    p.add_argument(
+        "--help-passes", action=_Print, text=f"passes and their options:\n{passes}\n", help="print all passes and leave"
     )
     p.add_argument("model_dir", type=Path, help="folder with a stateful IR: openvino_model.xml/.bin, config.json")
     p.add_argument("out_dir", type=Path, nargs="?", help="folder to write; not needed with --dry-run")
     what = p.add_mutually_exclusive_group()
-    what.add_argument("--preset", choices=pipeline.PRESETS, help=f"default: {PRESET}")
+    what.add_argument(
+        "--preset",
+        choices=(AUTO, *pipeline.PRESETS, *pipeline.ALIASES),
+        default=None,
+        help="auto (the default) takes what was measured to be best for target and model, and says why",
+    )
     what.add_argument(
         "--passes", type=pipeline.parse_passes, metavar="LIST", help="passes in order, NAME[:OPTION=VALUE]…,NAME…"
     )
@@ -143,8 +173,13 @@ def parser() -> argparse.ArgumentParser:
         help="print the graph after a pass as text on stdout; may be repeated",
     )
     p.add_argument("--force", action="store_true", help="replace OUT_DIR if ovtq made it")
+    p.add_argument(
+        "--card",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave a model card, README.md, in OUT_DIR; the original's becomes README.original.md (default: on)",
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="also write the record to FILE")
-    p.add_argument("--version", action="version", version=f"ovtq {__version__}, openvino {ov.__version__}")
     return p
 
 
@@ -170,12 +205,13 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             asked,
             checks,
             force=options.force,
+            card=options.card,
             record_to=options.json,
             on_progress=_shown(bars),
             after=after,
             wording=COMMAND_LINE,
         )
-    _report(console, options, made.record, time.perf_counter() - started)
+    _report(console, options, made.record, made.cache_precision, time.perf_counter() - started)
 
 
 def _shown(bars: Progress) -> conversion.OnProgress:
@@ -226,7 +262,9 @@ def _names(passes: Sequence[Pass]) -> str:
     return ", ".join(item.name for item in passes)
 
 
-def _report(console: Console, options: argparse.Namespace, record: Mapping[str, Any], seconds: float) -> None:
+def _report(
+    console: Console, options: argparse.Namespace, record: Mapping[str, Any], precision: str | None, seconds: float
+) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column, justify in (("pass", "left"), ("sites", "right"), ("", "left")):
         table.add_column(column, justify=justify)
@@ -234,7 +272,12 @@ def _report(console: Console, options: argparse.Namespace, record: Mapping[str, 
         notes = [f"{key}={value}" for key, value in step["options"].items()]
         table.add_row(step["name"], str(step["sites"]), " ".join([*notes, "" if step["exact"] else "lossy"]))
     made = f"preset {record['preset']}" if record["preset"] else "these passes"
-    console.print(f"{made}, in the form for the {record['target'].upper()} (--target)")
+    other = "cpu" if record["target"] == "gpu" else "gpu"
+    console.print(f"{made}, in the form for a {record['target'].upper()} (for the other: --target {other})")
+    if record["reason"]:
+        console.print(f"chosen (--preset auto): {record['reason']}")
+    if line := caution(record["target"], precision):
+        console.print(line)
     console.print(table)
     for name, reason in record["skipped"].items():
         console.print(f"{name} left out: {reason}")

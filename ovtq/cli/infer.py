@@ -14,12 +14,15 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from ovtq.cli.command import Out, Parser, positive, run
+from ovtq.cli.command import Out, Parser, positive, run, turns
 from ovtq.errors import InputError
 from ovtq.evidence.candidates import look, open_candidate, parse
 from ovtq.forms.pruning import counted, told
+from ovtq.ir import io
 from ovtq.runtime.runner import Runner, check_device
 from ovtq.runtime.text import Tokenizer
+
+FLOATS = {"cpu": "f32", "gpu": "f16"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,8 +95,29 @@ def infer(options: argparse.Namespace, console: Out, errors: Out) -> None:
     per = f"{cache.bytes(total):,} ({cache.per_token:,} a token, {cache.flat:,} flat)"
     errors.print(f"states after {total:,} tokens: {per} bytes in memory; {exact}\ncache: {cache.text}")
     errors.print(f"computed in {cache.computes}")
+    if line := advice(options.model_dir, options.device, total):
+        errors.print(line)
     if counts := counted(subject.request):
         errors.print(told(counts))
+
+
+def advice(model_dir: Path, device: str, tokens: int) -> str:
+    """Of a converted folder: whether it is for this device, and from how many tokens on its states are the smaller."""
+    record = io.record_of(model_dir)
+    if not record:
+        return ""
+    lines, target = [], "cpu" if device == "CPU" else "gpu"
+    if record.get("target") != target:
+        lines.append(f"made for a {str(record.get('target')).upper()}, run on {device}: convert with --target {target}")
+    before, after = (record["state_bytes"][side] for side in ("before", "after"))
+    turn = turns(before["per_token"], before["flat"], after["per_token"], after["flat"])
+    if turn is None:
+        lines.append(f"states are never smaller than the exported model's as declared ({FLOATS[target]})")
+    elif turn > tokens:
+        lines.append(
+            f"states are smaller than the exported model's as declared ({FLOATS[target]}) from {turn:,} tokens on"
+        )
+    return "\n".join(lines)
 
 
 def _safe(text: str, stops: Sequence[str]) -> str:

@@ -87,7 +87,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--json", type=Path, nargs="?", const=Path("-"), metavar="FILE", help="write it as JSON, too; alone on stdout"
     )
-    p.add_argument("--version", action="version", version=f"ovtq {__version__}, openvino {ov.__version__}")
     return p
 
 
@@ -113,6 +112,8 @@ def inspect(options: argparse.Namespace, errors: Console) -> dict[str, Any]:
         "consumers": _consumers(converted, any(_with_sinks(node) for node in model.get_ops())),
     }
     if options.roofline:
+        if config.get("model_type") != "gpt_oss":
+            raise InputError(f"--roofline: known of GPT-OSS alone, this is {config.get('model_type')}")
         try:
             if options.roofline == "cpu":
                 facts["roofline"] = roofline_cpu.table(options.model_dir, facts["contexts"])
@@ -145,7 +146,8 @@ def inspect(options: argparse.Namespace, errors: Console) -> dict[str, Any]:
             else:
                 asked = cache.marked(changed)
                 row = memory(name, made.states, facts["contexts"], target, asked)
-                facts["memory"].append(row | {"skipped": pipeline.told(steps)})
+                left = pipeline.told(steps)
+                facts["memory"].append(row | {"skipped": left} if left else row)
             tick()
     facts["recommended"] = _recommended(advise(description, target), facts["memory"])
     if ids is not None:
@@ -275,8 +277,8 @@ def key_bias_shares(model: ov.Model, description: ModelDescription, ids: np.ndar
     places = {}
     for layer in description.layers:
         found = biased_projection(layer.key.source, layer.kv_heads, layer.head_dim)
-        if found:
-            add, bias = found
+        if found and layer.key_bias is not None:  # not one of queries, keys and values together
+            add, bias = found[0], layer.key_bias
             places[layer.index] = next(x for x in add.input_values() if constant_of(x) is None), bias
     if not places:
         return {}

@@ -34,23 +34,38 @@ def random_orthogonal(head_dim: int, seed: int) -> np.ndarray:
 def hadamard_matrix(order: int) -> np.ndarray:
     """H with entries ±1, H·Hᵀ = order·I and a first row of ones, (order, order) i64, also where order is no power of 2.
 
-    Sylvester's doubling down to an order q + 1 with q a prime of the form 4n + 3, which Paley's first construction
-    gives (J. Math. Phys. 12, 1933): 80 = 4·20, 48, 144 = 2·72. Raises ValueError where the two don't reach.
+    Sylvester's doubling down to an order q + 1 with q a prime of the form 4n + 3, or 2q + 2 with one of the form
+    4n + 1, which Paley's two constructions give (J. Math. Phys. 12, 1933): 80 = 4·20, 48, 76 = 2·37 + 2, 144 = 2·72.
+    Raises ValueError where these don't reach.
     """
     if order in (1, 2) or order & (order - 1) == 0:
         return hadamard(order, dtype=np.int64)
-    q = order - 1
-    if order % 4 == 0 and all(q % n for n in range(2, int(q**0.5) + 1)):
-        squares = np.unique(np.arange(1, q) ** 2 % q)
-        residue = np.where(np.isin(np.arange(q), squares), 1, -1)
-        residue[0] = 0
-        core = residue[(np.arange(q) - np.arange(q)[:, None]) % q]  # Jacobsthal's matrix, skew for such q
+    if order % 4 == 0 and _is_prime(q := order - 1):
+        core = _jacobsthal(q)  # skew for such q
         skew = np.block([[np.zeros((1, 1), np.int64), np.ones((1, q), np.int64)], [-np.ones((q, 1), np.int64), core]])
         paley = skew + np.eye(order, dtype=np.int64)
+        return paley * paley[0]
+    if order % 4 == 0 and (q := order // 2 - 1) % 4 == 1 and _is_prime(q):
+        ones = np.ones((1, q), np.int64)
+        conference = np.block([[np.zeros((1, 1), np.int64), ones], [ones.T, _jacobsthal(q)]])  # symmetric for such q
+        one = np.eye(q + 1, dtype=np.int64)
+        paley = np.block([[conference + one, conference - one], [conference - one, -conference - one]])
         return paley * paley[0]
     if order % 2:
         raise ValueError(f"no Hadamard matrix of order {order} is known here")
     return np.kron(hadamard(2, dtype=np.int64), hadamard_matrix(order // 2))
+
+
+def _is_prime(number: int) -> bool:
+    return number > 1 and all(number % n for n in range(2, int(number**0.5) + 1))
+
+
+def _jacobsthal(q: int) -> np.ndarray:
+    """(q, q): whether the difference of column and row is a square modulo the prime q, 1 or −1; 0 on the diagonal."""
+    squares = np.unique(np.arange(1, q) ** 2 % q)
+    residue = np.where(np.isin(np.arange(q), squares), 1, -1)
+    residue[0] = 0
+    return residue[(np.arange(q) - np.arange(q)[:, None]) % q]
 
 
 def randomized_frame(head_dim: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -68,6 +83,17 @@ def randomized_frame(head_dim: int, width: int, seed: int) -> tuple[np.ndarray, 
     signs = random.randint(0, 2, head_dim + 1) * 2 - 1
     frame = (signs[:, None] * rows / np.sqrt(width)).astype(np.float32)
     return frame[:-1], frame[-1]
+
+
+def spread_width(head_dim: int, most: int) -> int:
+    """The largest width up to `most` that `randomized_frame` spreads vectors of `head_dim` over. ValueError: none."""
+    for width in range(most, head_dim + 1, -1):
+        try:
+            hadamard_matrix(width)
+        except ValueError:
+            continue
+        return width
+    raise ValueError(f"no Hadamard matrix is known of an order from {head_dim + 2} to {most}")
 
 
 def digest(matrix: np.ndarray) -> str:

@@ -22,6 +22,9 @@ from ovtq.ir.graph import ALL, cut_heads, dim, f32, i64, joined, precise
 from ovtq.models.description import AttentionLayer, ModelDescription, Packed, Window
 from ovtq.states import StateSpec, scale_name
 
+# Of a WholeRing: with them no number leaves f16's range, nor do 1/PARTS and its multiples fall below its normal ones
+UNITS, PARTS, MOST = 2.0**5, 2.0**14, 1023.5
+
 
 class State:
     """(batch, heads, length, width), `start` before the text begins; `kept` are the rows of it and of what is new.
@@ -88,14 +91,12 @@ class _Rows:
         self.joined: dict[tuple[int, int], Node] = {}
         self.skipped = 0  # rows before what was held
 
-    def join(
-        self, layer: AttentionLayer, which: int, new: Node | Output, first: Node | None = None, last: Node | None = None
-    ) -> Node:
-        """What a layer reads, `new` behind it, and maybe one more row before or after all of them."""
+    def join(self, layer: AttentionLayer, which: int, new: Node | Output, first: Node | None = None) -> Node:
+        """What a layer reads, `new` behind it, and maybe one more row before all of them."""
         part = layer.index, which
         self.news[part] = new
         self.skipped = 0 if first is None else 1
-        rows = [first, self.parts[part], new, last]
+        rows = [first, self.parts[part], new]
         self.joined[part] = op.concat([some for some in rows if some is not None], 2)
         return self.joined[part]
 
@@ -147,6 +148,45 @@ class Ring(_Rows):
     def cache(self, layer: AttentionLayer, lengths: tuple[int, ...]) -> Window:
         """What it is to a sliding layer."""
         return Window(lengths)
+
+
+class WholeRing(_Rows):
+    """The last `rows` tokens of `layers`, in one state (batch, layers·2·kv_heads, 1 + rows, 2·width) of whole numbers.
+
+    Keys then values of each layer. `start`, (layers·2·kv_heads, 1 + rows, width), is what there is before the text
+    begins; its first row stays where it is. A number x is kept as n = ⌊UNITS·x⌉ and ⌊PARTS·(UNITS·x − n)⌉, in the two
+    halves of a row: all of an f16 of 2⁻⁸ or more, and none is off by more than 1/(2·UNITS·PARTS). What is larger than
+    MOST becomes MOST. Whole, for beside floats of another state the GPU plugin compresses no cache of its own; in two,
+    for none of it leaves the range of f16.
+    """
+
+    def __init__(
+        self,
+        description: ModelDescription,
+        name: str,
+        layers: Sequence[AttentionLayer],
+        rows: int,
+        start: np.ndarray,
+        beams: Beams,
+    ) -> None:
+        self.rows = rows
+        count = op.minimum(dim(description.input_ids, 1), i64([rows]))
+        kept = op.concat([i64([0]), op.add(count, i64(range(1, rows + 1)))], 0)
+        whole = np.round(UNITS * start)
+        numbers = np.concatenate([whole, np.round(PARTS * (UNITS * start - whole))], 2).astype(np.int32)
+        state = StateSpec.fixed(name, "i32", numbers.shape, "tokens", [layer.index for layer in layers])
+        self.state = State(beams, state, numbers[None], kept)
+        units, parts = op.split(op.convert(self.state.past, "f32"), i64(3), 2).outputs()
+        past = op.multiply(op.add(units, op.multiply(parts, f32(1 / PARTS))), f32(1 / UNITS))
+        super().__init__(layers, op.split(past, i64(1), len(layers)).outputs())
+
+    def store(self) -> list[Node]:
+        """The Assign that keeps the last tokens, once every layer has joined its own."""
+        last = {part: op.slice(x, i64([-self.rows]), i64([ALL]), i64([1]), i64([2])) for part, x in self.news.items()}
+        units = op.multiply(op.clamp(self.in_turn(last), -MOST, MOST), f32(UNITS))
+        whole = op.round(units, "half_to_even")
+        parts = op.round(op.multiply(op.subtract(units, whole), f32(PARTS)), "half_to_even")
+        return [self.state.store(op.convert(op.concat([whole, parts], 3), "i32"))]
 
 
 class PackedRing(_Rows):

@@ -34,7 +34,7 @@ def model_xml(model_dir: Path) -> Path:
     """The model's XML in a folder, with its .bin beside it. Raises InputError if something is not there or cut off."""
     model_dir = system.long_path(model_dir)
     if not model_dir.is_dir():
-        raise InputError(f"{model_dir}: no such folder")
+        raise InputError(f"{model_dir}: no such folder{_on_the_hub(model_dir)}")
     xml = model_dir / f"{MODEL}.xml"
     if not xml.is_file():
         others = ", ".join(sorted(path.name for path in model_dir.iterdir())[:5]) or "nothing"
@@ -49,6 +49,21 @@ def model_xml(model_dir: Path) -> Path:
     if have < needed:
         raise InputError(f"{weights}: cut off, {have} bytes of {needed}; copy or download it again")
     return xml
+
+
+def _on_the_hub(model_dir: Path) -> str:
+    """How to get a model whose name on the Hugging Face hub (OWNER/NAME) was given in the place of a folder."""
+    name = model_dir.as_posix()
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) or model_dir.parent.exists():
+        return ""
+    folder = model_dir.name
+    if model_dir.parent.name == "OpenVINO":
+        return f"; a model of the Hugging Face hub is downloaded first: hf download {name} --local-dir {folder}"
+    return (
+        "; a model of the Hugging Face hub is exported first: optimum-cli export openvino --model "
+        f"{name} --weight-format int4 {folder}; or download one that is exported: hf download "
+        f"OpenVINO/{folder}-int4-ov --local-dir {folder}, if there is one"
+    )
 
 
 def _bytes_needed(xml: Path) -> int:
