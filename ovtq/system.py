@@ -20,7 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import filelock
 import psutil
@@ -76,7 +76,7 @@ def use_utf8() -> None:
             setattr(sys, name, _Piped(stream.detach(), "utf-8", "replace", line_buffering=name == "stderr"))
         elif stream is not None:
             stream.reconfigure(errors="replace")
-    if WINDOWS and sys.stdin is not None and not sys.stdin.isatty():
+    if WINDOWS and isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # PowerShell may begin with a mark
 
 
@@ -284,12 +284,12 @@ def temporary(folder: Path) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(dir=None if WINDOWS else folder)
 
 
-def scratch(folder: Path) -> BinaryIO:
+def scratch(folder: Path) -> IO[bytes]:
     """A file in `folder` for reading and writing that vanishes with this process, however it ends, or when closed."""
-    return tempfile.TemporaryFile(dir=folder)  # type: ignore[return-value]  # behaves as one
+    return tempfile.TemporaryFile(dir=folder)
 
 
-def scratch_name(file: BinaryIO) -> str:
+def scratch_name(file: IO[bytes]) -> str:
     """By what another process opens such a file (`open_scratch`) while this one has it open."""
     return str(file.name) if WINDOWS else f"/proc/{os.getpid()}/fd/{file.fileno()}"
 

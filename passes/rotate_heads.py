@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import openvino as ov
+from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.codec.rotation import digest, randomized_hadamard
@@ -84,7 +86,7 @@ class RotateHeads(Pass):
             for port in (*ports, *((layer.value,) if "v" in self.tensors else ())):
                 port.feed(op.matmul(port.source, forward, False, True))
             if "v" in self.tensors:
-                insert_after(layer.context, lambda x, inverse=inverse: op.matmul(x, inverse, False, True))
+                insert_after(layer.context, functools.partial(_rotated, matrix=inverse))
             rotated += 1
         return Rewrite(model, description, rotated, {"matrix_sha256": hashes})
 
@@ -96,3 +98,8 @@ class RotateHeads(Pass):
                 around += [layer.value.source.get_node(), *consumers(layer.context)]
             if any(node.get_type_name() != "MatMul" for node in around):
                 raise VerificationFailed(f"{self.name}: layer {layer.index} is not rotated")
+
+
+def _rotated(tensor: Output, matrix: Node) -> Node:
+    """`tensor` times a matrix that is stored transposed."""
+    return op.matmul(tensor, matrix, False, True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import openvino as ov
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import Progress
 from rich.table import Table
 
@@ -266,7 +266,8 @@ def _report(
     console: Console, options: argparse.Namespace, record: Mapping[str, Any], precision: str | None, seconds: float
 ) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, justify in (("pass", "left"), ("sites", "right"), ("", "left")):
+    columns: tuple[tuple[str, JustifyMethod], ...] = (("pass", "left"), ("sites", "right"), ("", "left"))
+    for column, justify in columns:
         table.add_column(column, justify=justify)
     for step in record["passes"]:
         notes = [f"{key}={value}" for key, value in step["options"].items()]

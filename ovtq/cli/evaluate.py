@@ -25,7 +25,7 @@ import math
 import multiprocessing
 import platform
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -199,7 +199,7 @@ class Evaluation:
             subject = open_candidate(reference, self.options.device, EXACT_PROPERTIES)
             self.expected = Reference(subject, self.text, self.options.chunk, tick)
 
-    def measured(self, tasks: Sequence[Task]) -> Iterator[Measured]:
+    def measured(self, tasks: Sequence[Task]) -> Generator[Measured, None, None]:
         """What `measure` says of each, in turn; with --jobs in processes of their own, which read the text anew."""
         if self.options.jobs == 1:
             yield from (self.measure(*task) for task in tasks)
@@ -266,8 +266,8 @@ class Evaluation:
                 answers = needles.score(subject, self.tokenizer, *how)
         if self.prompts:
             with phase(bars, f"{name}: greedy", len(self.prompts)) as tick:
-                how = options.greedy_tokens, options.chunk, self.tokenizer.end, tick
-                written = [needles.write(subject, ids, *how) for ids in self.prompts]
+                greedily = options.greedy_tokens, options.chunk, self.tokenizer.end, tick
+                written = [needles.write(subject, ids, *greedily) for ids in self.prompts]
         return answers, written
 
     def _verified(self, candidate: Candidate) -> str:

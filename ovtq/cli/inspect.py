@@ -246,7 +246,7 @@ def memory(
 def _stock(description: ModelDescription, contexts: Sequence[int], target: str) -> list[dict[str, Any]]:
     """The exported model in the caches that the plugin really keeps of it; see inspect_tables.NOTES."""
     if target == "cpu":
-        kinds = ("f32", "f16", "u8", "u4")
+        kinds: tuple[str, ...] = ("f32", "f16", "u8", "u4")
         return [memory(f"as exported, {kind}", description.states, contexts, target, kind) for kind in kinds]
     kinds = ("f16",) if description.sinks else ("f16", "u8")  # which a GPU keeps of a model with sinks in f16 alone
     return [memory(f"as exported, {kind}", description.states, contexts, target, kind) for kind in kinds] + [

@@ -60,12 +60,12 @@ class PackedAttention:
         self.codecs, self.rotation, self.centre = codecs, rotation.astype(np.float64), centre[None, :, None]
         self.sinks, self.scale, self.window, self.flush = sinks, scale, window, flush
         self.reach, self.query_scale, self.whole = reach, query_scale, whole
-        self.tokens: tuple[np.ndarray, np.ndarray] | None = None  # keys and values, all as they came
+        self.tokens: tuple[np.ndarray, ...] = ()  # keys and values, all as they came; before the first call none
         self.beside: tuple[Any, ...] = ()  # graph's outputs; what else it has to be shown of each call
 
     def reset(self) -> None:
         """Forget everything."""
-        self.tokens = None
+        self.tokens = ()
 
     def older(self, past: int) -> int:
         """How many of `past` tokens are read as stored."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import openvino as ov
+from numpy.typing import ArrayLike
 from openvino import Node, Output
 from openvino import opset15 as op
 from openvino.op.util import Variable, VariableInfo
@@ -19,8 +20,8 @@ ALL = 2**31 - 1  # the end of any axis
 MASKED = np.float32(-65504)  # what exporters write for "not visible": the lowest finite f16
 
 
-def i64(values: int | Sequence[int]) -> Node:
-    """An i64 constant."""
+def i64(values: ArrayLike) -> Node:
+    """An i64 constant, of whole numbers."""
     return op.constant(np.asarray(values, dtype=np.int64))
 
 
@@ -158,16 +159,21 @@ def descendants(output: Output) -> Iterator[Node]:
 
 
 def constant_of(output: Output) -> np.ndarray | None:
-    """The value of a constant, also through the Convert of a compressed one; None if it is no constant.
-
-    Floating-point values come as f32, whatever they are stored in: numpy has no bf16, and reads one as f16.
-    """
+    """The value of a constant, also through the Convert of a compressed one; None if it is no constant."""
     node = output.get_node()
     if node.get_type_name() == "Convert":
         node = node.input_value(0).get_node()
     if node.get_type_name() != "Constant":
         return None
-    return node.get_data(dtype=np.float32) if node.get_element_type().is_real() else node.get_data()
+    return value_of(node)
+
+
+def value_of(constant: Node) -> np.ndarray:
+    """The value of a Constant.
+
+    Floating-point values come as f32, whatever they are stored in: numpy has no bf16, and reads one as f16.
+    """
+    return constant.get_data(dtype=np.float32) if constant.get_element_type().is_real() else constant.get_data()
 
 
 def static_dim(output: Output, axis: int) -> int | None:
