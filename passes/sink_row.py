@@ -49,6 +49,9 @@ class SinkRow(Pass):
     and with it what the error of stored keys along u costs. `rotate = false` appends zeros, and one coordinate for the
     sink, instead, to measure what R is worth.
 
+    With `window` a query reads its own token and so many before it as they are, the sink with them, and only the older
+    ones from the cache, whatever that keeps of them: `ovtq/forms/gpu/recent.py` says how both are one softmax.
+
     Refuses models without full layers in exported form with sinks, those whose sliding layers are not truncated or
     whose lengths come from a state, and a head_dim for whose width no Hadamard matrix is known. Source: Xiao et al.
     (arXiv 2309.17453), section 3.3, for sinks as keys; TurboQuant (arXiv 2504.19874), section 3, for the rotation;

@@ -128,6 +128,21 @@ def test_the_plugins_own_cache_is_compressed(
     assert graph["layer_types"]["assign"] == 2  # the windows' bytes, and their scales
 
 
+@virtual
+@pytest.mark.parametrize("preset", ["u4", pytest.param("u8", marks=SLOW)])
+@pytest.mark.parametrize("chip", ["lnl", *(pytest.param(chip, marks=SLOW) for chip in ("ptl", "dg2", "mtl", "arl"))])
+def test_a_window_beside_the_plugins_own_cache_compiles(
+    preset: str, chip: str, convert: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cache is compressed as without, nothing is broadcast, and there is one state more, of whole numbers."""
+    monkeypatch.setenv("VIRTUAL_GPU", chip)
+    model = convert(MINI, "--preset", preset, "--set", "sink-row.window=64", "--no-verify")
+    graph = report(probe("virtual", model, "--compile-only"))["graph"]
+    assert [node["dtype"] for node in graph["kv_cache"]] == ["i8"] * 2 * 3
+    assert [node["broadcast"] for node in graph["attention"]] == [False] * 3
+    assert graph["layer_types"]["assign"] == 3
+
+
 # ------------------------------------------------------------------------------------------ an emulated GPU
 
 
@@ -149,6 +164,7 @@ def cpu_logits(model: Path, folder: Path) -> np.ndarray:
         ["--preset", "exact", "--window-bits", "6,4"],
         ["--preset", "k6v4", "--residual-window", "16"],
         ["--preset", "u8"],  # and in which precision the caches are kept
+        ["--preset", "u8", "--set", "sink-row.window=16"],
         ["--preset", "k6v4", "--residual-window", "16", "--v-bits", "none"],
         ["--preset", "exact", *PRUNED],
         ["--preset", "k6v4", "--residual-window", "16", *PRUNED],
@@ -202,12 +218,13 @@ def test_half_precision_on_the_gpu(
 
 @emulated
 @SLOW
+@pytest.mark.parametrize("window", [0, 16])
 @pytest.mark.parametrize(("cache", "allowed"), [("f16", 16 * 2**-11), ("u8", 24 * 2**-11), ("u4", 0.15)])
 def test_the_plugins_own_cache_on_the_gpu(
-    cache: str, allowed: float, convert: Callable[..., Path], tmp_path: Path
+    cache: str, allowed: float, window: int, convert: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Against the unconverted model on the CPU at f32: prefill, single tokens, chunks."""
-    model = convert(TINY["5.5"], "--preset", "u8")
+    model = convert(TINY["5.5"], "--preset", "u8", "--set", f"sink-row.window={window}")
     errors, kept = gpu_errors(model, cpu_logits(TINY["5.5"], tmp_path), tmp_path, cache)
     assert kept == {"f16" if cache == "f16" else "i8"}
     assert (errors < allowed).all(), errors

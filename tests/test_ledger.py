@@ -129,6 +129,21 @@ def test_the_plugins_own_cache_by_hand(
 
 @on_lunar_lake
 @pytest.mark.slow
+def test_what_a_window_beside_the_plugins_own_cache_costs(
+    convert: Callable[..., Path], measured: Callable[[str], dict[str, Any]]
+) -> None:
+    """15 kernels a layer and 18 for all; of the history no more is read, but for its masks."""
+    plain, window = measured("u4"), ledger(convert(MINI, "--preset", "u4", "--set", "sink-row.window=127"))
+    assert window["kernels"] - plain["kernels"] <= 3 * 15 + 18
+    assert (window["copies"] - plain["copies"], window["waits"] - plain["waits"]) == (1, 4)
+    (before,), (after,) = (rows(found, "sdpa_opt") for found in (plain, window))
+    assert (after["launches"], after["read"], after["written"]) == (3, before["read"], 0)
+    both = [found["read_per_token"] + found["written_per_token"] for found in (plain, window)]
+    assert both[1] <= 1.05 * both[0]
+
+
+@on_lunar_lake
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "more"), [("8,8", 17), ("6,4", 30)])
 def test_what_packed_windows_cost(
     bits: str, more: int, convert: Callable[..., Path], measured: Callable[[str], dict[str, Any]]
