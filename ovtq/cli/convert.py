@@ -49,8 +49,8 @@ WORDS = """words:
 class _Print(argparse.Action):
     """Prints a text and leaves, as --help does."""
 
-    def __init__(self, *names: Any, text: str, **options: Any) -> None:
-        super().__init__(*names, nargs=0, **options)
+    def __init__(self, option_strings: Sequence[str], dest: str, text: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
         self.text = text
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:

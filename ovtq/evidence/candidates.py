@@ -9,6 +9,7 @@ paged:DIR[,KEY=VALUE]…    a model folder under paged attention (CPU)
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,8 +141,8 @@ class Cache:
     text: str
     per_token: int | None  # bytes
     flat: int | None
+    bytes: Callable[[int], int]  # after so many tokens
     wrong: str = ""  # why it is not what was asked for; empty if it is
-    bytes: Callable[[int], int] | None = None  # after so many tokens
     computes: str = ""  # the precision of all else, as the device tells it
 
 
@@ -153,7 +154,8 @@ def look(candidate: Candidate, subject: Opened, device: str) -> Cache:
     """
     if isinstance(subject, PagedRunner):
         size = round(sum(size for _, size in subject.caches.values()))
-        return Cache(f"paged, {subject.form}", size, 0, computes=computes_in(subject.request.get_compiled_model()))
+        computes = computes_in(subject.request.get_compiled_model())
+        return Cache(f"paged, {subject.form}", size, 0, functools.partial(operator.mul, size), computes=computes)
     draw = np.random.default_rng(0)
     subject.reset()
     subject.step(draw.integers(0, subject.vocabulary, (1, PROBE)))
@@ -179,7 +181,7 @@ def look(candidate: Candidate, subject: Opened, device: str) -> Cache:
     text = _text(candidate, these, kept, fused)
     sizes = states.per_token(these, target, precision), states.flat(these, target, precision)
     total = functools.partial(states.total, these, target=target, precision=precision)
-    return Cache(text, *sizes, "; ".join(wrong), total, computes_in(compiled))
+    return Cache(text, *sizes, total, "; ".join(wrong), computes_in(compiled))
 
 
 def _asked(given: Mapping[str, str], which: str) -> str | None:

@@ -254,31 +254,36 @@ class One(Tensors):
 
 
 Read = TypeVar("Read", bound=Tensors)
+Other = TypeVar("Other", bound=Tensors)
 Left = TypeVar("Left", bound=Tensors)
 Branch = tuple[Read, Callable[[Read], Left]]  # what is read; what makes results of that
 
 
-def either(condition: Output, then: Branch, otherwise: Branch, names: tuple[str, str]) -> Any:
+def either(condition: Output, then: Branch[Read, Left], otherwise: Branch[Other, Left], names: tuple[str, str]) -> Left:
     """What an If leaves, as `then` does; each branch is what it reads, and what makes its results of that.
 
     What only one branch reads costs the other nothing: plugins copy what they hand in. `condition` is an Output: given
     a Node, If takes its own first input for it.
     """
     node = op.if_op(condition)
-    bodies, left = [], []
-    for (inputs, make), name in zip((then, otherwise), names, strict=True):
-        sources = inputs.flatten()
-        inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in sources]
-        left.append(make(inputs.filled([x.output(0) for x in inner])))
-        results = [op.result(x) for x in left[-1].flatten()]
-        reads = dict(zip(map(_key, sources), inner, strict=True))
-        bodies.append((reads, results, body(results, inner, name)))
-    (then_reads, then_results, then_body), (else_reads, else_results, else_body) = bodies
+    left, then_reads, then_results, then_body = _branch(*then, names[0])
+    _, else_reads, else_results, else_body = _branch(*otherwise, names[1])
     node.set_then_body(then_body)
     node.set_else_body(else_body)
     for source in {_key(x): x for x in (*then[0].flatten(), *otherwise[0].flatten())}.values():
         node.set_input(source, then_reads.get(_key(source)), else_reads.get(_key(source)))
-    return left[0].filled([node.set_output(*pair) for pair in zip(then_results, else_results, strict=True)])
+    return left.filled([node.set_output(*pair) for pair in zip(then_results, else_results, strict=True)])
+
+
+def _branch(
+    inputs: Read, make: Callable[[Read], Left], name: str
+) -> tuple[Left, dict[tuple[str, int], Node], list[Node], ov.Model]:
+    """What a branch leaves in its own body; what it reads, by its sources; its results, and the body."""
+    sources = inputs.flatten()
+    inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in sources]
+    left = make(inputs.filled([x.output(0) for x in inner]))
+    results = [op.result(x) for x in left.flatten()]
+    return left, dict(zip(map(_key, sources), inner, strict=True)), results, body(results, inner, name)
 
 
 def _key(output: Output) -> tuple[str, int]:
