@@ -139,6 +139,7 @@ class AttentionLayer:
     value: Port
     context: Output
     cache: Cache
+    key_taken: np.ndarray | None = None  # (kv_heads, head_dim): what a pass has subtracted from all keys before `key`
 
     @property
     def paths(self) -> tuple[KVPath, ...]:

@@ -1,6 +1,8 @@
 """ovtq: shrinks the KV cache of stateful OpenVINO language models by rewriting their graph."""
 
 import importlib
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,11 @@ __all__ = [
 _root = Path(__file__).resolve().parent.parent
 if (_root / "pyproject.toml").is_file():
     __path__.append(str(_root))
+
+# Our commands send nobody anything: without this package OpenVINO's telemetry is a stub (it asks for a name's address
+# whenever OpenVINO is imported). Set in the processes of the commands and of `convert` and `verify`.
+if os.environ.get("OVTQ_TELEMETRY") == "off":
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 _MODULES = ("codec", "errors")
 

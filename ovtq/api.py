@@ -14,9 +14,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 import numpy as np
 import openvino as ov
 
-from ovtq import conversion
+from ovtq import child, conversion
 from ovtq.conversion import Conversion, OnProgress, counted
-from ovtq.errors import InputError
+from ovtq.errors import InputError, OvtqError
 from ovtq.forms import pruning
 from ovtq.ir import cache, io
 from ovtq.models import ModelDescription
@@ -25,7 +25,6 @@ from ovtq.options import Checks, Options, PassList, Settings
 from ovtq.pipeline import PRESETS
 from ovtq.prefix import load_state, read_prompt, save_state
 from ovtq.runtime.runner import check_device
-from ovtq.verification.recheck import recheck
 from ovtq.verification.verify import Difference
 
 __all__ = [
@@ -80,6 +79,8 @@ def compress(
     protect: str | None = None,
     centre: str | None = None,
     window_bits: Sequence[int | str] | None = None,
+    basis: str | None = None,
+    calibration: str | Path | None = None,
     budget: int | None = None,
     recent_window: int | None = None,
     prefix: int | None = None,
@@ -101,7 +102,7 @@ def compress(
     it. Raises InputError, UnsupportedModel or PreconditionFailed; the model is then as it was.
     """
     options = Options(
-        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, window_bits,
+        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, window_bits, basis, calibration,
         budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     graph = _graph(model)
@@ -135,6 +136,8 @@ def convert(
     protect: str | None = None,
     centre: str | None = None,
     window_bits: Sequence[int | str] | None = None,
+    basis: str | None = None,
+    calibration: str | Path | None = None,
     budget: int | None = None,
     recent_window: int | None = None,
     prefix: int | None = None,
@@ -157,29 +160,35 @@ def convert(
     `out_dir` None: tell what would be done, write and verify nothing. `force` replaces a folder that ovtq made.
     `card`: leave a model card, README.md, in it.
     `on_progress(stage, done, total)` is called as each of the stages read, rewrite, write and verify begins and goes
-    on; what it raises ends the conversion. Options as of `compress`, `verify_…` as of ovtq-convert. Raises OvtqError;
+    on; what it raises ends the conversion. The work is done in a process of its own, so that OpenVINO's death is an
+    InputError. Options as of `compress`, `verify_…` as of ovtq-convert. Raises OvtqError;
     `model_dir` is never changed.
     """
     options = Options(
-        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, window_bits,
+        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, window_bits, basis, calibration,
         budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     checks = Checks(verify, verify_device, verify_seed, verify_layers)
-    raised: list[OSError] = []
+    options.refuse_bad()  # said at once, before a process is started
+    checks.refuse_bad()
+    raised: list[Exception] = []
 
     def told(stage: str, done: int, total: int) -> None:
         try:
             if on_progress:
                 on_progress(stage, done, total)
-        except OSError as error:
+        except Exception as error:
             raised.append(error)
             raise
 
-    folder = None if out_dir is None else Path(out_dir)
+    given = Path(model_dir), _out(out_dir), options, checks, force, card
     try:
-        return conversion.convert(Path(model_dir), folder, options, checks, force=force, card=card, on_progress=told)
-    except InputError:
-        if raised:  # not one of the disk, as which it was taken
+        try:
+            return child.call("ovtq.conversion", "convert_as_given", *given, on_progress=told)
+        except child.Unsendable:  # a pass of the caller's own script
+            return conversion.convert_as_given(*given, on_progress=told)
+    except OvtqError:
+        if raised:  # not one of the disk or of the model, as which it was taken
             raise raised[0] from None
         raise
 
@@ -226,7 +235,7 @@ def verify(
             what = converted if isinstance(converted, str | Path) else "the converted model"
             raise InputError(f"{what}: not made by ovtq; give the original first, then the converted")
         check_device(device)
-        return recheck(first, other, device)
+        return child.call("ovtq.verification.recheck", "recheck", first, other, device)
 
 
 def state_bytes(model: ov.Model | Host | Folder, tokens: int, *, target: str | None = None, batch: int = 1) -> int:
@@ -267,6 +276,13 @@ def _written(model: ov.Model | Host, folder: Path) -> Path:
     folder.mkdir()
     ov.save_model(_graph(model), folder / f"{io.MODEL}.xml", compress_to_fp16=False)
     return folder
+
+
+def _out(out_dir: Folder | None) -> Path | None:
+    """OUT_DIR as a path. Raises InputError for an empty text, which would be the working directory."""
+    if out_dir == "":
+        raise InputError("out_dir is empty")
+    return None if out_dir is None else Path(out_dir)
 
 
 def _folder_of(config: Folder) -> Path:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openvino as ov
 
-from ovtq import __version__, pipeline, states
+from ovtq import __version__, files, pipeline, staging, states, whereabouts
 from ovtq import card as model_card
-from ovtq.errors import InputError
+from ovtq.errors import InputError, UnsupportedModel
 from ovtq.ir import cache, io
 from ovtq.models import ModelDescription, describe
 from ovtq.options import Checks, Options
@@ -150,7 +151,8 @@ def convert(
     if record_to:
         io.check_json(record_to, model_dir, out_dir)
     if out_dir is not None:
-        io.check_output(model_dir, out_dir, force, wording.option("force"))
+        staging.tidy_up(out_dir)  # a result that a killed run set aside is there again
+        was = io.check_output(model_dir, out_dir, force, wording.option("force"))
         if checks.verify:
             check_device(checks.verify_device)
 
@@ -158,19 +160,23 @@ def convert(
     model = io.load(model_dir)
     tick()
     refuse_converted(model_dir, model)
-    description = describe(model, io.load_config(model_dir))
+    config = io.load_config(model_dir)
+    with _foreseen(model_dir):
+        description = describe(model, config)
     options, advice = options.settled(description)
     passes = tuple(item.at(model_dir) for item in options.chosen(wording, description))
     tick()
     weights = source.with_suffix(".bin").stat().st_size
     extent = usual(description, source, checks.verify_layers)
+    whereabouts.at("rewriting the model")
     tick = _stage(on_progress, "rewrite", len(passes))
 
     def done(item: Pass, result: ov.Model) -> None:
         tick()
         after(item, result)
 
-    made = rewrite(model, description, options, passes, done)
+    with _foreseen(model_dir):
+        made = rewrite(model, description, options, passes, done)
     description, record = made.description, made.record
     record["source"] = {"xml_sha256": io.text_sha256(source), "bin_bytes": weights}
     record["reason"] = advice and advice.reason
@@ -181,7 +187,8 @@ def convert(
         return _told(made, found, precision)
     stamp(made)
     layers, device = description.layers, checks.verify_device
-    with io.staged(out_dir) as folder:
+    with staging.staged(out_dir, was) as folder:
+        whereabouts.at("writing the model")
         tick = _stage(on_progress, "write", 2)
         with io.saving(made.model, folder, source) as written:
             tick()
@@ -192,8 +199,9 @@ def convert(
             if checks.verify:  # while the rest of the weights is copied
                 checked = _stage(on_progress, "verify", calls_of(layers))
                 xml, seed, ready = folder / source.name, checks.verify_seed, written.wait_for
-                found = verify(source, xml, layers, device, seed, extent, checked, ready)
-                kept = kept_precision(xml, layers, device, extent, ready)
+                with _foreseen(model_dir):
+                    found = verify(source, xml, layers, device, seed, extent, checked, ready)
+                    kept = kept_precision(xml, layers, device, extent, ready)
                 record["verified"] = {
                     "device": device,
                     "tolerance": TOLERANCE,
@@ -201,13 +209,37 @@ def convert(
                     **dataclasses.asdict(found),
                     "cache_precision": kept,
                 }
+            whereabouts.at("copying its weights")
             written.wait()
             tick()
-        (folder / io.RECORD).write_text(_text(record), encoding="utf-8", newline="\n")
+        (folder / staging.RECORD).write_text(_text(record), encoding="utf-8", newline="\n")
         if card:
             model_card.leave(model_dir, folder, record)
-        _write_record(record_to, record)
+    _write_record(record_to, record)
     return _told(made, found, precision)
+
+
+@contextmanager
+def _foreseen(model_dir: Path) -> Iterator[None]:
+    """Within it, whatever else is raised than our own errors is a model unlike any we know, and UnsupportedModel."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
+        kind, reason = type(error).__name__, io.last_line(error)
+        raise UnsupportedModel(f"{model_dir}: its graph is not as ovtq knows it ({kind}: {reason})") from error
+
+
+def convert_as_given(
+    model_dir: Path,
+    out_dir: Path | None,
+    options: Options,
+    checks: Checks,
+    force: bool,
+    card: bool,
+    on_progress: OnProgress,
+) -> Conversion:
+    """`convert`, as `ovtq.convert` has it done in another process."""
+    return convert(model_dir, out_dir, options, checks, force=force, card=card, on_progress=on_progress)
 
 
 def _recorded(step: Step) -> dict[str, Any]:
@@ -256,4 +288,4 @@ def _text(record: Mapping[str, Any]) -> str:
 
 def _write_record(path: Path | None, record: Mapping[str, Any]) -> None:
     if path:
-        path.write_text(_text(record), encoding="utf-8")
+        files.write(path, _text(record))

@@ -28,8 +28,9 @@ class Options:
     """Which passes run, and with which options; None: as the preset has it.
 
     `k_bits` to `centre` are options of quantize-kv, or of prune-kv in its place; `window_bits` are bits of keys and of
-    values that sliding layers keep; `budget` puts prune-kv among the passes, and `recent_window` to `heads` are its
-    options. `settings` are any other options by pass, such as {"truncate-window": {"slack": 16}}.
+    values that sliding layers keep; `basis` and `calibration` are options of all passes that store heads in a basis;
+    `budget` puts prune-kv among the passes, and `recent_window` to `heads` are its options. `settings` are any other
+    options by pass, such as {"truncate-window": {"slack": 16}}.
     """
 
     preset: str | None = None
@@ -41,6 +42,8 @@ class Options:
     protect: str | None = None
     centre: str | None = None
     window_bits: Sequence[int | str] | None = None
+    basis: str | None = None
+    calibration: str | Path | None = None
     budget: int | None = None
     recent_window: int | None = None
     prefix: int | None = None
@@ -99,6 +102,7 @@ class Options:
         if self.budget is not None:
             passes = pipeline.with_pruning(passes, self.target, wording)
         settings = {name: dict(some) for name, some in self._settings(wording).items()}
+        passes = pipeline.with_basis(passes, self._given(("basis", "calibration")), wording)
         if pruning:
             settings[PruneKv.name] = pruning | settings.get(PruneKv.name, {})
         return pipeline.with_settings(passes, settings, wording)

@@ -192,6 +192,18 @@ def with_pruning(passes: Sequence[Pass], target: str, wording: Wording = COMMAND
     return tuple(done)
 
 
+def with_basis(passes: Sequence[Pass], options: Mapping[str, Any], wording: Wording = COMMAND_LINE) -> tuple[Pass, ...]:
+    """`passes` with `options`, basis and calibration, of all that have them.
+
+    Raises InputError for a list of which none does.
+    """
+    own = [{name: value for name, value in options.items() if hasattr(item, name)} for item in passes]
+    for name in options:
+        if not any(name in some for some in own):
+            raise InputError(f"{wording.option(name)} has no effect: none of the passes stores heads in a basis")
+    return tuple(item.changed(some) if some else item for item, some in zip(passes, own, strict=True))
+
+
 @dataclass(frozen=True)
 class Step:
     """What one pass did, or, if it was left out, why."""

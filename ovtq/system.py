@@ -6,6 +6,7 @@ without.
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import ctypes
 import errno
@@ -13,19 +14,19 @@ import io
 import mmap
 import os
 import shutil
+import signal
 import stat
+import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, BinaryIO
 
-import filelock
-import psutil
-
 if sys.platform == "win32":
+    import msvcrt
     from ctypes import wintypes
 else:
     import fcntl
@@ -47,8 +48,11 @@ CACHED = getattr(os, "RWF_NOWAIT", None)  # a Python built for an old glibc lack
 # ------------------------------------------------------------------------------------------ streams
 
 
+STDOUT = "standard output"  # in place of a file's name in an OSError
+
+
 class _Piped(io.TextIOWrapper):
-    """Standard output in UTF-8; says BrokenPipeError where Windows' C library says that an argument is invalid."""
+    """Standard output, named in its errors; BrokenPipeError where Windows says that an argument is invalid."""
 
     def write(self, text: str) -> int:
         with self._told():
@@ -63,21 +67,107 @@ class _Piped(io.TextIOWrapper):
         try:
             yield
         except OSError as error:
-            if error.errno == errno.EINVAL:
+            if isinstance(error, BrokenPipeError) or (WINDOWS and error.errno == errno.EINVAL):
                 raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
-            raise
+            raise OSError(error.errno, error.strerror, STDOUT) from None
 
 
 def use_utf8() -> None:
     """Let the standard streams take every character: UTF-8 on Windows, elsewhere the locale's, with ? for the rest."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if WINDOWS and stream is not None and not stream.isatty():
-            setattr(sys, name, _Piped(stream.detach(), "utf-8", "replace", line_buffering=name == "stderr"))
-        elif stream is not None:
+        if stream is None:
+            continue
+        kind = "utf-8" if WINDOWS else stream.encoding
+        if name == "stdout" and not stream.isatty():
+            sys.stdout = _Piped(stream.detach(), kind, "replace")
+        elif WINDOWS and not stream.isatty():
+            sys.stderr = io.TextIOWrapper(stream.detach(), kind, "replace", line_buffering=True)
+        else:
             stream.reconfigure(errors="replace")
     if WINDOWS and isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # PowerShell may begin with a mark
+
+
+def open_streams() -> None:
+    """Let standard streams that are closed lead nowhere, or the next file to be opened would be taken for them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            made = os.open(os.devnull, os.O_RDWR)
+            if made != number:
+                os.dup2(made, number)
+                os.close(made)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8", closefd=False))
+
+
+def drop_output() -> None:
+    """Let what is still to be written to standard output go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+# ------------------------------------------------------------------------------------------ processes
+
+TURN = 0.2  # seconds after which who waits looks up: on Windows no signal wakes a thread that waits for another
+
+
+def start_python(
+    code: str, stderr: IO[bytes], stdin: int | None, environment: Mapping[str, str]
+) -> tuple[subprocess.Popen[bytes], BinaryIO, BinaryIO]:
+    """Another Python that runs `code`, and a pipe from and a pipe to what `join_parent` returns there.
+
+    What it writes to standard error by other means than Python's goes to the file `stderr`. Raises OSError.
+    """
+    sys.stderr.flush()
+    ends = [os.pipe(), os.pipe()]
+    (hear, theirs_to), (theirs_from, say) = ends
+    shown = os.dup(2)
+    given = [theirs_from, theirs_to, shown]
+    numbers, passed = given, given
+    try:
+        if sys.platform == "win32":
+            numbers = [msvcrt.get_osfhandle(number) for number in given]
+            for number in numbers:
+                os.set_handle_inheritable(number, True)
+            passed = []
+        command = [sys.executable, "-c", code, *map(str, numbers)]
+        process = subprocess.Popen(
+            command, stdin=stdin, stderr=stderr, env=environment, close_fds=bool(passed), pass_fds=passed
+        )
+    except OSError:
+        os.close(hear)
+        os.close(say)
+        raise
+    finally:
+        for number in given:
+            os.close(number)
+    return process, os.fdopen(hear, "rb"), os.fdopen(say, "wb")
+
+
+def join_parent() -> tuple[BinaryIO, BinaryIO]:
+    """In a process of `start_python`: the pipe from the parent, and that to it. Python's stderr is the parent's."""
+    numbers = [int(text) for text in sys.argv[1:4]]
+    if sys.platform == "win32":
+        flags = (os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)
+        numbers = [msvcrt.open_osfhandle(number, flag | BINARY) for number, flag in zip(numbers, flags, strict=True)]
+    for number in numbers:
+        os.set_inheritable(number, False)
+    hear, say, shown = numbers
+    kind = sys.stderr.encoding if sys.stderr else "utf-8"
+    sys.stderr = os.fdopen(shown, "w", encoding=kind, errors="backslashreplace", buffering=1)
+    return os.fdopen(hear, "rb"), os.fdopen(say, "wb")
+
+
+def interrupt_main() -> None:
+    """What SIGTERM does, in the main thread, from another one."""
+    main = threading.main_thread().ident
+    if main is not None and hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(main, signal.SIGTERM)  # wakes it, if it waits
+    else:
+        _thread.interrupt_main(signal.SIGTERM)
 
 
 # ------------------------------------------------------------------------------------------ locks and folders
@@ -88,6 +178,8 @@ class Lock:
 
     def __init__(self, path: Path) -> None:
         """Take it, making the file. Raises BlockingIOError if another process has it, OSError if that can't be."""
+        import filelock  # here, as psutil below: the process that only watches another needs neither
+
         self.path = path
         self._lock = filelock.FileLock(path, timeout=0)
         try:
@@ -154,9 +246,12 @@ def reason(error: OSError) -> str:
 
 
 def resolved(path: Path) -> Path:
-    """As Path.resolve; where that fails, as it may for long paths on Windows, without following links."""
+    """As Path.resolve; where that fails, as for long paths on Windows or links in a circle, without following links."""
     if not WINDOWS:
-        return path.resolve()
+        try:
+            return path.resolve()
+        except (OSError, RuntimeError):  # before Python 3.13 the latter is what a circle of links is
+            return Path(os.path.abspath(path))
     try:
         found = str(long_path(path).resolve())
     except OSError:
@@ -172,6 +267,63 @@ def long_path(path: Path) -> Path:
 
 
 # ------------------------------------------------------------------------------------------ files
+
+
+def flush(path: Path) -> None:
+    """Return once a file's bytes, or a folder's names, are on the disk; raises OSError.
+
+    Windows can't do that for a folder: NTFS keeps a log of names.
+    """
+    if path.is_dir():
+        if not WINDOWS:
+            with opened(path, os.O_RDONLY) as folder, _where_it_can():
+                os.fsync(folder)
+    else:
+        with opened(path, os.O_RDWR if WINDOWS else os.O_RDONLY) as file, _where_it_can():
+            os.fsync(file)
+
+
+@contextlib.contextmanager
+def _where_it_can() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # file systems that know no such thing
+            raise
+
+
+def is_mount(path: Path) -> bool:
+    """Whether something is mounted at a path, which then can't be renamed; a folder of the same disk (`-v`), too."""
+    with contextlib.suppress(OSError):
+        if os.path.ismount(path):
+            return True
+        for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+            name = line.split(" ")[4]
+            for code, character in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+                name = name.replace(code, character)
+            if name == str(path):
+                return True
+    return False
+
+
+def is_own(path: Path, kind: Callable[[int], bool]) -> bool:
+    """Whether a path is of that kind (stat.S_ISREG, say), no link to such, and this user's."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    if sys.platform == "win32":
+        return kind(found.st_mode)
+    return kind(found.st_mode) and found.st_uid == os.geteuid()
+
+
+def identity(path: Path) -> tuple[int, int, int] | None:
+    """What tells a folder from any other that takes its name later; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def clone(read: int, made: int) -> bool:
@@ -305,12 +457,16 @@ def open_scratch(name: str) -> BinaryIO:
 
 def processors() -> int:
     """How many cores this process may use."""
+    import psutil
+
     process = psutil.Process()
     return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else os.cpu_count() or 1
 
 
 def memory() -> int:
     """Bytes of the machine's memory."""
+    import psutil
+
     return int(psutil.virtual_memory().total)
 
 
@@ -320,6 +476,8 @@ _PEAK_BEFORE = [0]  # Windows can't forget it
 def reset_peak() -> None:
     """Begin to measure this process's peak of resident memory."""
     if WINDOWS:
+        import psutil
+
         _PEAK_BEFORE[0] = psutil.Process().memory_info().peak_wset
     else:
         with contextlib.suppress(OSError):
@@ -333,6 +491,8 @@ def peak() -> int | None:
     resident now.
     """
     if WINDOWS:
+        import psutil
+
         now = psutil.Process().memory_info()
         return int(now.peak_wset if now.peak_wset > _PEAK_BEFORE[0] else now.rss)
     with contextlib.suppress(OSError):

@@ -5,6 +5,7 @@ if __name__ != "ovtq.passes":
 
 from ovtq.passes.base import Pass, Rewrite
 from ovtq.passes.cache_precision import CachePrecision
+from ovtq.passes.centre_keys import CentreKeys
 from ovtq.passes.check_call import CheckCall
 from ovtq.passes.decouple_length import DecoupleLength
 from ovtq.passes.prune_kv import PruneKv
@@ -20,6 +21,7 @@ PASSES: dict[str, type[Pass]] = {
         DecoupleLength,
         TruncateWindow,
         SimplifyMask,
+        CentreKeys,
         RotateHeads,
         QuantizeKv,
         PruneKv,
@@ -32,6 +34,7 @@ PASSES: dict[str, type[Pass]] = {
 __all__ = [
     "PASSES",
     "CachePrecision",
+    "CentreKeys",
     "CheckCall",
     "DecoupleLength",
     "Pass",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,9 @@ from typing import Any, ClassVar, get_type_hints
 import openvino as ov
 
 from ovtq import states
+from ovtq.codec import moments
 from ovtq.errors import InputError, PreconditionFailed, VerificationFailed
+from ovtq.forms.bases import CENTRES, KINDS, Choice
 from ovtq.models.description import ModelDescription
 
 
@@ -146,6 +149,58 @@ class Pass(ABC):
             if choices and values[option] not in choices:
                 raise InputError(f"{cls.name}: {name} is one of {', '.join(choices)}, got {text!r}")
         return values
+
+
+@dataclass(frozen=True)
+class BasisPass(Pass):
+    """A pass that stores keys and values in a basis of `ovtq.forms.bases`, of statistics where they are asked for."""
+
+    @property
+    @abstractmethod
+    def choice(self) -> Choice:
+        """How its bases are made, by its options; its own `calibration` is where the statistics lie."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The fields by name, but not where the statistics lay: a copy is beside the model."""
+        return {**super().options, "calibration": ""}
+
+    def at(self, folder: Path) -> Pass:
+        """With the statistics that lie in a model's folder, unless others are named, or none are needed."""
+        if not self.choice.reads_text or self.choice.stats:
+            return self
+        path = folder / moments.NAME
+        if not path.is_file():
+            raise InputError(
+                f"{self.name}: {path}: no such file; statistics of a text are asked for: run ovtq-calibrate "
+                f"{folder} first, or name another file"
+            )
+        return dataclasses.replace(self, calibration=str(path))  # type: ignore[call-arg]  # a field of those that are made
+
+    def leave(self, folder: Path) -> None:
+        """The statistics, under the name that `at` knows."""
+        if self.choice.stats and Path(self.choice.stats).resolve() != (folder / moments.NAME).resolve():
+            shutil.copyfile(self.choice.stats, folder / moments.NAME)
+
+
+def basis_option() -> Any:
+    """The field `basis`."""
+    return option("rotation", "what heads are stored in: a random rotation, or balanced by statistics", choices=KINDS)
+
+
+def centre_option(default: str = "auto") -> Any:
+    """The field `centre`."""
+    return option(
+        default,
+        "what is subtracted from all keys: their bias' mean, or their mean over a text, as from values; auto: mean if "
+        "calibrated, else bias",
+        choices=CENTRES,
+    )
+
+
+def calibration_option() -> Any:
+    """The field `calibration`."""
+    return option("", f"file of ovtq-calibrate; without: {moments.NAME} in the model's folder")
 
 
 def _value(kind: type, text: Any) -> Any:

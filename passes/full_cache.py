@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import openvino as ov
 
-from ovtq.codec.coding import coding, unfit
+from ovtq.codec.coding import codecs, unfit
+from ovtq.codec.rotation import orthogonal
 from ovtq.forms.attend import Plan
+from ovtq.forms.bases import Choice, LayerBases, told
 from ovtq.forms.pruning import Pruning
 from ovtq.forms.table import FULL
 from ovtq.ir.graph import rebuild
 from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.models.rope import key_centre, norms
 from ovtq.passes.checks import coupled, not_exported, taken, unequal
 from ovtq.states import RECENT
 
@@ -35,6 +35,8 @@ class FullCache:
     seed: int
     target: str
     pruning: Pruning | None = None
+    basis: str = "rotation"
+    calibration: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -70,16 +72,20 @@ class FullCache:
             or (f"layer {layers[0].index} {reason}" if reason else "")
             or coupled(description)
             or taken(description.states, RECENT)
+            or self.choice.unfit(layers)
         )
+
+    @property
+    def choice(self) -> Choice:
+        """How its bases are made."""
+        return Choice(self.basis, self.centre, self.calibration)
 
     def plan(self, model: ov.Model, layers: tuple[AttentionLayer, ...]) -> Plan:
         """The same with what it needs of the model."""
-        how = coding(self.bits, layers[0].head_dim, self.seed)
-        centres = {
-            layer.index: (key_centre(model, layer, self.centre) * np.float32(layer.scale)).astype(np.float32)
-            for layer in layers
-        }
-        return Plan(how.key, how.value, how.rotation, layers, centres, self.window, self.pruning)
+        spread = orthogonal(layers[0].head_dim, self.seed)
+        bases = self.choice.of(model, layers, (spread, spread))
+        scaled = {x.index: LayerBases(bases[x.index].key.scaled(x.scale), bases[x.index].value) for x in layers}
+        return Plan(*codecs(self.bits, layers[0].head_dim), layers, scaled, self.window, self.pruning)
 
     def give(
         self, model: ov.Model, description: ModelDescription
@@ -90,7 +96,7 @@ class FullCache:
         form = FULL[self.target](description, plan)
         changed = {layer.index: form.rewrite(layer) for layer in layers}
         model = rebuild(model, drop=[path.assign for layer in layers for path in layer.paths], add=form.finish())
-        facts = {"layers": plan.indices, **plan.digests, "centre_norms": norms(plan.centres)}
+        facts = {"layers": plan.indices, **plan.digests, **told(self.choice, plan.bases)}
         return model, description.recached(changed, form.states), facts
 
     def not_as_asked(self, description: ModelDescription) -> str:

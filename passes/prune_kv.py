@@ -12,11 +12,12 @@ import openvino as ov
 from ovtq.codec.coding import BITS
 from ovtq.errors import InputError, VerificationFailed
 from ovtq.forms import triattention
+from ovtq.forms.bases import Choice
 from ovtq.forms.pruning import MODES, Pruning
 from ovtq.forms.scores import SCORES
 from ovtq.forms.table import TARGETS
 from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.passes.base import Pass, Rewrite, option
+from ovtq.passes.base import BasisPass, Pass, Rewrite, basis_option, calibration_option, centre_option, option
 from ovtq.passes.full_cache import FullCache
 from ovtq.passes.quantize_kv import QuantizeKv
 
@@ -25,7 +26,7 @@ SLACK = {"gpu": 0, "cpu": 127}
 
 
 @dataclass(frozen=True)
-class PruneKv(Pass):
+class PruneKv(BasisPass):
     """softmax over the `budget` tokens that are worth most, by a score written once, and over a call's own tokens.
 
     For each KV head, of the tokens older than the recent ones those of highest score stay. The first `prefix` tokens
@@ -56,7 +57,7 @@ class PruneKv(Pass):
     v_bits: str = option("none", "bits per coordinate of a value", choices=BITS)
     residual_window: int = option(0, "recent tokens kept at full precision, with bits")
     protect: str = option("", "full layers left alone: first:N, last:N or indices, separated by commas")
-    centre: str = option("none", "what is subtracted from all keys, with bits", choices=("bias", "none"))
+    centre: str = centre_option("none")
     seed: int = option(0, "seed of the rotation's random signs")
     target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
     budget: int = option(1024, "tokens kept in each full layer")
@@ -72,13 +73,15 @@ class PruneKv(Pass):
     )
     score_seed: int = option(0, "seed of random scores")
     stats: str = option("", "file of tools/calibrate_triattention.py; without: triattention.npz in the model's folder")
+    basis: str = basis_option()
+    calibration: str = calibration_option()
 
     def __post_init__(self) -> None:
         if self.k_bits != "none" or self.v_bits != "none":
             if not 0 <= self.residual_window <= 4096:
                 raise ValueError(f"residual-window must be from 0 to 4096, got {self.residual_window}")
-        elif self.residual_window or self.centre != "none":
-            raise ValueError("residual-window and centre are options of packed caches; give k-bits or v-bits")
+        elif self.residual_window or self.centre != "none" or self.basis != "rotation":
+            raise ValueError("residual-window, centre and basis are options of packed caches; give k-bits or v-bits")
         for what, value, least in (
             ("recent-window", self.recent_window, 0), ("slack", self.slack, AUTO), ("prefix", self.prefix, 0),
         ):  # fmt: skip
@@ -100,14 +103,22 @@ class PruneKv(Pass):
         """In place of a quantize-kv: with its options."""
         return cls(
             k_bits=item.k_bits, v_bits=item.v_bits, residual_window=item.residual_window, protect=item.protect,
-            centre=item.centre, seed=item.seed, target=item.target,
+            centre=item.centre, seed=item.seed, target=item.target, basis=item.basis, calibration=item.calibration,
         )  # fmt: skip
 
     @property
     def packed(self) -> FullCache:
         """What it gives to full layers, were nothing pruned."""
         bits = self.k_bits, self.v_bits
-        return FullCache(bits, self.window, self.protect, self.centre, self.seed, self.target)
+        return FullCache(
+            bits, self.window, self.protect, self.centre, self.seed, self.target,
+            basis=self.basis, calibration=self.calibration,
+        )  # fmt: skip
+
+    @property
+    def choice(self) -> Choice:
+        """How its bases are made."""
+        return self.packed.choice
 
     @property
     def cache(self) -> FullCache:
@@ -141,8 +152,11 @@ class PruneKv(Pass):
         """The fields by name, but not where the statistics lay: a copy is beside the model."""
         return {**super().options, "stats": ""}
 
-    def at(self, folder: Path) -> PruneKv:
+    def at(self, folder: Path) -> Pass:
         """With the statistics that lie in a model's folder, unless others are named."""
+        return super(PruneKv, self._scored(folder)).at(folder)
+
+    def _scored(self, folder: Path) -> PruneKv:
         if self.score != "triattention" or self.stats:
             return self
         path = folder / triattention.NAME
@@ -155,6 +169,7 @@ class PruneKv(Pass):
 
     def leave(self, folder: Path) -> None:
         """The statistics, under the name that `at` knows."""
+        super().leave(folder)
         if self.stats:
             shutil.copyfile(self.stats, folder / triattention.NAME)
 

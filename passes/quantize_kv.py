@@ -9,14 +9,15 @@ import openvino as ov
 
 from ovtq.codec.coding import BITS
 from ovtq.errors import VerificationFailed
+from ovtq.forms.bases import Choice
 from ovtq.forms.table import TARGETS
 from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.passes.base import Pass, Rewrite, option
+from ovtq.passes.base import BasisPass, Rewrite, basis_option, calibration_option, centre_option, option
 from ovtq.passes.full_cache import FullCache
 
 
 @dataclass(frozen=True)
-class QuantizeKv(Pass):
+class QuantizeKv(BasisPass):
     """softmax(q·K̂ᵀ)·V̂ with K̂, V̂ = scale·(code − mid) for all tokens but the recent ones, which stay as they are.
 
     A token's key and value are quantised once and never again: bytes and scale are appended to the states. The last
@@ -26,7 +27,11 @@ class QuantizeKv(Pass):
     Keys are centred first: softmax does not change when every key is shifted by the same vector c and the sink logit
     by −q·c, and what is left of a key with a strong bias is smaller. c is the mean of the bias as RoPE turns it over
     the first positions, which is what does not turn: it costs nothing by token, where adding back q·RoPE_t(b) would
-    cost a product as large as that with the keys. The sink's row in the recent keys is −c.
+    cost a product as large as that with the keys. The sink's row in the recent keys is −c. With statistics of a text c
+    is the mean key, and values lose theirs, too, which the result is given back once.
+
+    Codes are of vectors in a basis: a rotation, or one that balances what keys are multiplied with against what they
+    are (`ovtq.codec.basis`), for each KV head. The inverse merges into the decoding, so it costs nothing.
 
     Refuses models whose full layers no longer have the exported KV states, whose lengths come from them (run
     decouple-length first), or whose shapes differ; and a head_dim that the packing can't fill. Source: TurboQuant
@@ -43,9 +48,11 @@ class QuantizeKv(Pass):
     v_bits: str = option("4", "bits per coordinate of a value", choices=BITS)
     residual_window: int = option(64, "recent tokens kept at full precision")
     protect: str = option("", "full layers left alone: first:N, last:N or indices, separated by commas")
-    centre: str = option("bias", "what is subtracted from all keys", choices=("bias", "none"))
+    centre: str = centre_option()
     seed: int = option(0, "seed of the rotation's random signs")
     target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
+    basis: str = basis_option()
+    calibration: str = calibration_option()
 
     def __post_init__(self) -> None:
         if not 0 <= self.residual_window <= 4096:
@@ -58,7 +65,15 @@ class QuantizeKv(Pass):
     def cache(self) -> FullCache:
         """What it gives to full layers."""
         bits = self.k_bits, self.v_bits
-        return FullCache(bits, self.residual_window, self.protect, self.centre, self.seed, self.target)
+        return FullCache(
+            bits, self.residual_window, self.protect, self.centre, self.seed, self.target,
+            basis=self.basis, calibration=self.calibration,
+        )  # fmt: skip
+
+    @property
+    def choice(self) -> Choice:
+        """How its bases are made."""
+        return self.cache.choice
 
     def chosen(self, description: ModelDescription) -> tuple[AttentionLayer, ...]:
         """The full layers that are not protected."""

@@ -1,4 +1,4 @@
-"""rotate-heads: store keys and values in a randomly rotated basis."""
+"""rotate-heads: store keys and values in a randomly rotated, or a balanced, basis."""
 
 from __future__ import annotations
 
@@ -6,32 +6,36 @@ import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import openvino as ov
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.codec.rotation import digest, randomized_hadamard
+from ovtq.codec.rotation import digest, orthogonal
 from ovtq.errors import VerificationFailed
-from ovtq.ir.graph import consumers, f32, insert_after
+from ovtq.forms.bases import Choice, LayerBases, told
+from ovtq.forms.basis_nodes import Matrices
+from ovtq.ir.graph import consumers, insert_after
 from ovtq.models.description import AttentionLayer, Exported, ModelDescription
-from ovtq.passes.base import Pass, Rewrite, option
+from ovtq.passes.base import BasisPass, Rewrite, basis_option, calibration_option, option
 
 
 @dataclass(frozen=True)
-class RotateHeads(Pass):
-    """softmax((qR)(KR)ᵀ)·(VR)·Rᵀ = softmax(qKᵀ)·V for orthogonal R, a randomised Hadamard matrix.
+class RotateHeads(BasisPass):
+    """softmax((qA⁻ᵀ)(KA)ᵀ)·(VB)·B⁻¹ = softmax(qKᵀ)·V for any invertible A and B.
 
-    The rotation, the same for all heads, spreads outlier channels over all coordinates, so that whatever quantises the
-    cache later loses less.
+    `rotation`: A = B, the same for all heads, is a randomised Hadamard matrix, or where none is known another
+    orthogonal one. It spreads outlier channels over all coordinates, so that whatever quantises the cache later loses
+    less. `weights` and `calibrated`: A balances keys against the queries they meet, B values against the output
+    projection, for each KV head (`ovtq.codec.basis`), by what the weights or a text say of them; where held-out text
+    says that this loses, a layer gets the rotation. Nothing is centred here: see centre-keys.
     One MatMul each on Q, K and V where they enter the attention (after RoPE), one on its result. K and V stay in the
     exported form Assign ← Concat ← Gather ← ReadValue, so that every fusion and paged attention still apply.
 
     On GPUs of the Xe2 generation the node after the attention has a use of its own: OpenVINO 2026.4 can't compile
     a six-input attention (sinks) that a Transpose follows at once.
 
-    Refuses a head_dim that is no power of two. Source: TurboQuant (arXiv 2504.19874), section 3; QuaRot
-    (arXiv 2404.00456) for rotating the KV cache.
+    Refuses a model without such layers, and statistics of another. Source: TurboQuant (arXiv 2504.19874), section 3;
+    QuaRot (arXiv 2404.00456) for rotating the KV cache.
     """
 
     name: ClassVar[str] = "rotate-heads"
@@ -41,10 +45,17 @@ class RotateHeads(Pass):
     seed: int = option(0, "seed of the random signs")
     tensors: str = option("qkv", "what to rotate: queries and keys, values, or both", choices=("qkv", "qk", "v"))
     layers: str = option("all", "which layers; left: full ones not packed, if any", choices=("all", "full", "left"))
+    basis: str = basis_option()
+    calibration: str = calibration_option()
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
+
+    @property
+    def choice(self) -> Choice:
+        """How its bases are made."""
+        return Choice(self.basis, "none", self.calibration)
 
     def _chosen(self, description: ModelDescription) -> tuple[AttentionLayer, ...]:
         if self.layers == "left":
@@ -60,35 +71,36 @@ class RotateHeads(Pass):
         return "" if self._chosen(description) or self.layers == "left" else f"the model has no {self.layers} layers"
 
     def requires(self, description: ModelDescription) -> None:
-        """Refuses a head_dim without a Hadamard matrix, and a model without such layers."""
+        """Refuses a model without such layers, and statistics that are not of it."""
         chosen = self._chosen(description)
-        self.refuse_if(self.needless(description))
-        for layer in chosen:
-            if layer.head_dim & (layer.head_dim - 1):
-                raise self.refuse(
-                    f"layer {layer.index} has head_dim {layer.head_dim}; a Hadamard rotation needs a power of two"
-                )
+        self.refuse_if(self.needless(description) or self.choice.unfit(chosen))
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Insert the MatMuls."""
-        rotated, hashes = 0, {}
-        constants: dict[int, tuple[ov.Node, ov.Node]] = {}
-        for layer in self._chosen(description):
-            if layer.head_dim not in constants:
-                rotation = randomized_hadamard(layer.head_dim, self.seed)
-                hashes[str(layer.head_dim)] = digest(rotation)
-                # Both matrices are stored as the CPU plugin wants weights, transposed. They are constants of their own:
-                # with one constant, and transpose_b on one MatMul only, the plugin takes the repacked weights of the
-                # one for the other's and silently gives wrong numbers.
-                constants[layer.head_dim] = f32(np.ascontiguousarray(rotation.T)), f32(rotation)
-            forward, inverse = constants[layer.head_dim]
-            ports = (layer.query, layer.key) if "qk" in self.tensors else ()
-            for port in (*ports, *((layer.value,) if "v" in self.tensors else ())):
-                port.feed(op.matmul(port.source, forward, False, True))
+        chosen, hashes = self._chosen(description), {}
+        bases: dict[int, LayerBases] = {}
+        for layer in chosen:
+            spread = orthogonal(layer.head_dim, self.seed)
+            hashes[str(layer.head_dim)] = digest(spread)
+            bases |= self.choice.of(model, [layer], (spread, spread), centred=False)
+        constants = Matrices()
+        for layer in chosen:
+            key, value = bases[layer.index]
+            if "qk" in self.tensors:
+                layer.query.feed(op.matmul(layer.query.source, constants.dual(key, layer.group), False, True))
+                layer.key.feed(op.matmul(layer.key.source, constants.forward(key), False, True))
             if "v" in self.tensors:
+                layer.value.feed(op.matmul(layer.value.source, constants.forward(value), False, True))
+                inverse = constants.inverse(value, layer.group)
                 insert_after(layer.context, functools.partial(_rotated, matrix=inverse))
-            rotated += 1
-        return Rewrite(model, description, rotated, {"matrix_sha256": hashes})
+        facts = {"matrix_sha256": hashes}
+        return Rewrite(
+            model, description, len(chosen), facts if self.basis == "rotation" else facts | self._told(bases)
+        )
+
+    def _told(self, bases: dict[int, LayerBases]) -> dict[str, object]:
+        found = told(self.choice, bases)
+        return {name: found[name] for name in ("balanced", "condition", "statistics") if name in found}
 
     def ensures(self, rewrite: Rewrite) -> None:
         """What enters the attention comes from a MatMul, and what it gives goes to one and nowhere else."""

@@ -13,12 +13,13 @@ from openvino import opset15 as op
 
 from ovtq.codec.rotation import digest, hadamard_matrix, randomized_frame, spread_width
 from ovtq.errors import VerificationFailed
+from ovtq.forms.bases import Choice, LayerBases, told
+from ovtq.forms.basis_nodes import Matrices
 from ovtq.forms.gpu.recent import PADDING, RecentRows
 from ovtq.ir.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
 from ovtq.models.description import AttentionLayer, Exported, ModelDescription, TokenRows
 from ovtq.models.description import SinkRow as SinkRowCache
-from ovtq.models.rope import key_centre, norms
-from ovtq.passes.base import Pass, Rewrite, option
+from ovtq.passes.base import BasisPass, Rewrite, basis_option, calibration_option, centre_option, option
 from ovtq.passes.checks import coupled, not_exported, taken, unequal
 from ovtq.states import RECENT, Growing, StateSpec, cache_name
 
@@ -28,7 +29,7 @@ SHORT = 2.0**-6  # and of its value: of zeros, which have no range, the GPU plug
 
 
 @dataclass(frozen=True)
-class SinkRow(Pass):
+class SinkRow(BasisPass):
     """softmax over [z, s₁ … sₙ], z being a query head's sink logit, is that of one product with a row more.
 
     With s = scale·q·kᵀ, orthonormal rows R (head_dim, width) and u (width,), and any c (head_dim,), keys are stored as
@@ -38,6 +39,10 @@ class SinkRow(Pass):
     gave. So a full layer becomes attention with five inputs over a cache that grows from no row at all to one row more
     than there are tokens, which is what the GPU plugin appends to in place, stores in 8 or 4 bits and never copies to
     query heads; with a sixth input it does none of this.
+
+    In a balanced basis (`ovtq.codec.basis`) keys are (k − c)AR and queries qA⁻ᵀR + …, with an A for each KV head,
+    likewise values. These may be centred, too: then that of the first row is less the centre, and the result is given
+    it back.
 
     The query is padded with that first row, too, and its result cut off: the CPU plugin's fused attention takes as many
     new keys as queries.
@@ -65,14 +70,23 @@ class SinkRow(Pass):
 
     seed: int = option(0, "seed of the rotation's random rows and signs")
     rotate: bool = option(True, "spread vectors over all coordinates, those for the sink included")
-    centre: str = option("bias", "what is subtracted from all keys", choices=("bias", "none"))
+    centre: str = centre_option()
+    basis: str = basis_option()
+    calibration: str = calibration_option()
     window: int = option(0, "tokens before a query's own that it reads as they are, whatever the cache keeps; 0: none")
 
     def __post_init__(self) -> None:
         if not 0 <= self.window <= 4096:
             raise ValueError(f"window must be from 0 to 4096, got {self.window}")
+        if self.window and (self.basis != "rotation" or self.choice.centred_by == "mean"):
+            raise ValueError("a window goes with basis rotation and centre bias or none")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
+
+    @property
+    def choice(self) -> Choice:
+        """How its bases are made."""
+        return Choice(self.basis, self.centre, self.calibration)
 
     def sites(self, description: ModelDescription) -> int:
         """One per full layer."""
@@ -103,25 +117,28 @@ class SinkRow(Pass):
                     hadamard_matrix(layer.head_dim + PADDING)
             except ValueError as error:
                 raise self.refuse(f"layer {layer.index} has head_dim {layer.head_dim}: {error}") from None
-        self.refuse_if(coupled(description))
+        self.refuse_if(coupled(description) or self.choice.unfit(description.full))
         if self.window:
             self.refuse_if(unequal(description.full, "heads or head_dim") or taken(description.states, RECENT))
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each layer's states and attention."""
-        centres = {layer.index: key_centre(model, layer, self.centre) for layer in description.full}
+        d = description.full[0].head_dim
+        spread = np.eye(d, dtype=np.float32) if self.window else _spread(self, d)[0]  # a window has rows of its own
+        bases = self.choice.of(model, description.full, (spread, spread))
         rows: RecentRows | _Rows
         if self.window:
+            centres = {index: pair.key.centre for index, pair in bases.items()}
             rows = RecentRows(description, self.window, centres, self.seed, self.rotate)
         else:
-            rows = _Rows(self, description, centres)
+            rows = _Rows(self, description, bases)
         changed = {layer.index: rows.attend(layer) for layer in description.full}
         old = [path.assign for layer in description.full for path in layer.paths]
         model = rebuild(model, drop=old, add=rows.finish())
         facts = {
             "width": rows.width,
             "matrix_sha256": rows.digest,
-            "centre_norms": norms(centres),
+            **{name: fact for name, fact in told(self.choice, bases).items() if name != "rotation_sha256"},
         }
         return Rewrite(model, description.recached(changed, rows.states), len(changed), facts)
 
@@ -135,19 +152,22 @@ class SinkRow(Pass):
             )
 
 
+def _spread(item: SinkRow, head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Orthonormal rows (head_dim, width) that vectors are spread by, and one more, (width,), for the sink."""
+    width = head_dim + PADDING
+    if item.rotate:
+        return randomized_frame(head_dim, width, item.seed)
+    return np.eye(head_dim, width, dtype=np.float32), np.eye(1, width, head_dim, dtype=np.float32)[0]
+
+
 class _Rows:
     """The nodes that all full layers share, and the rewrite of one layer."""
 
-    def __init__(self, item: SinkRow, description: ModelDescription, centres: Mapping[int, np.ndarray]) -> None:
-        self.centres = centres
-        layer = description.full[0]
-        d, self.width = layer.head_dim, layer.head_dim + PADDING
-        if item.rotate:
-            self.frame, self.sink = randomized_frame(d, self.width, item.seed)
-        else:
-            self.frame, self.sink = np.eye(d, self.width, dtype=np.float32), np.eye(1, self.width, d, np.float32)[0]
-        # constants of their own: see rotate-heads for what sharing one does
-        self.into, self.back = f32(np.ascontiguousarray(self.frame.T)), f32(self.frame)
+    def __init__(self, item: SinkRow, description: ModelDescription, bases: Mapping[int, LayerBases]) -> None:
+        self.bases = bases
+        self.frame, self.sink = _spread(item, description.full[0].head_dim)
+        self.width = len(self.sink)
+        self.matrices = Matrices()
         self.description = description
         self.batch, new = (dim(description.input_ids, axis) for axis in (0, 1))
         past = op.subtract(description.length, new)
@@ -170,18 +190,24 @@ class _Rows:
         H, G = layer.kv_heads, layer.group
         key, value = (size * np.sqrt(self.width, dtype=np.float32) * self.sink for size in (SINK, SHORT))
         part = layer.sinks.reshape(1, H * G, 1, 1) / layer.scale * key / np.square(key).sum()
-        moved = (-self.centres[layer.index] @ self.frame)[None, :, None]
-        query = self._behind_sink(op.add(self._rotate(layer.query.source), f32(part)), H * G, 0 * key)
-        keys, _ = self._cache(layer, "key", op.add(self._rotate(layer.key.source), f32(moved)), key + moved)
-        values, past = self._cache(layer, "value", self._rotate(layer.value.source), value)
+        bases = self.bases[layer.index]
+        less_key, less_value = (-(basis.centre[:, None] @ basis.matrix)[None] for basis in bases)  # (1, H, 1, width)
+        query = op.matmul(layer.query.source, self.matrices.dual(bases.key, G), False, True)
+        query = self._behind_sink(op.add(query, f32(part)), H * G, 0 * key)
+        stored = op.matmul(layer.key.source, self.matrices.forward(bases.key), False, True)
+        keys, _ = self._cache(layer, "key", op.add(stored, f32(less_key)), key + less_key)
+        stored = op.matmul(layer.value.source, self.matrices.forward(bases.value), False, True)
+        if less_value.any():
+            stored, value = op.add(stored, f32(less_value)), value + less_value
+        values, past = self._cache(layer, "value", stored, value)
         mask = self._mask(layer.cache.mask.source)
         context = op.scaled_dot_product_attention(query, keys, values, mask, f32(layer.scale), False)
         real = op.slice(context, self.first, i64([ALL]), i64([1]), i64([2]))
-        redirect(layer.context, op.matmul(real, self.back, False, True))
+        given = op.matmul(real, self.matrices.inverse(bases.value, G), False, True)
+        if less_value.any():
+            given = op.add(given, f32(np.repeat(bases.value.centre, G, 0)[None, :, None]))
+        redirect(layer.context, given)
         return replace(layer, context=context.output(0), cache=SinkRowCache(TokenRows(past, 1)))
-
-    def _rotate(self, source: Output) -> Node:
-        return op.matmul(source, self.into, False, True)
 
     def _behind_sink(self, new: Node, heads: int, sink: np.ndarray) -> Node:
         """`new`, (batch, heads, new, width), behind the row `sink` in the first call.

@@ -12,12 +12,13 @@ from conftest import TINY, load
 
 from ovtq.ir.dump import dump
 from ovtq.ir.graph import Port, consumers
-from ovtq.passes import PASSES, CheckCall, Pass, PruneKv, QuantizeKv, SinkRow, TruncateWindow
+from ovtq.passes import PASSES, CentreKeys, CheckCall, Pass, PruneKv, QuantizeKv, SinkRow, TruncateWindow
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
 
 
 SUBJECTS: dict[str, Pass] = {name: cls() for name, cls in PASSES.items()}
+SUBJECTS["centre-keys"] = CentreKeys(sinks="move")
 SUBJECTS["quantize-kv-cpu"] = QuantizeKv(target="cpu")
 SUBJECTS["prune-kv-cpu"] = PruneKv(target="cpu")
 SUBJECTS["check-call-cpu"] = CheckCall(target="cpu")

@@ -21,7 +21,7 @@ import openvino as ov
 import pytest
 from conftest import MINI, TINY
 
-from ovtq import __version__
+from ovtq import __version__, staging
 from ovtq.cli.convert import main
 from ovtq.codec import AdaptiveUniform
 from ovtq.errors import InputError
@@ -396,13 +396,17 @@ def _interrupted(out: Path, number: int, *options: str) -> subprocess.CompletedP
         stdout=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, how),
+        start_new_session=True,
     )
     deadline = time.monotonic() + 60
     while not any(out.parent.glob(f".{out.name}.ovtq-*/openvino_model.xml")):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(number)
+    if number == signal.SIGKILL:  # of both its processes: one alone would be tidied up after
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     stdout, stderr = process.communicate(timeout=60)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
@@ -421,12 +425,23 @@ def test_a_folder_of_a_like_name_is_left_alone(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == [".out.ovtq-backup", "out"]
 
 
-def test_two_runs_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
-    with io.staged(tmp_path / "out") as first:
-        assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--no-verify"]) == 0
-        assert first.is_dir()
-        (first / "mark").touch()
-    assert (tmp_path / "out" / "mark").exists()  # the last to finish stays
+@pytest.mark.parametrize("options", [[], ["--force"]])
+def test_of_two_runs_at_once_one_says_that_it_wrote(options: list[str], tmp_path: Path) -> None:
+    """What the first to end has written stays; the other one says so, whether it may replace what was there or not."""
+    before = None
+    if options:
+        assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--no-verify", "--preset", "exact"]) == 0
+        before = staging.identity(tmp_path / "out")
+
+    def second() -> None:
+        with staging.staged(tmp_path / "out") as folder:
+            assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--no-verify", *options]) == 0
+            assert folder.is_dir()
+
+    with pytest.raises(InputError, match="changed meanwhile, by another run"):
+        second()
+    assert json.loads((tmp_path / "out" / "ovtq.json").read_text())["preset"] == "k6v4"
+    assert staging.identity(tmp_path / "out") != before
     assert os.listdir(tmp_path) == ["out"]
 
 
@@ -456,7 +471,7 @@ def test_a_run_killed_between_its_renames_is_repaired(tmp_path: Path) -> None:
     before = fingerprint(out)
     out.rename(tmp_path / ".out.ovtq-0123cdef.old")
     (tmp_path / ".out.ovtq-0123cdef.lock").touch()
-    with pytest.raises(KeyboardInterrupt), io.staged(out):
+    with pytest.raises(KeyboardInterrupt), staging.staged(out):
         raise KeyboardInterrupt
     assert fingerprint(out) == before
     assert os.listdir(tmp_path) == ["out"]

@@ -273,7 +273,7 @@ def _paged(folder: Path) -> np.ndarray:
 
 @pytest.mark.slow
 def test_an_exported_u8_cache_is_wrong_for_two_sequences_behind_a_longer_text(family: Callable[[str], Path]) -> None:
-    """P66: of the exported model itself, arithmetic at f32; the same calls in a fresh model are right."""
+    """P60: of the exported model itself, arithmetic at f32; the same calls in a fresh model are right."""
     folder = family("llama3")
     two = [Call(24, 2, pad=9, reset=True), Call(1, 2, beams=(1, 0)), Call(128, 2)]
     lost = {}

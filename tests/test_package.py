@@ -34,8 +34,9 @@ forms
 models
 ir
 codec
-states __init__
-errors wording signals system
+states __init__ child
+files staging
+errors wording signals system whereabouts
 """.strip().splitlines()
 
 

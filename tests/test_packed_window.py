@@ -171,13 +171,13 @@ def test_options_are_checked(options: dict[str, str], message: str) -> None:
         TruncateWindow.parse(options)
 
 
-def test_it_refuses_a_head_that_cannot_be_rotated() -> None:
+def test_it_refuses_a_head_that_cannot_be_packed() -> None:
     import dataclasses
 
     rewrite = applied(TINY["5.5"], DecoupleLength())
-    layers = {i: dataclasses.replace(rewrite.description.layers[i], head_dim=80) for i in LAYERS}
+    layers = {i: dataclasses.replace(rewrite.description.layers[i], head_dim=81) for i in LAYERS}
     odd = rewrite.description.with_layers(layers)
-    with pytest.raises(PreconditionFailed, match="layer 0 has head_dim 80; a Hadamard rotation needs a power of two"):
+    with pytest.raises(PreconditionFailed, match="layer 0 can't be packed"):
         TruncateWindow(k_bits="8", v_bits="4").apply(rewrite.model, odd)
 
 

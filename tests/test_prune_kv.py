@@ -69,6 +69,7 @@ FORMS |= {
     "gpu, evict, nothing recent": PruneKv(**ONE_BY_ONE | {"recent_window": 0}, score="value-norm"),
     "gpu, evict, shared": PruneKv(**ONE_BY_ONE, heads="shared", score="norm-high"),
     "gpu, evict, K6V4": PruneKv(**ONE_BY_ONE, k_bits="6", v_bits="4", centre="bias"),
+    "gpu, evict, K6V4, balanced": PruneKv(**ONE_BY_ONE, k_bits="6", v_bits="4", centre="bias", basis="weights"),
     "gpu, evict, K8": PruneKv(**ONE_BY_ONE, k_bits="8", score="norm-low"),
     "gpu, mask": PruneKv(**ONE_BY_ONE, mode="mask", score="random"),
     "gpu, mask, K6V4": PruneKv(**ONE_BY_ONE, mode="mask", k_bits="6", v_bits="4", centre="bias"),
@@ -76,7 +77,7 @@ FORMS |= {
 }
 WHOLE = ("evict", "gpu, evict")  # in every schedule
 QUICK = {(form, "chunks") for form in ("evict, K6V4", "mask", "zero", "gpu, mask, K6V4", "gpu, zero")}
-QUICK |= {("gpu, evict, K6V4", "padding"), ("gpu, mask", "after a reset")}
+QUICK |= {("gpu, evict, K6V4, balanced", "padding"), ("gpu, mask", "after a reset")}
 QUICK |= {("evict, K6V4, triattention", "padding")}
 
 
@@ -506,7 +507,7 @@ def test_genai_resets_when_a_history_changes(options: list[str], convert: Callab
             {"score": "norm"},
             "prune-kv: score is one of norm-high, norm-low, keydiff, value-norm, triattention, random, got 'norm'",
         ),
-        ({"centre": "bias"}, "residual-window and centre are options of packed caches; give k-bits or v-bits"),
+        ({"centre": "bias"}, "residual-window, centre and basis are options of packed caches; give k-bits or v-bits"),
         ({"k-bits": "6", "mode": "zero", "centre": "bias"}, "mode zero needs centre none"),
         ({"protect": "middle"}, "prune-kv: protect: expected first:N, last:N or an index, got 'middle'"),
         ({"seed": "-1"}, "prune-kv: seed must be from 0 to 4294967295, got -1"),

@@ -12,6 +12,7 @@ from conftest import MINI, TINY, load
 from test_passes import Tapped, applied
 
 from ovtq.codec import STEPS, AdaptiveUniform
+from ovtq.codec.basis import rotated
 from ovtq.codec.packed_attention import PackedAttention
 from ovtq.codec.packing import unpack
 from ovtq.codec.rotation import randomized_hadamard
@@ -62,12 +63,13 @@ def references(item: QuantizeKv) -> dict[int, PackedAttention]:
         d, texts = layer.head_dim, (item.k_bits, item.v_bits)
         codecs = tuple(None if bits == "none" else AdaptiveUniform(int(bits), d) for bits in texts)
         centre = np.zeros((layer.kv_heads, d), np.float32)
-        if item.centre == "bias":
+        if item.centre == "auto":
             centre = mean_rotated_bias(model, layer.key.source, layer.kv_heads, d)
             centre = (centre * np.float32(layer.scale)).astype(np.float32)
+        rotation = randomized_hadamard(d, item.seed)
         made[layer.index] = PackedAttention(
-            codecs, randomized_hadamard(d, item.seed), centre, layer.sinks, layer.scale, item.residual_window,
-            FLUSH if item.target == "cpu" else 1,
+            codecs, (rotated(rotation, centre), rotated(rotation, 0 * centre)), layer.sinks, layer.scale,
+            item.residual_window, FLUSH if item.target == "cpu" else 1,
         )  # fmt: skip
     return made
 
@@ -88,7 +90,7 @@ def as_stored(model: Tapped, index: int, packed: PackedAttention, which: int, x:
     scale = scale[:, heads]
     count = codes.shape[2]
     assert count == (x.shape[2] if packed.flush == 1 else max(x.shape[2] - packed.window, 0) // FLUSH * FLUSH)
-    y = x[:, :, :count] @ packed.rotation
+    y = packed.bases[which].into(x[:, :, :count])
     expected, expected_scale = codec.encode(y)
     tie = codec.near_tie(y, 64 * EPS)  # x itself is rounded, and so the centre
     assert np.array_equal(codes[~tie], expected[~tie])
@@ -96,7 +98,7 @@ def as_stored(model: Tapped, index: int, packed: PackedAttention, which: int, x:
     assert tie.sum() <= 3 + 0.01 * tie.size
     clear = (codes == expected).all(-1, keepdims=True)
     assert np.allclose(scale[clear], expected_scale[clear], rtol=64 * EPS, atol=0)
-    decoded = codec.decode(codes, scale).astype(np.float64) @ packed.rotation.T
+    decoded = packed.bases[which].back(codec.decode(codes, scale))
     return np.concatenate([decoded, x[:, :, count:]], 2)
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import itertools
 import json
 import random
@@ -9,6 +12,7 @@ import re
 import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +111,64 @@ def test_it_needs_nothing_else(runs: list[dict[str, Any]], tmp_path: Path) -> No
     assert "currentColor" in page
 
 
+def _everywhere(value: Any, text: str) -> Iterator[tuple[str, Any]]:
+    """For each leaf of a JSON value: where it is, and a copy in which `text` stands there."""
+    keys = value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys:
+        inner = list(_everywhere(value[key], text)) if isinstance(value[key], dict | list) else [("", text)]
+        for where, changed in inner:
+            yield (
+                f"/{key}{where}",
+                {**value, key: changed}
+                if isinstance(value, dict)
+                else [changed if index == key else item for index, item in enumerate(value)],
+            )
+
+
+def test_no_field_gets_into_the_page_as_markup(
+    runs: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A script in any field of either file: escaped, or the file is refused."""
+    attack = """"></td></style><script>alert(1)</script><img src=x onerror='alert(2)'>"""
+    named = [runs[0] | {"rows": [*runs[0]["rows"][:2], runs[0]["rows"][2] | {"candidate": attack}]}, runs[1]]
+    report.write(tmp_path / "r.html", named)
+    assert not re.search("<script|<img", (tmp_path / "r.html").read_text(encoding="utf-8"))
+    for picture in ("front", "by_position", "needles", "over_context"):  # these take nothing else from a file as text
+        monkeypatch.setattr(report.plots, picture, lambda *_: "")
+    written = set()
+    for number, run in enumerate(runs):
+        for where, changed in _everywhere(run, attack):
+            try:
+                report.write(tmp_path / "r.html", [changed])
+            except InputError:
+                continue
+            page = (tmp_path / "r.html").read_text(encoding="utf-8")
+            assert "<script" not in page, where
+            assert "<img" not in page, where
+            written.add((number, where.rpartition("/")[2]))
+    fields = {(0, name) for name in ("chunk", "identical", "tokens", "model", "role", "verdict", "cache", "candidate")}
+    fields |= {(1, name) for name in ("cores", "prompt_tokens", "new_tokens", "runs", "cpu", "prompt", "through")}
+    assert fields <= written
+
+
+def test_a_browser_may_load_and_run_nothing(runs: list[dict[str, Any]], tmp_path: Path) -> None:
+    """The page's policy lets in one style sheet, by its hash; the pictures have none, not even as attributes."""
+    report.write(tmp_path / "r.html", runs)
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    (policy,) = re.findall(r'<meta http-equiv="Content-Security-Policy" content="([^"]*)">', page)
+    rules = dict(rule.strip().split(" ", 1) for rule in html.unescape(policy).split(";"))
+    (sheet,) = re.findall("<style>(.*?)</style>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()
+    assert rules == {
+        "default-src": "'none'", "style-src": f"'sha256-{digest}'", "base-uri": "'none'", "form-action": "'none'"
+    }  # fmt: skip
+    assert page.index("Content-Security-Policy") < page.index("<style>")
+    assert " style=" not in page
+    drawn = {key for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL) for key in re.findall(r" ([\w-]+)=", svg)}
+    assert {"fill", "stroke", "stroke-width", "stroke-linecap", "font-size", "font-family"} <= drawn
+    assert "font" not in drawn  # a shorthand, which is no attribute
+
+
 def test_equal_figures_make_equal_pages(runs: list[dict[str, Any]], tmp_path: Path) -> None:
     for name in ("a.html", "b.html"):
         report.write(tmp_path / name, runs)
@@ -126,7 +188,7 @@ def test_the_command(runs: list[dict[str, Any]], tmp_path: Path, capsys: pytest.
     for options, message in (
         ([tmp_path / "bad.json"], "can't be read"),
         ([tmp_path / "list.json"], "not written by ovtq-eval or ovtq-bench"),
-        ([tmp_path / "none.json"], "No such file"),
+        ([tmp_path / "none.json"], "no such file"),
         ([files[0], "--output", tmp_path / "x.html"], "not of this version's form"),
         ([files[1], "--output", tmp_path / "nowhere" / "x.html"], "--output " + str(tmp_path / "nowhere")),
     ):

@@ -24,9 +24,9 @@ import ovtq.forms.window
 import ovtq.passes.rotate_heads
 from ovtq import pipeline
 from ovtq.cli.convert import main
-from ovtq.codec.rotation import randomized_hadamard
 from ovtq.errors import VerificationFailed
 from ovtq.forms.attend import Columns, Held, Plan
+from ovtq.forms.basis_nodes import Matrices
 from ovtq.forms.beams import Beams
 from ovtq.ir import io
 from ovtq.passes import DecoupleLength, RotateHeads, TruncateWindow
@@ -44,10 +44,8 @@ def _not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _not_orthogonal(monkeypatch: pytest.MonkeyPatch) -> None:
-    def skewed(head_dim: int, seed: int) -> np.ndarray:
-        return randomized_hadamard(head_dim, seed) * np.float32(1.001)
-
-    monkeypatch.setattr(ovtq.passes.rotate_heads, "randomized_hadamard", skewed)
+    dual = Matrices.dual
+    monkeypatch.setattr(Matrices, "dual", lambda *args: ov.opset15.multiply(dual(*args), np.float32(1.001)))
 
 
 def _band_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +157,8 @@ def _not_causal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _sink_not_centred(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Plan, "sink_rows", property(lambda self: 0 * np.concatenate(2 * list(self.centres.values()))))
+    zeros = property(lambda self: np.concatenate([0 * self.centre(layer) for layer in self.layers]))
+    monkeypatch.setattr(Plan, "sink_rows", zeros)
 
 
 WRONG = "the converted model is wrong on CPU: "

@@ -381,8 +381,7 @@ def test_what_other_programs_have_open(tmp_path: Path) -> None:
     """A folder held open for half a second is waited for; for longer it is said, and nothing is lost or left."""
     code = """import ctypes, os, stat, sys, threading
 from pathlib import Path
-from ovtq import system
-from ovtq.ir import io
+from ovtq import staging, system
 from ovtq.errors import InputError
 windows = ctypes.WinDLL("kernel32")
 windows.CreateFileW.restype = ctypes.c_void_p
@@ -392,7 +391,7 @@ def hold(path):
     assert handle not in (None, ctypes.c_void_p(-1).value)
     return lambda: windows.CloseHandle(ctypes.c_void_p(handle))
 def convert():
-    with io.staged(base / "out") as folder:
+    with staging.staged(base / "out") as folder:
         (folder / "new").touch()
 convert()
 (base / "out" / "new").rename(base / "out" / "old")

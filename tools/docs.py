@@ -32,6 +32,7 @@ COMMANDS = {
     "ovtq-eval": "ovtq.cli.evaluate",
     "ovtq-bench": "ovtq.cli.bench",
     "ovtq-infer": "ovtq.cli.infer",
+    "ovtq-calibrate": "ovtq.cli.calibrate",
     "ovtq-doctor": "ovtq.cli.doctor",
     "ovtq-report": "ovtq.cli.report",
 }

@@ -25,17 +25,16 @@ import math
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 from rich.console import Console
 
-from ovtq import __version__, system
+from ovtq import __version__, files, system
 from ovtq.cli import report
 from ovtq.cli.bench_tables import show_contexts, show_prefills, show_prompts
-from ovtq.cli.command import Out, Parser, listed, phase, positive, progress, run, tokens, turns
+from ovtq.cli.command import Out, Parser, listed, path_of, phase, positive, progress, run, tokens, turns
 from ovtq.errors import InputError
 from ovtq.evidence.candidates import Candidate, parse
 from ovtq.evidence.roofline_cpu import read_bandwidth
@@ -56,13 +55,13 @@ BLOCK = 8  # decode steps whose mean is one figure: what a method does at every 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     errors = Console(stderr=True, highlight=False)
-    return run("ovtq-bench", lambda: bench(parser().parse_intermixed_args(argv), Out(), errors), errors)
+    return run("ovtq-bench", lambda: bench(parser().parse_intermixed_args(argv), Out(), errors), errors, argv=argv)
 
 
 def parser() -> Parser:
     """The command line."""
     p = Parser("ovtq-bench", __doc__)
-    p.add_argument("model_dir", type=Path, help="the model as exported: what ratios are to")
+    p.add_argument("model_dir", type=path_of, help="the model as exported: what ratios are to")
     p.add_argument("others", nargs="*", metavar="CANDIDATE", help="see above")
     p.add_argument("--candidate", action="append", default=[], metavar="CANDIDATE", help="the same; may be repeated")
     p.add_argument(
@@ -95,8 +94,8 @@ def parser() -> Parser:
         "--one-process", action="store_true", help="all candidates in this one, which then holds the memory of all"
     )
     p.add_argument("--one-at-a-time", action="store_true", help="load one candidate at a time; ratios are of medians")
-    p.add_argument("--output", "--json", type=Path, metavar="FILE", help="write the figures", dest="output")
-    p.add_argument("--report", type=Path, metavar="FILE", help="write a page to look at (HTML)")
+    p.add_argument("--output", "--json", type=path_of, metavar="FILE", help="write the figures", dest="output")
+    p.add_argument("--report", type=path_of, metavar="FILE", help="write a page to look at (HTML)")
     return p
 
 
@@ -156,7 +155,7 @@ def bench(options: argparse.Namespace, console: Out, errors: Console) -> None:
     for label, reason in dict.fromkeys((row["candidate"], row["wrong"]) for row in rows if row["wrong"]):
         console.print(f"not as asked: {label}: {reason}", style="bold red")
     if options.output:
-        options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        files.write(options.output, json.dumps(results, indent=1) + "\n")
     if options.report:
         report.write(options.report, [results])
         console.print(f"report: {options.report}")

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import re
-from collections.abc import Callable, Iterator
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import openvino as ov
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ovtq import __version__
+from ovtq import __version__, system
 from ovtq.errors import InputError, OvtqError
 from ovtq.ir.io import last_line
 
 T = TypeVar("T")
+LINE = 1000  # characters of an error, at most
 
 
 # What people type who know other programs of this kind, or the flag of another command.
@@ -50,6 +55,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **options
         )
+        self.add_argument("--debug", action="store_true", help="show where an error was raised, too")
         versions = f"ovtq {__version__}, openvino {ov.__version__}"
         self.add_argument("--version", action="version", version=versions, help="print the versions of both and leave")
 
@@ -60,13 +66,25 @@ class Parser(argparse.ArgumentParser):
 
 
 def run(
-    prog: str, work: Callable[[], int | None], errors: Console | None = None, interrupted: str = "interrupted"
+    prog: str,
+    work: Callable[[], int | None],
+    errors: Console | None = None,
+    interrupted: str = "interrupted",
+    argv: Sequence[str] | None = None,
 ) -> int:
-    """Exit code of `work()`: what it returns (None: 0), or 2 after one line on stderr that says what is wrong."""
+    """Exit code of `work()`: what it returns (None: 0), or 2 after one line on stderr that says what is wrong.
+
+    Whatever is raised is such a line; with --debug among the arguments (`argv`, by default the process's) where it was
+    raised stands above it.
+    """
+    debug = "--debug" in (sys.argv[1:] if argv is None else argv)
     errors = errors or Console(stderr=True, highlight=False)
 
     def fail(line: str) -> int:
-        errors.print(f"{prog}: {' '.join(line.split())}", markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # there may be nobody to tell
+            if debug:
+                errors.file.write(traceback.format_exc())
+            errors.print(one_line(f"{prog}: {line}"), markup=False, soft_wrap=True)
         return 2
 
     try:
@@ -78,7 +96,24 @@ def run(
     except BrokenPipeError:
         raise
     except OSError as error:
+        if error.filename == system.STDOUT:
+            return fail(f"{system.STDOUT} can't be written to ({system.reason(error)})")
         return fail(f"{error.filename or 'system'}: {error.strerror or last_line(error)}")
+    except MemoryError:
+        return fail("out of memory")
+    except Exception as error:
+        return fail(unforeseen(error))
+
+
+def unforeseen(error: Exception) -> str:
+    """One line about an error that nobody foresaw."""
+    return f"failed where nothing should, please report it: {type(error).__name__}: {last_line(error)} (--debug: where)"
+
+
+def one_line(text: str) -> str:
+    """A text in one line, its middle left out if it is long."""
+    line = " ".join(text.split()).encode("utf-8", "backslashreplace").decode("utf-8")  # names may be no text
+    return line if len(line) <= LINE else f"{line[: LINE // 2]} … {line[-LINE // 2 :]}"
 
 
 def positive(text: str) -> int:
@@ -110,6 +145,13 @@ def turns(per_token: int, flat: int, other_per_token: int, other_flat: int) -> i
     if gain <= 0:
         return 0 if lead < 0 and gain == 0 else None
     return max(lead // gain + 1, 0)
+
+
+def path_of(text: str) -> Path:
+    """A path that is not empty, as a variable of a script may be that was never set."""
+    if not text.strip() or "\0" in text:
+        raise InputError(f"a path is empty or can't be one: {text!r}")
+    return Path(text)
 
 
 def listed(one: Callable[[str], T], name: str) -> Callable[[str], list[T]]:

@@ -7,7 +7,6 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import openvino as ov
@@ -15,10 +14,10 @@ from rich.console import Console, JustifyMethod
 from rich.progress import Progress
 from rich.table import Table
 
-from ovtq import conversion, pipeline, states
+from ovtq import conversion, pipeline, states, system
 from ovtq.advice import SHORT_WINDOW
 from ovtq.automatic import AUTO, caution
-from ovtq.cli.command import Out, Parser, progress, run
+from ovtq.cli.command import Out, Parser, path_of, progress, run
 from ovtq.conversion import CONTEXTS
 from ovtq.errors import InputError
 from ovtq.ir import io
@@ -30,6 +29,7 @@ from ovtq.verification.extent import BIG, BIG_LAYERS
 from ovtq.wording import COMMAND_LINE
 
 PACKED_OPTIONS = ("k-bits", "v-bits", "residual-window", "protect", "centre")  # of quantize-kv, with flags of their own
+BASIS_OPTIONS = ("basis", "calibration")  # of all passes that have them
 PRUNING_OPTIONS = ("recent-window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv, likewise
 
 
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = parser().parse_args(argv)
         convert(options, Out(stderr=options.dump_after != []), errors)
 
-    return run("ovtq-convert", work, errors, "interrupted; nothing was written")
+    return run("ovtq-convert", work, errors, "interrupted; nothing was written", argv)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -91,8 +91,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--help-passes", action=_Print, text=f"passes and their options:\n{passes}\n", help="print all passes and leave"
     )
-    p.add_argument("model_dir", type=Path, help="folder with a stateful IR: openvino_model.xml/.bin, config.json")
-    p.add_argument("out_dir", type=Path, nargs="?", help="folder to write; not needed with --dry-run")
+    p.add_argument("model_dir", type=path_of, help="folder with a stateful IR: openvino_model.xml/.bin, config.json")
+    p.add_argument("out_dir", type=path_of, nargs="?", help="folder to write; not needed with --dry-run")
     what = p.add_mutually_exclusive_group()
     what.add_argument(
         "--preset",
@@ -134,6 +134,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="K,V",
         help="pack what sliding layers keep, too: bits of a key's and of a value's coordinate (default none,none)",
     )
+    bases = p.add_argument_group("what heads are stored in (short for --set of every pass that has these options)")
+    for option in BASIS_OPTIONS:
+        bases.add_argument(
+            f"--{option}", type=_value_of(QuantizeKv, option), metavar=option.upper(), help=helps[option]
+        )
     pruning = p.add_argument_group("pruning, which is lossy (short for --set prune-kv.…)")
     pruning.add_argument(
         "--budget",
@@ -179,7 +184,7 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         help="leave a model card, README.md, in OUT_DIR; the original's becomes README.original.md (default: on)",
     )
-    p.add_argument("--json", type=Path, metavar="FILE", help="also write the record to FILE")
+    p.add_argument("--json", type=path_of, metavar="FILE", help="also write the record to FILE")
     return p
 
 
@@ -211,7 +216,20 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
             after=after,
             wording=COMMAND_LINE,
         )
-    _report(console, options, made.record, made.cache_precision, time.perf_counter() - started)
+    try:
+        _report(console, options, made.record, made.cache_precision, time.perf_counter() - started)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if options.dry_run:
+            raise
+        system.drop_output()  # what was asked for is there
+        errors.print(
+            f"written to {options.out_dir}, but standard output can't be written to ({system.reason(error)})",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _shown(bars: Progress) -> conversion.OnProgress:

@@ -1,12 +1,16 @@
-"""The entry points of the command line: light, so that an interruption while OpenVINO loads is one line too."""
+"""The entry points of the command line: a small process that watches over the one that does the work.
+
+So an interruption while OpenVINO loads is one line, and so is OpenVINO's death.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-import os
 import sys
+import traceback
 
-from ovtq import __version__, signals, system
+from ovtq import __version__, child, signals, system
 
 # By the name behind `ovtq` and behind `ovtq-`: the module whose `main` it is, and what it does.
 COMMANDS = {
@@ -15,6 +19,7 @@ COMMANDS = {
     "inspect": ("inspect", "what a model folder holds, and its memory with each preset"),
     "eval": ("evaluate", "what a cache costs in quality"),
     "bench": ("bench", "time and memory beside the model as exported"),
+    "calibrate": ("calibrate", "statistics of a text, for heads that lose less: convert --basis calibrated"),
     "doctor": ("doctor", "what works on this machine, and how fast: a page to send with a report"),
     "report": ("report", "one page of figures of eval and bench"),
 }
@@ -35,7 +40,9 @@ def main() -> int:
         return {"convert": convert, "doctor": doctor}.get(name, lambda: run_command(COMMANDS[name][0], name=name))()
     system.use_utf8()
     if name in ("--help", "-h"):
-        sys.stdout.write(USAGE.format(commands="\n".join(f"  {key:<9}{about}" for key, (_, about) in COMMANDS.items())))
+        sys.stdout.write(
+            USAGE.format(commands="\n".join(f"  {key:<10}{about}" for key, (_, about) in COMMANDS.items()))
+        )
         return 0
     if name == "--version":
         print(f"ovtq {__version__}")
@@ -69,6 +76,11 @@ def infer() -> int:
     return run_command("infer")
 
 
+def calibrate() -> int:
+    """`ovtq-calibrate`."""
+    return run_command("calibrate")
+
+
 def doctor() -> int:
     """`ovtq-doctor`."""
     return run_command("doctor", "interrupted; the same command goes on")
@@ -82,14 +94,26 @@ def report() -> int:
 def run_command(
     module: str, interrupted: str = "interrupted", name: str | None = None, package: str = "ovtq.cli"
 ) -> int:
-    """Exit code of `PACKAGE.MODULE.main()`, with signals and streams as the commands need them."""
-    signals.interrupt()
-    if sys.stdout is None:  # closed, as by >&-
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    system.use_utf8()
+    """Exit code of `PACKAGE.MODULE.main()`, run in a process of its own."""
+    system.open_streams()
+    prog = f"ovtq-{name or module}"
     try:
+        return child.watch("ovtq.cli.entry", "work", f"{package}.{module}", prog, interrupted)
+    except child.Died as error:
+        if "--debug" in sys.argv:
+            _say(error.native.rstrip())
+        _say(f"{prog}: {error}; nothing was written" if module == "convert" else f"{prog}: {error}")
+    except OSError as error:
+        _say(f"{prog}: can't start a process ({system.reason(error)})")
+    return 2
+
+
+def work(module: str, prog: str, interrupted: str) -> int:
+    """The same in this process, with signals and streams as the commands need them."""
+    try:
+        system.use_utf8()
         try:
-            code = importlib.import_module(f"{package}.{module}").main()
+            code = importlib.import_module(module).main()
         except SystemExit as end:  # --help, --version
             code = int(end.code or 0)
         if code:
@@ -97,9 +121,23 @@ def run_command(
         sys.stdout.flush()
     except KeyboardInterrupt:
         signals.ignore()
-        print(f"ovtq-{name or module}: {interrupted}", file=sys.stderr)
+        _say(f"{prog}: {interrupted}")
         return 2
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        system.drop_output()
         return 0
+    except OSError as error:
+        system.drop_output()
+        _say(f"{prog}: standard output can't be written to ({system.reason(error)})")
+        return 2
+    except Exception as error:  # OpenVINO can't be loaded, say
+        if "--debug" in sys.argv:
+            _say(traceback.format_exc().rstrip())
+        _say(f"{prog}: can't start ({type(error).__name__}: {' '.join(str(error).split())[-500:]})")
+        return 2
     return code
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # there may be nobody to tell
+        print(line, file=sys.stderr, flush=True)

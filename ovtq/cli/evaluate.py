@@ -28,16 +28,15 @@ import signal
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from pathlib import Path
 from typing import Any
 
 import openvino as ov
 from rich.console import Console
 from rich.progress import Progress
 
-from ovtq import __version__, system
+from ovtq import __version__, files, system
 from ovtq.cli import report
-from ovtq.cli.command import Out, Parser, listed, phase, positive, progress, run
+from ovtq.cli.command import Out, Parser, listed, path_of, phase, positive, progress, run
 from ovtq.cli.evaluate_tables import show, show_head
 from ovtq.errors import InputError, VerificationFailed
 from ovtq.evidence import needles
@@ -47,6 +46,7 @@ from ovtq.forms.pruning import counted
 from ovtq.ir import io
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner, check_device
 from ovtq.runtime.text import Tokenizer
+from ovtq.staging import RECORD
 from ovtq.verification.recheck import passes_of, recheck
 
 Task = tuple[str, Candidate, int]  # role, candidate, tokens a call
@@ -61,7 +61,7 @@ SETTINGS = "device text_sha256 windows window chunk asked greedy verified max_kl
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     errors = Console(stderr=True, highlight=False)
-    return run("ovtq-eval", lambda: evaluate(parser().parse_intermixed_args(argv), Out(), errors), errors)
+    return run("ovtq-eval", lambda: evaluate(parser().parse_intermixed_args(argv), Out(), errors), errors, argv=argv)
 
 
 def share(text: str) -> float:
@@ -75,10 +75,10 @@ def share(text: str) -> float:
 def parser() -> Parser:
     """The command line."""
     p = Parser("ovtq-eval", __doc__)
-    p.add_argument("model_dir", type=Path, help="the model as exported: the reference")
+    p.add_argument("model_dir", type=path_of, help="the model as exported: the reference")
     p.add_argument("others", nargs="*", metavar="CANDIDATE", help="see above")
     p.add_argument("--candidate", action="append", default=[], metavar="CANDIDATE", help="the same; may be repeated")
-    p.add_argument("--text", type=Path, required=True, metavar="FILE", help="UTF-8; <|endoftext|> between documents")
+    p.add_argument("--text", type=path_of, required=True, metavar="FILE", help="UTF-8; <|endoftext|> between documents")
     p.add_argument("--device", default="CPU", help="where to run all (default: %(default)s)")
     p.add_argument(
         "--windows", type=positive, default=5, metavar="N", help="of the text, at most (default: %(default)s)"
@@ -125,9 +125,9 @@ def parser() -> Parser:
     p.add_argument(
         "--jobs", type=positive, default=1, metavar="N", help="rows at a time, each with its share of the cores (CPU)"
     )
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the figures, after each candidate")
+    p.add_argument("--json", type=path_of, metavar="FILE", help="write the figures, after each candidate")
     p.add_argument("--resume", action="store_true", help="take what --json FILE holds already, if made alike")
-    p.add_argument("--report", type=Path, metavar="FILE", help="write a page to look at (HTML)")
+    p.add_argument("--report", type=path_of, metavar="FILE", help="write a page to look at (HTML)")
     return p
 
 
@@ -152,7 +152,7 @@ def evaluate(options: argparse.Namespace, console: Out, errors: Console) -> int:
             rows.append(old or work.judged(candidate, *next(found)))
             show(console, rows[-1], resumed=old is not None)
             if options.json:
-                _write(options.json, work.results)
+                files.write(options.json, json.dumps(work.results, indent=1) + "\n")
     if options.report:
         report.write(options.report, [work.results])
         console.print(f"report: {options.report}")
@@ -335,9 +335,10 @@ def _check(options: argparse.Namespace, candidates: Sequence[Candidate]) -> None
     if options.report:
         report.check(options.report)
     for candidate in candidates:
-        record = candidate.folder / io.RECORD
+        record = candidate.folder / RECORD
         if record.is_file() and passes_of(candidate.folder):
-            told = json.loads(record.read_text(encoding="utf-8")).get("source", {}).get("xml_sha256")
+            source = io.record_of(candidate.folder).get("source")
+            told = source.get("xml_sha256") if isinstance(source, dict) else None
             if told not in (None, io.text_sha256(io.model_xml(options.model_dir))):
                 raise InputError(f"{candidate.folder}: not made of {options.model_dir} but of another model")
 
@@ -369,16 +370,9 @@ def _kept(options: argparse.Namespace, results: dict[str, Any]) -> dict[tuple[st
     if not options.resume or not options.json.is_file():
         return {}
     try:
-        old = json.loads(options.json.read_text(encoding="utf-8"))
+        old = files.read_json(options.json)
         if any(old[key] != results[key] for key in SETTINGS):
             raise InputError(f"{options.json}: made with other settings, text or versions; name another --json FILE")
         return {(row["candidate"], row["fingerprint"]): row for row in old["rows"] if row["role"] == "candidate"}
     except (ValueError, LookupError, TypeError):
         raise InputError(f"{options.json}: no figures of ovtq-eval") from None
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    new.replace(path)

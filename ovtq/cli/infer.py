@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from ovtq.cli.command import Out, Parser, positive, run, turns
+from ovtq.cli.command import Out, Parser, path_of, phase, positive, progress, run, turns
 from ovtq.errors import InputError
 from ovtq.evidence.candidates import look, open_candidate, parse
 from ovtq.forms.pruning import counted, told
@@ -22,19 +22,20 @@ from ovtq.ir import io
 from ovtq.runtime.runner import Runner, check_device
 from ovtq.runtime.text import Tokenizer
 
+CALL = 1024  # tokens of a long prompt that are read at once
 FLOATS = {"cpu": "f32", "gpu": "f16"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     errors = Console(stderr=True, highlight=False)
-    return run("ovtq-infer", lambda: infer(parser().parse_args(argv), Out(), Out(stderr=True)), errors)
+    return run("ovtq-infer", lambda: infer(parser().parse_args(argv), Out(), Out(stderr=True)), errors, argv=argv)
 
 
 def parser() -> Parser:
     """The command line."""
     p = Parser("ovtq-infer", __doc__)
-    p.add_argument("model_dir", type=Path, help="a model folder, converted or not")
+    p.add_argument("model_dir", type=path_of, help="a model folder, converted or not")
     p.add_argument("--prompt", required=True, metavar="TEXT", help="what to answer; - reads it from stdin")
     p.add_argument("--device", default="CPU", help="where to run it (default: %(default)s)")
     p.add_argument("--max-new-tokens", type=positive, default=200, metavar="N", help="at most (default: %(default)s)")
@@ -55,11 +56,13 @@ def infer(options: argparse.Namespace, console: Out, errors: Out) -> None:
         raise InputError("--property: write KEY=VALUE")
     if not all(options.stop):
         raise InputError("--stop: empty")
-    if not options.temperature >= 0:
-        raise InputError("--temperature: at least 0")
+    if not 0 <= options.temperature < float("inf"):
+        raise InputError("--temperature: a number from 0")
+    if options.seed < 0:
+        raise InputError("--seed: at least 0")
     candidate = parse(str(options.model_dir), options.model_dir)
     tokenizer = Tokenizer(options.model_dir)
-    prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
+    prompt = _prompt(options.prompt)
     if not prompt.strip():
         raise InputError("--prompt: empty")
     ids = tokenizer.encode(prompt) if options.raw else tokenizer.chat(prompt)
@@ -70,7 +73,7 @@ def infer(options: argparse.Namespace, console: Out, errors: Out) -> None:
     cache, ends = look(candidate, subject, options.device), tokenizer.ends()
     draw, times = np.random.default_rng(options.seed), [time.perf_counter()]
     written: list[int] = []
-    step, shown, text = ids[None], "", ""
+    step, shown, text = _read(subject, ids, errors), "", ""
     while len(written) < options.max_new_tokens:
         logits = subject.step(step)[0, -1]
         written.append(_chosen(logits, options.temperature, draw))
@@ -100,6 +103,30 @@ def infer(options: argparse.Namespace, console: Out, errors: Out) -> None:
         errors.print(line)
     if counts := counted(subject.request):
         errors.print(told(counts))
+
+
+def _prompt(text: str) -> str:
+    """The prompt as given or from stdin. Raises InputError if it is no UTF-8."""
+    try:
+        text = sys.stdin.read() if text == "-" else text
+        text.encode("utf-8")
+    except UnicodeError:
+        raise InputError("--prompt: not UTF-8 text") from None
+    return text
+
+
+def _read(subject: Runner, ids: np.ndarray, errors: Out) -> np.ndarray:
+    """Read a prompt (tokens,) but for its end, (1, rest), which is returned: a long one in calls of CALL tokens.
+
+    These may take minutes, and are shown.
+    """
+    long = len(ids) > 2 * CALL
+    starts = range(0, len(ids) - CALL, CALL) if long else ()
+    with progress(errors) as bars, phase(bars, "prompt", len(starts)) as tick:
+        for start in starts:
+            subject.step(ids[None, start : start + CALL])
+            tick()
+    return ids[None, len(starts) * CALL :]
 
 
 def advice(model_dir: Path, device: str, tokens: int) -> str:
@@ -132,8 +159,8 @@ def _safe(text: str, stops: Sequence[str]) -> str:
 def _chosen(logits: np.ndarray, temperature: float, draw: np.random.Generator) -> int:
     if not temperature:
         return int(logits.argmax())
-    scaled = logits.astype(np.float64) / temperature
-    weights = np.exp(scaled - scaled.max())
+    with np.errstate(over="ignore"):  # next to 0 the likeliest token is as good as sure
+        weights = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
     return int(draw.choice(len(weights), p=weights / weights.sum()))
 
 

@@ -15,9 +15,9 @@ import openvino as ov
 from openvino import opset15 as op
 from rich.console import Console
 
-from ovtq import __version__, pipeline, states
+from ovtq import __version__, files, pipeline, states
 from ovtq.advice import Advice, advise, attention_of
-from ovtq.cli.command import Out, Parser, listed, phase, positive, progress, run
+from ovtq.cli.command import Out, Parser, listed, path_of, phase, positive, progress, run
 from ovtq.cli.inspect_tables import SECTIONS
 from ovtq.errors import InputError, OvtqError, UnsupportedModel
 from ovtq.evidence import roofline, roofline_cpu
@@ -27,6 +27,7 @@ from ovtq.models import ModelDescription, describe
 from ovtq.models.attention import biased_projection
 from ovtq.passes import PASSES
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
+from ovtq.staging import RECORD
 from ovtq.states import FLOAT_BYTES, StateSpec
 
 TEXT_TOKENS = 1024  # of --text that are run
@@ -52,15 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         for section in SECTIONS:
             section(console, facts)
         if options.json:
-            options.json.write_text(text, encoding="utf-8")
+            files.write(options.json, text)
 
-    return run("ovtq-inspect", work, errors)
+    return run("ovtq-inspect", work, errors, argv=argv)
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = Parser("ovtq-inspect", __doc__)
-    p.add_argument("model_dir", type=Path, help="folder with a stateful IR, exported or converted")
+    p.add_argument("model_dir", type=path_of, help="folder with a stateful IR, exported or converted")
     p.add_argument(
         "--context",
         type=listed(positive, "tokens"),
@@ -73,7 +74,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--text",
-        type=Path,
+        type=path_of,
         metavar="FILE",
         help=f"run {TEXT_TOKENS:,} tokens of it on the CPU, to compare key biases with the keys (compiles the model; "
         "needs the extra genai)",
@@ -85,7 +86,12 @@ def parser() -> argparse.ArgumentParser:
         "should take on this machine, by what its parts cost here (compiles two layers and runs them; half a minute)",
     )
     p.add_argument(
-        "--json", type=Path, nargs="?", const=Path("-"), metavar="FILE", help="write it as JSON, too; alone on stdout"
+        "--json",
+        type=path_of,
+        nargs="?",
+        const=Path("-"),
+        metavar="FILE",
+        help="write it as JSON, too; alone on stdout",
     )
     return p
 
@@ -174,7 +180,7 @@ def _converted(xml: Path, model: ov.Model) -> dict[str, Any] | None:
     paged = all(step["name"] in PASSES and PASSES[step["name"]].paged_attention for step in stamp["passes"])
     return {
         **stamp,
-        "record": io.RECORD if record else None,
+        "record": RECORD if record else None,
         "target": record.get("target", stamp.get("target")),
         "verified": record.get("verified"),
         "paged_attention": paged,

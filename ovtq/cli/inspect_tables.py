@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ovtq.ir.io import RECORD
+from ovtq.staging import RECORD
 
 NOTES = {
     "gpu": "as exported: in the stateful path the GPU plugin compresses no cache of a model with sinks, whatever "

@@ -4,54 +4,29 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import html
-import json
 import re
 import unicodedata
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from ovtq.cli.command import Out, Parser, run
+from ovtq import files
+from ovtq.cli import report_page
+from ovtq.cli.command import Out, Parser, path_of, run
+from ovtq.cli.report_page import POLICY, STYLE, joined, picture, render
 from ovtq.errors import InputError
 from ovtq.evidence import plots
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
 
 KINDS = ("eval", "bench")
 SVG, XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 FONT = "system-ui, sans-serif"
-STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #1c2024; --soft: #667; --line: #d8dce0; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) {
-  :root { --paper: #15181b; --ink: #e4e7ea; --soft: #9aa3ab; --line: #343a40; --bad: #ff8a80; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 88rem; background: var(--paper); color: var(--ink);
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.75rem 0 .25rem; }
-h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
-p { margin: .25rem 0 1rem; max-width: 60rem; } .soft, figcaption { color: var(--soft); }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; min-width: 100%; }
-th, td { padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line); text-align: right; }
-td { white-space: nowrap; }
-th { font-weight: 600; vertical-align: bottom; } th.text, td.text { text-align: left; }
-td.name { white-space: normal; min-width: 13rem; overflow-wrap: anywhere; font-weight: 600; }
-th.name, td.name { position: sticky; left: 0; background: var(--paper); }
-td.cache { white-space: normal; min-width: 10rem; color: var(--soft); }
-tr.reference td, tr.floor td { color: var(--soft); font-weight: 400; }
-.wrong { color: var(--bad); font-weight: 600; white-space: normal; }
-figure { margin: 1rem 0 0; overflow-x: auto; } figure svg { max-width: 100%; height: auto; min-width: 34rem; }
-section + section { margin-top: 3.5rem; border-top: 1px solid var(--line); padding-top: 1rem; }
-@media (max-width: 40rem) { td.name { min-width: 8.5rem; } body { padding: 1.25rem .75rem 3rem; } }
-@media print {
-  body { max-width: none; padding: 0; } .scroll, figure { overflow: visible; } figure svg { min-width: 0; }
-  table { font-size: 6.5pt; } td.name, td.cache { min-width: 0; } th.name, td.name { position: static; }
-  tr, figure { break-inside: avoid; } }
-"""
-
 FRONT = (
     "Quality for its size: the further down and left, the better. The line joins those that no other beats in both. "
     "Hollow: equal to the reference, drawn at a tenth of the least loss; wrong ones are left out."
@@ -68,7 +43,7 @@ STATES = (
 )
 PEAK = "Peak memory of the process while it decodes."
 
-Cell = Callable[[Mapping[str, Any]], str]
+Cell = Callable[[Mapping[str, Any]], Any]
 Looks = Mapping[str, plots.Look]
 Column = tuple[str, str, Cell]  # title, CSS classes, text of a row
 
@@ -76,16 +51,16 @@ Column = tuple[str, str, Cell]  # title, CSS classes, text of a row
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     errors = Console(stderr=True, highlight=False)
-    return run("ovtq-report", lambda: _main(parser().parse_args(argv), Out()), errors)
+    return run("ovtq-report", lambda: _main(parser().parse_args(argv), Out()), errors, argv=argv)
 
 
 def parser() -> Parser:
     """The command line."""
     p = Parser("ovtq-report", __doc__)
     p.add_argument(
-        "results", nargs="+", type=Path, metavar="RESULT.json", help="of ovtq-eval --json, ovtq-bench --output"
+        "results", nargs="+", type=path_of, metavar="RESULT.json", help="of ovtq-eval --json, ovtq-bench --output"
     )
-    p.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE", help="(default: %(default)s)")
+    p.add_argument("--output", type=path_of, default=Path("report.html"), metavar="FILE", help="(default: %(default)s)")
     return p
 
 
@@ -96,10 +71,7 @@ def _main(options: argparse.Namespace, console: Out) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: can't be read ({error})") from None
+    found = files.read_json(path)
     if not isinstance(found, dict) or found.get("kind") not in KINDS:
         raise InputError(f"{path}: not written by ovtq-eval or ovtq-bench")
     return found
@@ -108,19 +80,14 @@ def _read(path: Path) -> dict[str, Any]:
 def check(path: Path, option: str = "--report") -> None:
     """Raise InputError if a report can't be written to `path`, which `option` names."""
     plots.check()
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise InputError(f"{option} {path}: no such folder, or not a file that can be written")
+    report_page.check()
+    files.check_writable(path, option)
 
 
 def write(path: Path, runs: Sequence[Mapping[str, Any]], sources: Sequence[Path] = ()) -> None:
     """The page of some runs, whole or not at all. Raises InputError, naming its source, for a run of another form."""
     page = _page([_clean(run) for run in runs], sources or [path] * len(runs))
-    new = path.with_name(f".{path.name}.new")
-    try:
-        new.write_text(page, encoding="utf-8")
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+    files.write(path, page)
 
 
 @contextmanager
@@ -149,28 +116,21 @@ def _page(runs: Sequence[Mapping[str, Any]], sources: Sequence[Path]) -> str:
         with _known_form(source):
             rows = found["rows"] if found["kind"] == "eval" else [*found["prompts"], *found["contexts"]]
             labels += [row["candidate"] for row in rows if row.get("role") != "floor"]
-            models.append(_text(found["model"]))
+            models.append(str(found["model"]))
     looks = plots.looks(labels)  # the same for a candidate in every picture
     parts = []
     for found, source in zip(runs, sources, strict=True):
         with _known_form(source):
-            text = _evaluation(found, looks) if found["kind"] == "eval" else _benchmark(found, looks)
-        parts.append(f"<section>{text}</section>")
+            parts.append(_evaluation(found, looks) if found["kind"] == "eval" else _benchmark(found, looks))
     title = ", ".join(dict.fromkeys(models))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>ovtq: {title}</title><style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n"
-        + "\n".join(parts)
-        + "\n</body></html>\n"
-    )
+    return render("page", policy=POLICY, style=picture(STYLE), title=title, parts=parts)
 
 
-def _evaluation(run: Mapping[str, Any], looks: Looks) -> str:
+def _evaluation(run: Mapping[str, Any], looks: Looks) -> Markup:
     rows, total = run["rows"], run["windows"] * run["window"]
     columns: list[Column] = [
-        ("candidate", "text name", lambda row: _name(row["candidate"]) + _why(row)),
-        ("cache, as the compiled model shows it", "text cache", lambda row: _text(row["cache"])),
+        ("candidate", "text name", _name),
+        ("cache, as the compiled model shows it", "text cache", lambda row: row["cache"]),
         ("bytes a token", "", lambda row: _whole(row["bytes_per_token"])),
         ("flat bytes", "", lambda row: _whole(row["flat_bytes"])),
         ("mean KLD", "", lambda row: _nats(row["mean_kld"])),
@@ -182,14 +142,9 @@ def _evaluation(run: Mapping[str, Any], looks: Looks) -> str:
         ("greedy text the same", "", _greedy),
         ("verdict", "text", _verdict),
     ]
-    return "".join(
+    return joined(
         [
-            f'<p class="soft">{_made(run)}: quality on {_text(run["device"])}</p><h2>Quality</h2>',
-            f"<p>{total:,} tokens of {_text(run['text'])} in windows of {run['window']:,}, read {run['chunk']} at ",
-            "a time. KLD is the divergence of the next-token distribution from that of the model as exported with a ",
-            "cache of f32, in nats; lower is better. The noise floor is the same model read in other chunks: nothing ",
-            "below it is a difference. Greedy text: how many tokens it stays the reference's, on average, and how ",
-            "many texts are so to their end.</p>",
+            render("evaluation", run=run, made=_made(run), total=f"{total:,}", window=f"{run['window']:,}"),
             _table(columns, rows, lambda row: row["role"]),
             _figure(plots.front(rows, looks), FRONT),
             _figure(plots.by_position(run, looks), POSITION),
@@ -198,11 +153,10 @@ def _evaluation(run: Mapping[str, Any], looks: Looks) -> str:
     )
 
 
-def _benchmark(run: Mapping[str, Any], looks: Looks) -> str:
+def _benchmark(run: Mapping[str, Any], looks: Looks) -> Markup:
     machine = run["machine"]
     parts = [
-        f'<p class="soft">{_made(run)}: time and memory on {_text(run["device"])}, {_text(machine["cpu"])}, '
-        f"{machine['cores']} cores, {machine['ram'] / 2**30:,.0f} GiB</p>"
+        render("benchmark", run=run, made=_made(run), machine=machine, ram=f"{machine['ram'] / 2**30:,.0f}"),
     ]
     shared: list[Column] = [
         ("TPOT ms", "", lambda row: f"{row['tpot_ms']['median']:.2f}"),
@@ -214,16 +168,16 @@ def _benchmark(run: Mapping[str, Any], looks: Looks) -> str:
         ("peak MB, prefill", "", lambda row: _mega(row["rss_prefill"])),
         ("peak MB, decode", "", lambda row: _mega(row["rss_decode"])),
     ]
-    name: Column = ("candidate", "text name", lambda row: _name(row["candidate"]) + _why(row))
+    name: Column = ("candidate", "text name", _name)
     if run["prompts"]:
-        parts.append("<h2>Prompts</h2><p>Medians; ratios are to the exported model's run beside it.</p>")
+        parts.append(render("prompts"))
     for prompt in dict.fromkeys(row["prompt"] for row in run["prompts"]):
         rows = [row for row in run["prompts"] if row["prompt"] == prompt]
         read, new, runs = (rows[0][key] for key in ("prompt_tokens", "new_tokens", "runs"))
-        parts.append(f'<h3>{_text(prompt)}</h3><p class="soft">{read} + {new} tokens, {runs} runs</p>')
+        parts.append(render("prompt", prompt=prompt, read=read, new=new, runs=runs))
         columns = [
             name,
-            ("through", "text", lambda row: _text(row["through"])),
+            ("through", "text", lambda row: row["through"]),
             ("TTFT ms", "", lambda row: f"{row['ttft_ms']['median']:.1f}"),
             *shared,
             ("tokens/s", "", lambda row: f"{row['tokens_per_s']:.1f}"),
@@ -233,10 +187,7 @@ def _benchmark(run: Mapping[str, Any], looks: Looks) -> str:
     if run["contexts"]:
         rows = run["contexts"]
         filled = "filled with noise" if rows[0]["filled"] else "prefilled"
-        parts.append(
-            f"<h2>Over the context</h2><p>One decode step after so many tokens ({filled}). Ratios are medians over "
-            "blocks of steps, each to the exported model's block beside it: below 1 is faster.</p>"
-        )
+        parts.append(render("contexts", filled=filled))
         columns = [
             name,
             ("tokens", "", lambda row: f"{row['context']:,}"),
@@ -251,28 +202,22 @@ def _benchmark(run: Mapping[str, Any], looks: Looks) -> str:
             _figure(plots.over_context(rows, "rss_decode", looks), PEAK),
             _table(columns, rows),
         ]
-    return "".join(parts)
+    return joined(parts)
 
 
-def _table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], kind: Cell | None = None) -> str:
-    head = "".join(f'<th class="{css}">{_text(title)}</th>' for title, css, _ in columns)
-    body = "".join(
-        f'<tr class="{_text(kind(row)) if kind else ""}">'
-        + "".join(f'<td class="{css}">{cell(row)}</td>' for _, css, cell in columns)
-        + "</tr>\n"
-        for row in rows
-    )
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+def _table(columns: Sequence[Column], rows: Sequence[Mapping[str, Any]], kind: Cell | None = None) -> Markup:
+    heads = [(title, css) for title, css, _ in columns]
+    body = [(kind(row) if kind else "", [(css, cell(row)) for _, css, cell in columns]) for row in rows]
+    return render("table", heads=heads, rows=body)
 
 
-def _figure(svg: str, caption: str) -> str:
+def _figure(svg: str, caption: str) -> Markup:
     if not svg:
-        return ""
+        return joined([])
     root = _inline(svg)
     root.set("role", "img")
     root.set("aria-label", caption)
-    picture = ElementTree.tostring(root, encoding="unicode")
-    return f"<figure>{picture}<figcaption>{_text(caption)}</figcaption></figure>"
+    return render("figure", picture=picture(ElementTree.tostring(root, encoding="unicode")), caption=caption)
 
 
 def _inline(svg: str) -> ElementTree.Element:
@@ -283,9 +228,11 @@ def _inline(svg: str) -> ElementTree.Element:
     for parent in list(root.iter()):
         for child in [child for child in parent if child.tag.endswith(("}style", "}metadata"))]:
             parent.remove(child)  # a style sheet in a picture would be one for the whole page
-    root.set("style", "stroke-linejoin: round; stroke-linecap: butt")
+    root.set("stroke-linejoin", "round")
+    root.set("stroke-linecap", "butt")
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', svg))
     for element in root.iter():
+        _unstyle(element)
         for key, value in list(element.attrib.items()):
             if key == "id" and value not in used:
                 del element.attrib[key]
@@ -297,27 +244,36 @@ def _inline(svg: str) -> ElementTree.Element:
     return root
 
 
+def _unstyle(element: ElementTree.Element) -> None:
+    """A `style` as attributes, each of which means the same: a page that may run nothing takes no style from them."""
+    for rule in element.attrib.pop("style", "").split(";"):
+        name, colon, value = (part.strip() for part in rule.partition(":"))
+        if name == "font" and (found := re.fullmatch(r"(?:(\d+|bold) )?([\d.]+px) (.+)", value)):
+            element.set("font-size", found[2])
+            element.set("font-family", found[3])
+            if found[1]:
+                element.set("font-weight", found[1])
+        elif colon:
+            element.set(name, value)
+
+
 def _made(run: Mapping[str, Any]) -> str:
     versions = run["versions"]
     made = f"ovtq {run['ovtq']}, openvino {versions['openvino'].split('-')[0]}, python {versions['python']}"
-    return _text(f"{run['date'][:10]}, {made}")
+    return f"{run['date'][:10]}, {made}"
 
 
-def _why(row: Mapping[str, Any]) -> str:
+def _name(row: Mapping[str, Any]) -> Markup:
+    """A candidate's name, which may break after what separates its words, and what is wrong with it."""
     reason = row.get("reason") or row.get("wrong")
     word = "WRONG" if row.get("verdict") == "wrong" else "not as asked"
     note = {"reference": " (the reference)", "floor": " (the noise floor)"}.get(row.get("role", ""), "")
-    return f'{note}<div class="wrong">{word}: {_text(reason)}</div>' if reason else note
+    parts = re.split(r"(?<=[,:=/_])", row["candidate"])
+    return render("name", parts=parts, note=note, reason=reason, word=word)
 
 
-def _verdict(row: Mapping[str, Any]) -> str:
-    wrong = row["verdict"] == "wrong"
-    return '<span class="wrong">wrong</span>' if wrong else _text(row["verdict"])
-
-
-def _name(label: str) -> str:
-    """A candidate's name that may break after what separates its words."""
-    return "<wbr>".join(_text(part) for part in re.split(r"(?<=[,:=/_])", label))
+def _verdict(row: Mapping[str, Any]) -> Markup:
+    return render("verdict", wrong=row["verdict"] == "wrong", verdict=row["verdict"])
 
 
 def _nats(value: float) -> str:
@@ -342,7 +298,3 @@ def _whole(value: int | None) -> str:
 
 def _mega(value: int | None) -> str:
     return "–" if value is None else f"{value / 1e6:,.0f}"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))

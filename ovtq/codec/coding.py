@@ -11,7 +11,7 @@ import numpy as np
 
 from ovtq.codec import STEPS, AdaptiveUniform
 from ovtq.codec.packing import Layout, layout, packed_bytes
-from ovtq.codec.rotation import digest, randomized_hadamard
+from ovtq.codec.rotation import digest, orthogonal
 
 BITS = ("none", *map(str, STEPS))  # what the options k-bits and v-bits may be
 # A scale may be kept as the whole number n = ⌊UNIT·√scale + ½⌋: for scales from 1e-4 to 255 every n is finite in f16,
@@ -20,12 +20,11 @@ UNIT = 4096
 
 
 @dataclass(frozen=True, eq=False)
-class Coding:
-    """Codecs of keys and values (None: kept as they are), and the rotation before both, (head_dim, head_dim)."""
+class Codecs:
+    """Codecs of keys and values; None: kept as they are."""
 
     key: AdaptiveUniform | None
     value: AdaptiveUniform | None
-    rotation: np.ndarray
 
     @cached_property
     def layouts(self) -> tuple[Layout | None, Layout | None]:
@@ -42,18 +41,32 @@ class Coding:
 
     @property
     def digests(self) -> dict[str, Any]:
-        """What tells this coding from all others, for the record of a conversion."""
+        """What tells these codecs from all others, for the record of a conversion."""
         codecs = {"key": self.key, "value": self.value}
-        return {
-            "quantizer_sha256": {what: codec.digest for what, codec in codecs.items() if codec},
-            "rotation_sha256": digest(self.rotation),
-        }
+        return {"quantizer_sha256": {what: codec.digest for what, codec in codecs.items() if codec}}
+
+
+@dataclass(frozen=True, eq=False)
+class Coding(Codecs):
+    """The same with the rotation before both, (head_dim, head_dim)."""
+
+    rotation: np.ndarray
+
+    @property
+    def digests(self) -> dict[str, Any]:
+        """What tells this coding from all others."""
+        return {**super().digests, "rotation_sha256": digest(self.rotation)}
+
+
+def codecs(bits: Sequence[str], head_dim: int) -> tuple[AdaptiveUniform | None, AdaptiveUniform | None]:
+    """Those of keys and values in `bits`, each one of BITS."""
+    key, value = (None if text == "none" else AdaptiveUniform(int(text), head_dim) for text in bits)
+    return key, value
 
 
 def coding(bits: Sequence[str], head_dim: int, seed: int) -> Coding:
-    """The coding of keys and values in `bits`, each one of BITS, with a randomised Hadamard rotation of that seed."""
-    key, value = (None if text == "none" else AdaptiveUniform(int(text), head_dim) for text in bits)
-    return Coding(key, value, randomized_hadamard(head_dim, seed))
+    """The coding of keys and values in `bits`, each one of BITS, with an orthogonal matrix of that seed."""
+    return Coding(*codecs(bits, head_dim), orthogonal(head_dim, seed))
 
 
 def whole_scale(scale: np.ndarray, stored: np.ndarray | None = None) -> np.ndarray:
@@ -67,9 +80,7 @@ def whole_scale(scale: np.ndarray, stored: np.ndarray | None = None) -> np.ndarr
 
 
 def unfit(bits: Sequence[str], head_dim: int) -> str | None:
-    """Why vectors of `head_dim` can't be rotated or packed in `bits`; None if they can."""
-    if head_dim & (head_dim - 1):
-        return f"has head_dim {head_dim}; a Hadamard rotation needs a power of two"
+    """Why vectors of `head_dim` can't be packed in `bits`; None if they can."""
     for text in sorted({*bits} - {"none"}):
         try:
             packed_bytes(int(text), head_dim)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ovtq.codec import AdaptiveUniform
+from ovtq.codec.basis import HeadBasis
 from ovtq.codec.coding import UNIT, whole_scale
 from ovtq.states import scale_name
 
@@ -38,17 +39,17 @@ class Place(NamedTuple):
 class PackedAttention:
     """A layer's attention over a packed cache in f64, all tokens kept as they came.
 
-    A key k is stored as RᵀQ(R(scale·k − centre)), Q being the codec's rounding; a value without scale and centre. The
-    tokens before past − window, in whole flushes, are read as stored, the others as they came. `codecs` are the key's
-    and the value's, or None; `centre` is (kv_heads, d), `sinks` (query_heads,). A query, times `query_scale`, sees its
-    own token and `reach` − 1 before it, or all. `whole` says that scales are kept as whole numbers.
+    A key k is stored as Q((scale·k − c)·A)·A⁻¹, Q being the codec's rounding, a value without scale; A and c are those
+    of `bases`, of scaled keys and of values. The tokens before past − window, in whole flushes, are read as stored, the
+    others as they came. `codecs` are the key's and the value's, or None; `sinks` is (query_heads,). A query, times
+    `query_scale`, sees its own token and `reach` − 1 before it, or all. `whole` says that scales are kept as whole
+    numbers.
     """
 
     def __init__(
         self,
         codecs: tuple[AdaptiveUniform | None, AdaptiveUniform | None],
-        rotation: np.ndarray,
-        centre: np.ndarray,
+        bases: tuple[HeadBasis, HeadBasis],
         sinks: np.ndarray,
         scale: float,
         window: int,
@@ -57,7 +58,8 @@ class PackedAttention:
         query_scale: float = 1,
         whole: bool = False,
     ) -> None:
-        self.codecs, self.rotation, self.centre = codecs, rotation.astype(np.float64), centre[None, :, None]
+        self.codecs, self.bases = codecs, bases
+        self.centre, self.value_centre = (basis.centre[None, :, None] for basis in bases)
         self.sinks, self.scale, self.window, self.flush = sinks, scale, window, flush
         self.reach, self.query_scale, self.whole = reach, query_scale, whole
         self.tokens: tuple[np.ndarray, ...] = ()  # keys and values, all as they came; before the first call none
@@ -97,16 +99,19 @@ class PackedAttention:
         codec = self.codecs[which]
         if codec is None:
             return x
-        codes, scale = codec.encode(x @ self.rotation)
-        return self.restored(codec, codes, whole_scale(scale) if self.whole else scale)
+        codes, scale = codec.encode(self.bases[which].into(x))
+        return self.restored(which, codes, whole_scale(scale) if self.whole else scale)
 
-    def restored(self, codec: AdaptiveUniform, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    def restored(self, which: int, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
         """The vectors of some codes, turned back."""
-        return codec.decode(codes, scale).astype(np.float64) @ self.rotation.T
+        codec = self.codecs[which]
+        if codec is None:
+            raise ValueError(f"{('keys', 'values')[which]} are not packed here")
+        return self.bases[which].back(codec.decode(codes, scale))
 
     def remember(self, k: np.ndarray, v: np.ndarray, beams: np.ndarray) -> int:
         """Take in a call's keys and values, (batch, kv_heads, new, d); returns how many tokens there were before."""
-        new = self.scale * k.astype(np.float64) - self.centre, v.astype(np.float64)
+        new = self.scale * k.astype(np.float64) - self.centre, v.astype(np.float64) - self.value_centre
         old = tuple(x[beams] for x in self.tokens) if self.tokens else tuple(x[:, :, :0] for x in new)
         self.tokens = tuple(np.concatenate(pair, 2) for pair in zip(old, new, strict=True))
         return old[0].shape[2]
@@ -143,7 +148,9 @@ class PackedAttention:
             scores[~(visible & kept[:, head])] = -np.inf
             top = np.maximum(scores.max(-1, keepdims=True), sink)
             weights = np.exp(scores - top)
-            result[:, head] = weights @ values[:, head] / (weights.sum(-1, keepdims=True) + np.exp(sink - top))
+            total_weight = weights.sum(-1, keepdims=True)
+            context = weights @ values[:, head] + total_weight * self.value_centre[:, head]
+            result[:, head] = context / (total_weight + np.exp(sink - top))
         return result.reshape(batch, -1, count, d)
 
     def _read(self, which: int, past: int, stored: Callable[[int, np.ndarray], np.ndarray]) -> np.ndarray:

@@ -68,6 +68,22 @@ def _jacobsthal(q: int) -> np.ndarray:
     return residue[(np.arange(q) - np.arange(q)[:, None]) % q]
 
 
+def orthogonal(head_dim: int, seed: int) -> np.ndarray:
+    """R, (head_dim, head_dim) f32, orthogonal, for any head_dim: `x @ R` spreads an outlier over all coordinates.
+
+    Where a Hadamard matrix is known (powers of two, 80, 96, 120, 160, 192, …) its entries are ±1/√d, rows signed and
+    columns too at random where d is no power of two; else `random_orthogonal`.
+    """
+    if head_dim & (head_dim - 1) == 0:
+        return randomized_hadamard(head_dim, seed)
+    try:
+        matrix = hadamard_matrix(head_dim)
+    except ValueError:
+        return random_orthogonal(head_dim, seed)
+    signs = np.random.RandomState(seed).randint(0, 2, (2, head_dim)) * 2 - 1
+    return (signs[0][:, None] * matrix * signs[1] / np.sqrt(head_dim)).astype(np.float32)
+
+
 def randomized_frame(head_dim: int, width: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """R (head_dim, width) and a row u (width,), f32, all rows orthonormal and orthogonal to (1, …, 1).
 

@@ -7,7 +7,7 @@ carry the scale of the attention.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,8 +15,10 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.codec.coding import Coding
+from ovtq.codec import AdaptiveUniform
+from ovtq.codec.coding import Codecs
 from ovtq.codec.packed_attention import PackedAttention, Place
+from ovtq.forms.bases import LayerBases
 from ovtq.forms.beams import Beams
 from ovtq.forms.pruning import PrunedAttention, Pruning
 from ovtq.forms.quantizer import encode, pack
@@ -29,22 +31,22 @@ NEVER = 2**30  # no query is so late
 
 
 @dataclass(frozen=True, eq=False)
-class Plan(Coding):
+class Plan(Codecs):
     """What becomes of the tokens of some layers.
 
-    `centres`, (kv_heads, head_dim) for each layer, are what was taken from its keys, scale included; `window` is how
-    many recent tokens are at full precision, at the least. `pruning` says which of the others stay; None: all.
+    `bases` are those of each layer's keys, times the scale of its attention, and of its values; `window` is how many
+    recent tokens are at full precision, at the least. `pruning` says which of the others stay; None: all.
     """
 
     layers: tuple[AttentionLayer, ...]
-    centres: dict[int, np.ndarray]
+    bases: dict[int, LayerBases]
     window: int
     pruning: Pruning | None = None
 
     def definition(self, layer: AttentionLayer, flush: int) -> PackedAttention:
         """What a layer then computes, where tokens leave the recent ones `flush` at a time."""
         codecs, sinks = (self.key, self.value), layer.sink_logits.reshape(-1)
-        args = codecs, self.rotation, self.centres[layer.index], sinks, layer.scale, self.window, flush
+        args = codecs, self.bases[layer.index], sinks, layer.scale, self.window, flush
         if self.pruning is None:
             return PackedAttention(*args)
         first = self.indices.index(layer.index) * layer.kv_heads
@@ -80,10 +82,23 @@ class Plan(Coding):
         """How many of a layer's two tensors, keys and values, are."""
         return sum(layout is not None for layout in self.layouts)
 
+    def centre(self, layer: AttentionLayer) -> np.ndarray:
+        """(2·kv_heads, head_dim): what is taken from a layer's scaled keys and from its values."""
+        key, value = self.bases[layer.index]
+        return np.concatenate([key.centre, value.centre])
+
     @cached_property
     def sink_rows(self) -> np.ndarray:
-        """(layers·2·kv_heads, head_dim): the sink's key, −centre, and value, 0, of each layer."""
-        return np.concatenate([np.concatenate([-c, 0 * c]) for c in (self.centres[x.index] for x in self.layers)])
+        """(layers·2·kv_heads, head_dim): the sink's key and value of each layer, zeros less the centre."""
+        return np.concatenate([-self.centre(layer) for layer in self.layers])
+
+    def encoder(self, layers: Sequence[AttentionLayer], codecs: Sequence[AdaptiveUniform]) -> np.ndarray:
+        """What `encode` multiplies with: heads of the keys of all `layers` first, then of their values, if packed."""
+        which = [k for k, codec in enumerate((self.key, self.value)) if codec in codecs and codec]
+        some = [self.bases[layer.index][k] for k in which for layer in layers]
+        if all(basis.shared for basis in some):
+            return some[0].matrix[0]
+        return np.concatenate([np.broadcast_to(b.matrix, (len(b.centre), *b.matrix.shape[1:])) for b in some])
 
 
 class Held:
@@ -136,7 +151,7 @@ class Store:
     """
 
     def __init__(self, beams: Beams, plan: Plan, layer: AttentionLayer, rule: Growing) -> None:
-        self.plan, self.target = plan, beams.target
+        self.plan, self.layer, self.target = plan, layer, beams.target
         self.held = [
             Held(
                 beams,
@@ -159,7 +174,8 @@ class Store:
         if not chosen:
             return [*halves], []
         codecs, layouts = [codec for _, codec, _ in chosen], [where for *_, where in chosen]
-        centred, scales = encode(tokens if len(chosen) == 2 else chosen[0][0], codecs, self.plan.rotation)
+        matrix = self.plan.encoder([self.layer], codecs)
+        centred, scales = encode(tokens if len(chosen) == 2 else chosen[0][0], codecs, matrix)
         done = iter(pack(centred, codecs, layouts))
         return [next(done) if codec else half for half, codec, _ in triples], [scales]
 

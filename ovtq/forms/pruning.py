@@ -157,7 +157,8 @@ class PrunedAttention(PackedAttention):
         """Which tokens the call after `past` attends to, (batch, kv_heads, past + new): its own ones all."""
         keys = (self.tokens[0] + self.centre) / self.scale
         count = self.older(past)
-        scores = self.pruning.scores(self.layer, keys, self.tokens[1], shown, self.straight)[:, :, :count]
+        values = self.tokens[1] + self.value_centre
+        scores = self.pruning.scores(self.layer, keys, values, shown, self.straight)[:, :, :count]
         chosen = best(np.floor(scores), self.room)
         graph = self._chosen_by_graph(scores.shape)
         if graph is not None and count > self.room:

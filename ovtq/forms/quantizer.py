@@ -16,12 +16,13 @@ from ovtq.ir.graph import f32, i64, precise
 LAST = (3,)  # the axis of head_dim
 
 
-def encode(x: Node | Output, codecs: Sequence[AdaptiveUniform], rotation: np.ndarray) -> tuple[Node, Node]:
+def encode(x: Node | Output, codecs: Sequence[AdaptiveUniform], matrix: np.ndarray) -> tuple[Node, Node]:
     """Quantise vectors (batch, heads, tokens, d), of which each codec has an equal share of the heads.
 
-    Returns code − mid of x·rotation, (batch, heads, tokens, d) f32, and scale, (batch, heads, tokens, 1) f32. One
-    stream of nodes for all heads, with constants by head, because what counts on a GPU is how many kernels it takes.
-    In f16 every intermediate is below 65504 if ‖x‖ is.
+    Returns code − mid of y = x·matrix, (batch, heads, tokens, d) f32, and scale, (batch, heads, tokens, 1) f32; the
+    matrix is a rotation, (d, d), or one for each head, (heads, d, d). One stream of nodes for all heads, with constants
+    by head, because what counts on a GPU is how many kernels it takes. In f16 every intermediate is below 65504 if ‖x‖
+    and ‖y‖ are.
     """
     heads = x.get_output_partial_shape(0)[1] if isinstance(x, Node) else x.get_partial_shape()[1]
 
@@ -31,16 +32,22 @@ def encode(x: Node | Output, codecs: Sequence[AdaptiveUniform], rotation: np.nda
 
     mid = by_head([codec.mid for codec in codecs])
     peaks, spreads = zip(*(STEPS[codec.bits] for codec in codecs), strict=True)
-    turned = op.matmul(x, f32(rotation.T), False, True)
+    weights = by_batch(matrix.swapaxes(-2, -1))
+    turned = op.matmul(x, f32(weights), False, True)
     # the larger of y and −y is what Absolute would take a kernel for
-    both = op.matmul(x, f32(np.concatenate([rotation.T, -rotation.T])), False, True)
+    both = op.matmul(x, f32(np.concatenate([weights, -weights], -2)), False, True)
     top = op.add(op.multiply(op.reduce_max(both, i64(LAST), True), by_head(peaks)), f32(FLOOR))
-    norm = op.reduce_l2(x, i64(LAST), True)
+    norm = op.reduce_l2(x if matrix.ndim == 2 else turned, i64(LAST), True)  # a rotation keeps it
     if any(spreads):
         top = op.add(op.multiply(norm, by_head(np.divide(spreads, np.sqrt(codecs[0].head_dim)))), top)
     inside = op.clamp(op.divide(turned, top), -1.0, 1.0)
     centred = op.subtract(op.round(op.add(op.multiply(inside, mid), mid), "half_to_even"), mid)
     return centred, op.divide(norm, op.reduce_l2(centred, i64(LAST), True))
+
+
+def by_batch(matrix: np.ndarray) -> np.ndarray:
+    """A matrix for each head, (heads, ·, ·), as a factor of tensors (batch, heads, ·, ·); one of all heads, (·, ·)."""
+    return matrix if matrix.ndim == 2 else matrix[0] if len(matrix) == 1 else matrix[None]
 
 
 def pack(centred: Node, codecs: Sequence[AdaptiveUniform], layouts: Sequence[Layout]) -> list[Node]:

@@ -14,6 +14,7 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
+from ovtq.codec.basis import rotated
 from ovtq.codec.coding import UNIT, Coding
 from ovtq.codec.packed_attention import PackedAttention, Place
 from ovtq.forms.beams import Beams
@@ -254,8 +255,9 @@ class PackedRing(_Rows):
 
     def cache(self, layer: AttentionLayer, lengths: tuple[int, ...]) -> Packed:
         """What it is to a sliding layer: all that a call finds in it was packed, and nothing of what came with it."""
+        plain = rotated(self.coding.rotation, np.zeros((layer.kv_heads, layer.head_dim)))
         definition = PackedAttention(
-            (self.coding.key, self.coding.value), self.coding.rotation, np.zeros((layer.kv_heads, layer.head_dim)),
+            (self.coding.key, self.coding.value), (plain, plain),
             layer.sink_logits.reshape(-1), scale=1, window=0, reach=layer.window, query_scale=layer.scale, whole=True,
         )  # fmt: skip
         return Packed(definition, self.places(layer), None, lengths)

@@ -22,8 +22,16 @@ def mark(model: ov.Model, precision: str) -> None:
 
 def marked(model: ov.Model) -> str | None:
     """The precision that `mark` asked for, None if nothing did."""
-    found = {str(model.get_rt_info(list(path)).value) if model.has_rt_info(list(path)) else None for path in MARKS}
+    found = {_told(model, path) for path in MARKS}
     return found.pop() if len(found) == 1 else None
+
+
+def _told(model: ov.Model, path: tuple[str, ...]) -> str | None:
+    """What rt_info has at a path; None also where a text stands in place of what leads there."""
+    try:
+        return str(model.get_rt_info(list(path)).value) if model.has_rt_info(list(path)) else None
+    except RuntimeError:
+        return None
 
 
 def compiled_precisions(model: ov.Model | Path, device: str) -> list[str]:

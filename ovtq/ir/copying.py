@@ -14,7 +14,6 @@ from ovtq import system
 ALIGNED = 4096  # what direct reads and writes start and end at
 BLOCK = 1 << 22  # bytes copied at a time
 WORKERS = 4  # blocks in flight
-TURN = 0.2  # seconds after which who waits looks up: on Windows no signal wakes a thread that waits for another
 
 
 class Copy:
@@ -65,7 +64,7 @@ class Copy:
                 }
                 wanted &= touched
                 self._todo = deque(sorted(self._todo, key=lambda block: (block not in wanted, block)))
-            while not self._change.wait_for(lambda: self._error or not wanted & self._left, TURN):
+            while not self._change.wait_for(lambda: self._error or not wanted & self._left, system.TURN):
                 pass
             if self._error:
                 raise self._error

@@ -1,33 +1,30 @@
-"""Reading a model folder, and writing one so that it is there whole or not at all."""
+"""Reading a model folder, and writing its files into another."""
 
 from __future__ import annotations
 
-import gc
-import glob
 import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from xml.parsers import expat
 
 import openvino as ov
 
-from ovtq import signals, system
+from ovtq import files, system, whereabouts
 from ovtq.errors import InputError
 from ovtq.ir import weights
+from ovtq.staging import RECORD, Identity, identity
 from ovtq.states import StateSpec, of_model
 
 MODEL = "openvino_model"
-RECORD = "ovtq.json"
 STAMP = "ovtq"  # the key in an IR's rt_info
 REFUSALS = (RuntimeError, UnicodeDecodeError)  # of OpenVINO, whose text may name a path as no UTF-8 (Windows)
-LONGEST = 150  # characters of OUT_DIR's name that the names beside it begin with; file systems allow 255 bytes
 
 
 def model_xml(model_dir: Path) -> Path:
@@ -78,11 +75,14 @@ def _bytes_needed(xml: Path) -> int:
         if tag == "data" and "offset" in attributes:
             needed = max(needed, int(attributes["offset"]) + int(attributes["size"]))
 
-    parser = expat.ParserCreate()  # of millions of bytes, no element need be made
-    parser.StartElementHandler = begin
+    text = files.read(xml)
     try:
-        with xml.open("rb") as file:
-            parser.ParseFile(file)
+        text.decode("utf-8")
+        parser = expat.ParserCreate("utf-8")  # of millions of bytes, no element need be made
+        parser.StartElementHandler = begin
+        parser.Parse(text, True)  # at once: in pieces, the time for a long attribute would grow with its square
+    except UnicodeDecodeError:
+        raise InputError(f"{xml}: not an OpenVINO IR (not UTF-8 text)") from None
     except (expat.ExpatError, ValueError, LookupError) as error:
         raise InputError(f"{xml}: not an OpenVINO IR ({error})") from None
     return needed
@@ -91,6 +91,7 @@ def _bytes_needed(xml: Path) -> int:
 def load(model_dir: Path) -> ov.Model:
     """The model of a folder, its weights mapped, not read. Raises InputError if it can't be read."""
     xml = model_xml(model_dir)
+    whereabouts.at(f"reading {xml}")
     try:
         return ov.Core().read_model(xml)
     except REFUSALS as error:
@@ -105,12 +106,7 @@ def text_sha256(path: Path) -> str:
 def load_config(model_dir: Path, name: str = "config.json") -> dict[str, Any]:
     """config.json of a folder, or another such file. Raises InputError if it is missing or no JSON object."""
     path = system.long_path(model_dir) / name
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; it comes with the exported model") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: can't be read ({error})") from None
+    config = files.read_json(path, "it comes with the exported model")
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object")
     return config
@@ -123,10 +119,27 @@ def stamp(model: ov.Model, facts: Mapping[str, Any]) -> None:
 
 
 def stamp_of(model: ov.Model) -> dict[str, Any]:
-    """What an earlier conversion wrote into the IR; empty if there was none."""
+    """What an earlier conversion wrote into the IR; empty if there was none. Raises InputError for what is not ours."""
     if STAMP not in model.get_rt_info():
         return {}
-    return {key: json.loads(str(text)) for key, text in model.get_rt_info([STAMP]).value.items()}
+    where = f"the model's rt_info {STAMP!r}"
+    try:
+        found = {key: files.parse_json(str(text), where) for key, text in model.get_rt_info([STAMP]).value.items()}
+    except (AttributeError, RuntimeError, TypeError):
+        raise InputError(f"{where} was not written by ovtq; export the model again") from None
+    steps = found.get("passes", [])
+    if not isinstance(steps, list) or not all(map(_is_step, steps)) or not _is_object(found.get("versions", {})):
+        raise InputError(f"{where} tells of no passes; convert the original model again")
+    return found
+
+
+def _is_step(step: Any) -> bool:
+    """Whether it is what is recorded of a pass."""
+    return _is_object(step) and isinstance(step.get("name"), str) and _is_object(step.get("options"))
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def states_of(model: ov.Model) -> tuple[StateSpec, ...]:
@@ -145,155 +158,106 @@ def refuse_mismatch(xml: Path) -> None:
     path = xml.with_name(RECORD)
     if not path.is_file():
         return
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        told = [record["passes"], record.get("schema"), record.get("states")]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path}: not a record of ovtq ({error}); convert the model again") from None
+    record = load_config(path.parent, RECORD)
+    if "passes" not in record:
+        raise InputError(f"{path}: not a record of ovtq; convert the model again")
+    told = [record.get(key) for key in ("passes", "schema", "states")]
     stamp = stamp_of(ov.Core().read_model(xml))
     if told != [stamp.get(key) for key in ("passes", "schema", "states")]:
         raise InputError(f"{path}: tells of another conversion than {xml.name} beside it; convert the model again")
 
 
-def check_output(model_dir: Path, out_dir: Path, force: bool, flag: str = "--force") -> None:
-    """Raise InputError if `out_dir` can't take the result; `flag` is what `force` is called there."""
+def check_output(model_dir: Path, out_dir: Path, force: bool, flag: str = "--force") -> Identity:
+    """What `out_dir` is now, for `staged`. Raises InputError if it can't take the result; `flag` is `force`'s name."""
     source, target = system.resolved(model_dir), system.resolved(out_dir)
     if source == target or source in target.parents or target in source.parents:
         raise InputError(f"{out_dir}: must not be the model's folder, inside it or around it; choose another")
+    here = system.resolved(Path())
+    if target == here or target in here.parents:
+        raise InputError(f"{out_dir}: is the working directory or around it, which can't be replaced; choose another")
     target = system.long_path(target)
-    if target.is_dir() and any(target.iterdir()):
-        if not force:
-            raise InputError(f"{out_dir}: not empty; {flag} replaces it")
-        if not (target / RECORD).is_file():
-            raise InputError(
-                f"{out_dir}: not made by ovtq (no {RECORD} in it), so {flag} won't replace it; "
-                "remove it yourself or choose another"
-            )
-    if target.exists() and not target.is_dir():
-        raise InputError(f"{out_dir}: is a file; choose a folder")
-    parent = next(path for path in target.parents if path.exists())
+    try:
+        was = identity(target)
+        if target.is_dir() and any(target.iterdir()):
+            if not force:
+                raise InputError(f"{out_dir}: not empty; {flag} replaces it")
+            if not (target / RECORD).is_file():
+                raise InputError(
+                    f"{out_dir}: not made by ovtq (no {RECORD} in it), so {flag} won't replace it; "
+                    "remove it yourself or choose another"
+                )
+        if os.path.lexists(target) and not target.is_dir():
+            raise InputError(f"{out_dir}: is a file; choose a folder")
+        if system.is_mount(target):
+            raise InputError(f"{out_dir}: something is mounted there, so it can't be replaced; choose a folder in it")
+        parent = next(path for path in target.parents if path.exists())
+    except OSError as error:
+        raise InputError(f"{out_dir}: can't be used ({system.reason(error)})") from None
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError(f"{parent}: can't be written to")
-    needed = sum(path.stat().st_size for path in files_of(model_dir)) + (1 << 20)
+    sizes = {path: path.stat().st_size for path in files_of(model_dir)}
+    needed = sum(sizes.values()) + (1 << 20)
     if system.can_clone(model_xml(model_dir).with_suffix(".bin"), parent):
         needed -= model_xml(model_dir).with_suffix(".bin").stat().st_size
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(f"{parent}: no space left ({free >> 20} MiB free, {needed >> 20} MiB needed)")
+    return was
 
 
 def check_json(path: Path, model_dir: Path, out_dir: Path | None) -> None:
     """Raise InputError if a record can't or must not be written to `path`."""
-    target = system.resolved(path)
-    if not target.parent.is_dir() or target.is_dir() or not os.access(target.parent, os.W_OK):
-        raise InputError(f"--json {path}: no such folder, or not a file that can be written")
+    files.check_writable(path, "--json")
     for folder in filter(None, (model_dir, out_dir)):
-        if system.resolved(folder) in target.parents:
+        if system.resolved(folder) in system.resolved(path).parents:
             raise InputError(f"--json {path}: must not be inside {folder}")
 
 
 def files_of(model_dir: Path) -> list[Path]:
-    """All files of a folder, at any depth, behind links too; but not of version control, download or model caches."""
+    """All files of a folder, at any depth, behind links too; but not of version control, download or model caches.
+
+    A link may lead to what is in the folder, or beside that to which openvino_model.xml leads: as in a download cache,
+    whose files are links to its blobs. Raises InputError for any other, which could name whatever this user may read,
+    for one that leads nowhere, and for what is no regular file.
+    """
     found, seen, todo = [], set(), [system.long_path(model_dir)]
+    homes = {system.resolved(model_dir), system.resolved(model_dir / f"{MODEL}.xml").parent}
     while todo:
         folder = todo.pop()
-        if system.resolved(folder) in seen:
+        real = system.resolved(folder)
+        if real in seen:
             continue
-        seen.add(system.resolved(folder))
-        for path in folder.iterdir():
-            if not path.is_dir():
+        seen.add(real)
+        for path in _listed(folder):
+            if path.is_symlink():
+                _check_link(path, homes)
+            mode = path.stat().st_mode
+            if stat.S_ISREG(mode):
                 found.append(path)
+            elif not stat.S_ISDIR(mode):
+                raise InputError(
+                    f"{path}: {files.kind(mode)}, which can't be copied; remove it from the model's folder"
+                )
             elif path.name not in (".git", ".cache", "model_cache"):  # the last: what optimum-intel compiled for a GPU
                 todo.append(path)
     return sorted(found)
 
 
-@contextmanager
-def staged(out_dir: Path) -> Iterator[Path]:
-    """A temporary folder beside `out_dir` that takes its place when the block ends well and vanishes otherwise.
-
-    Whatever maps its files must be gone by the end of the block, or Windows can't rename it. Raises InputError if the
-    system does not let it be written.
-    """
-    target = system.long_path(system.resolved(out_dir))
+def _listed(folder: Path) -> list[Path]:
     try:
-        with signals.Held() as held:
-            place = _Place(target)
-            try:
-                place.make()
-                with held.let_through():
-                    yield place.folder
-                gc.collect()
-                place.swap()
-                held.done()
-            except BaseException as error:
-                signals.forget(error)
-                raise
-            finally:
-                place.leave()
+        return list(folder.iterdir())
     except OSError as error:
-        raise InputError(f"{target.parent}: can't write there ({system.reason(error)})") from None
+        raise InputError(f"{folder}: can't be read ({system.reason(error)})") from None
 
 
-class _Place:
-    """The names beside an OUT_DIR that one run takes: a folder to write in, an old result set aside, and their lock.
-
-    The lock file is there before the others and goes after them, so that a later run can tell what a killed one left.
-    """
-
-    def __init__(self, target: Path, lock: Path | None = None) -> None:
-        """New names; or those that belong to a lock file that is there."""
-        self.target = target
-        stem = lock.name.removesuffix(".lock") if lock else f"{_prefix(target)}{secrets.token_hex(4)}"
-        self.folder = target.with_name(stem)
-        self.old, self.gone = target.with_name(f"{stem}.old"), target.with_name(f"{stem}.gone")
-        self._lock: system.Lock | None = None
-
-    def take(self) -> None:
-        """Take the lock. Raises BlockingIOError if another run has it."""
-        self._lock = system.Lock(self.folder.with_name(f"{self.folder.name}.lock"))
-
-    def make(self) -> None:
-        """Tidy up after other runs, and make the folder. Raises OSError."""
-        self.target.parent.mkdir(parents=True, exist_ok=True)
-        _tidy_up(self.target)
-        self.take()
-        self.folder.mkdir()
-
-    def swap(self) -> None:
-        """Put the folder in the place of OUT_DIR, which is whole under another name until the new one is there."""
-        if self.target.exists():
-            system.rename(self.target, self.old)
-        system.rename(self.folder, self.target)
-
-    def leave(self) -> None:
-        """Remove what is left under these names, the lock last; an old result goes back if nothing took its place."""
-        if self._lock is None:
-            return
-        if self.old.exists():
-            with suppress(OSError):
-                # a name of its own, so that no half of it can be taken for the whole
-                system.rename(self.old, self.gone if self.target.exists() else self.target)
-        left = [path for path in (self.folder, self.gone) if path.exists() and not system.remove(path)]
-        self._lock.release(keep=bool(left) or self.old.exists())
-        self._lock = None
-
-
-def _tidy_up(target: Path) -> None:
-    """What killed runs left is removed; an old result that they set aside is put back if nothing took its place."""
-    for path in target.parent.glob(f"{glob.escape(_prefix(target))}*.lock"):
-        if re.fullmatch(r"[0-9a-f]{8}\.lock", path.name.removeprefix(_prefix(target))):
-            place = _Place(target, path)
-            with suppress(OSError):  # it is at work, or another user's
-                place.take()
-                place.leave()
-
-
-def _prefix(target: Path) -> str:
-    name = target.name
-    if len(os.fsencode(name)) > LONGEST:
-        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:32]
-    return f".{name}.ovtq-"
+def _check_link(path: Path, homes: Collection[Path]) -> None:
+    if not path.exists():
+        raise InputError(f"{path}: a link that leads nowhere; remove it from the model's folder")
+    end = system.resolved(path)
+    if not any(home in (end, *end.parents) for home in homes):
+        raise InputError(
+            f"{path}: a link to {end}, outside the model's folder; put the file there itself, or remove the link"
+        )
 
 
 @contextmanager
@@ -331,7 +295,15 @@ def copy_rest(model_dir: Path, folder: Path) -> None:
         name = path.relative_to(model_dir)
         if str(name) not in (f"{MODEL}.xml", f"{MODEL}.bin", RECORD):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, folder / name)
+            _copy(path, folder / name)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A file's bytes, its time, and who may read, write and run it; nothing that lets it run as another user."""
+    shutil.copyfile(source, target)
+    facts = source.stat()
+    target.chmod(stat.S_IMODE(facts.st_mode) & 0o777 | stat.S_IWUSR)
+    os.utime(target, ns=(facts.st_atime_ns, facts.st_mtime_ns))
 
 
 def last_line(error: Exception) -> str:

@@ -99,7 +99,7 @@ def _as_stored(
         return x
     if not states:
         return packed.stored(which, x)
-    y = x @ packed.rotation
+    y = packed.bases[which].into(x)
     codes, scale = codec.encode(y)
     bytes_, scales = layer.places[which].read(states)
     # a state that grows holds the first tokens, one of fixed length the last, behind rows that are not tokens yet
@@ -116,4 +116,4 @@ def _as_stored(
         some_scales = whole_scale(some_scales, scales[:, :, rows])
     for tensor, part in ((codes, some), (scale, some_scales)):
         np.put_along_axis(tensor, span, part, 2)
-    return packed.restored(codec, codes, scale)
+    return packed.restored(which, codes, scale)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 
+from ovtq import whereabouts
 from ovtq.errors import VerificationFailed
 from ovtq.ir.cache import compiled_precisions, mark, marked
 from ovtq.ir.io import stamp_of
@@ -209,12 +210,13 @@ def _verify(
     foreign = device == "CPU" and stamp_of(file).get("target") == "gpu" and bool(check.layers)
     del file
 
+    whereabouts.at("running the original")
     model, vocabulary = _part(original, extent)
     model, chosen = with_routers(model)
     before = _played(model, device, calls, vocabulary, seed, tick, chosen)
     del model
     # What the original loses it loses in any text: the longest is read by the converted model alone. But a compressed
-    # cache that has not held the longest is wrong in what follows (P66), which would excuse anything.
+    # cache that has not held the longest is wrong in what follows (P60), which would excuse anything.
     long = 0 if precision else next(number for number, call in enumerate(calls) if number and call.reset)
     properties = {"KV_CACHE_PRECISION": precision} if precision else {}
     at = (calls, vocabulary, seed)
@@ -225,6 +227,7 @@ def _verify(
         """What only a CPU gets wrong in a form that is not for it (P01, P59) no GPU does; its taps end that."""
         return rooted(check.tapped(_part(converted, extent, ready)[0]))
 
+    whereabouts.at("running the converted model")
     after = _played(tapped() if check.layers else _part(converted, extent, ready)[0], device, *at, tick, check=check)
     difference = _at_f32(calls, before, after, check, extent, device, seed)  # what is wrong at f32 is said first
 

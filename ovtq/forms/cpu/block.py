@@ -9,7 +9,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.forms.attend import Plan
-from ovtq.forms.quantizer import residues, unpack
+from ovtq.forms.quantizer import by_batch, residues, unpack
 from ovtq.ir.graph import Tensors, f32, i64
 from ovtq.models.description import AttentionLayer
 
@@ -73,7 +73,7 @@ class BlockAttention:
     """The attention of some queries of one layer, in the Loop or outside of it."""
 
     def __init__(self, layer: AttentionLayer, plan: Plan) -> None:
-        self.layer, self.rotation = layer, plan.rotation
+        self.layer, self.bases = layer, plan.bases[layer.index]
         self.keys, self.values = plan.layouts
         self.parts = plan.packed
 
@@ -119,7 +119,7 @@ class BlockAttention:
         layout = self.keys
         if layout is None:
             return op.matmul(rows, keys, False, True)
-        rows = op.matmul(rows, f32(residues(layout) @ self.rotation.T), False, True)
+        rows = op.matmul(rows, f32(by_batch(residues(layout) @ self.bases.key.inverse)), False, True)
         return op.matmul(rows, unpack(keys, layout), False, True)
 
     def _sums(self, weights: Output | Node, values: Output) -> Node:
@@ -128,4 +128,4 @@ class BlockAttention:
         if layout is None:
             return op.matmul(weights, values, False, False)
         sums = op.matmul(weights, unpack(values, layout), False, False)
-        return op.matmul(sums, f32(self.rotation @ residues(layout).T), False, True)
+        return op.matmul(sums, f32(by_batch(self.bases.value.dual @ residues(layout).T)), False, True)

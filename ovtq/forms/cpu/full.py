@@ -133,15 +133,18 @@ class Blocks:
 
     def rewrite(self, layer: AttentionLayer) -> AttentionLayer:
         """The layer with a packed or pruned cache."""
-        centre = self.plan.centres[layer.index]
-        keys = scaled = op.multiply(layer.key.source, f32(layer.scale))
-        if centre.any():
-            keys = op.subtract(scaled, f32(centre[None, :, None]))
+        key, value = (basis.centre[None, :, None] for basis in self.plan.bases[layer.index])
+        scaled = op.multiply(layer.key.source, f32(layer.scale))
+        centred = op.subtract(scaled, f32(key)) if key.any() else scaled
+        moved = op.subtract(layer.value.source, f32(value)) if value.any() else layer.value.source
         # first the sink's row
-        keys, values = (self.ring.join(layer, which, some) for which, some in enumerate((keys, layer.value.source)))
+        keys, values = (self.ring.join(layer, which, some) for which, some in enumerate((centred, moved)))
         context = self._attend(layer, keys, values)
+        if value.any():
+            context = op.add(context, f32(np.repeat(value, layer.group, 1)))
+        entry = Port(moved, 0) if isinstance(moved, Node) else Port(values, 1)
         cache = self.plan.cache(layer, self.nodes.flush, self._places(layer), self.rows(layer), self.lengths)
-        return layer.rewritten(context, cache, key=Port(scaled, 0), value=Port(values, 1))
+        return layer.rewritten(context, cache, key=Port(scaled, 0), value=entry)
 
     def rows(self, layer: AttentionLayer) -> TokenRows | None:
         """What tells the past length: nothing, for tokens join the history some at a time."""

@@ -18,11 +18,12 @@ from openvino import Node, Output
 from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
+from ovtq.codec.basis import HeadBasis
 from ovtq.codec.packed_attention import Place
 from ovtq.codec.packing import Layout
 from ovtq.forms.attend import NEVER, Columns, Held, Plan, Store
 from ovtq.forms.beams import Beams
-from ovtq.forms.quantizer import interleaved, look_up
+from ovtq.forms.quantizer import by_batch, interleaved, look_up
 from ovtq.forms.ring import Ring
 from ovtq.ir.graph import ALL, MASKED, One, Port, Tensors, either, f32, i64, joined, numbers
 from ovtq.models.description import AttentionLayer, ModelDescription, TokenRows
@@ -173,14 +174,14 @@ class Branches:
 
     def rewrite(self, layer: AttentionLayer) -> AttentionLayer:
         """The layer with a packed or pruned cache."""
-        centre = self.plan.centres[layer.index]
+        centre = self.plan.centre(layer)
         # in one tensor, for kernels are what a step costs
         entry = op.concat([layer.key.source, layer.value.source], 1)
         scale = np.ones((2 * layer.kv_heads, 1, 1), np.float32)
         scale[: layer.kv_heads] = layer.scale
         new = op.multiply(entry, f32(scale[None]))
         if centre.any():
-            new = op.subtract(new, f32(np.concatenate([centre, 0 * centre])[None, :, None]))
+            new = op.subtract(new, f32(centre[None, :, None]))
         context = self._attend(layer, new)
         keeping = self.keeping
         cache = self.plan.cache(layer, FLUSH, keeping.places(layer), keeping.rows(layer), self.lengths)
@@ -230,43 +231,49 @@ class Branches:
     def _decode(self, layer: AttentionLayer, read: Decode) -> Node:
         """One new token: the recent columns are 2 + window, so that every sum has a shape that fuses."""
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
-        (key_layout, value_layout), rotation = self.plan.layouts, self.plan.rotation
+        (key_layout, value_layout), (key, value) = self.plan.layouts, self.plan.bases[layer.index]
         width = 2 + self.columns.rows
         sinks = np.zeros((1, H, G, width), np.float32)
         sinks[..., :1] = layer.sink_logits[..., 0]
         key_rows, value_rows = op.split(read.recent, i64(1), 2).outputs()
         rows = op.reshape(read.queries, i64([0, H, -1, d]), True)
-        far_scores = op.add(op.matmul(_into(rows, key_layout, rotation), read.keys, False, True), read.far)
+        far_scores = op.add(op.matmul(_into(rows, key_layout, key), read.keys, False, True), read.far)
         near_scores = op.add(op.matmul(rows, key_rows, False, True), op.reshape(read.near, i64([0, 1, 1, width]), True))
         weights = op.softmax(op.concat([op.add(near_scores, f32(sinks)), far_scores], 3), 3)
         near_weights = op.slice(weights, i64([0]), i64([width]), i64([1]), i64([3]))
         far_weights = op.slice(weights, i64([width]), i64([ALL]), i64([1]), i64([3]))
-        far_context = _out_of(op.matmul(far_weights, read.values, False, False), value_layout, rotation)
+        far_context = _out_of(op.matmul(far_weights, read.values, False, False), value_layout, value.dual)
         context = op.add(far_context, op.matmul(near_weights, value_rows, False, False))
+        if value.centre.any():
+            context = op.add(context, f32(value.centre[None, :, None]))
         return op.reshape(context, i64([0, H * G, -1, d]), True)
 
     def _prefill(self, layer: AttentionLayer, read: Prefill) -> Node:
-        """Any number of tokens: keys as the model made them (the centre added again), the plugin's own sinks.
+        """Any number of tokens: keys and values as the model made them (centres added again), the plugin's own sinks.
 
         One KV head after the other, so that one's buffers serve the next: an If has buffers of its own, which it keeps,
         so those of all heads would be there once for each layer. K and V of one head meet the queries of its group as
         they are, where those of several would be copied to all query heads. The plugin runs nodes by their depth, so
         what reads a head takes its number from what the head before it gave.
         """
-        (key_layout, value_layout), rotation = self.plan.layouts, self.plan.rotation
-        centres, H, d, seen = self.plan.centres[layer.index], layer.kv_heads, layer.head_dim, read.seen
+        (key_layout, value_layout), (key, value) = self.plan.layouts, self.plan.bases[layer.index]
+        H, d, seen = layer.kv_heads, layer.head_dim, read.seen
         groups = op.reshape(read.queries, i64([0, H, -1, d]), True)
         out: list[Node] = []
         for head in range(H):
             mine, values_at = (_after(out, number) for number in (head, H + head))
-            centre = f32(centres[head][None, None, None])
+            centre = f32(key.centre[head][None, None, None])
             key_rows, value_rows = (op.gather(read.recent, at, i64(1)) for at in (mine, values_at))
-            far_keys = _out_of(op.gather(read.keys, mine, i64(1)), key_layout, rotation)
-            far_values = _out_of(op.gather(read.values, mine, i64(1)), value_layout, rotation)
+            of_key, of_value = (basis.dual[0 if basis.shared else head][None] for basis in (key, value))
+            far_keys = _out_of(op.gather(read.keys, mine, i64(1)), key_layout, of_key)
+            far_values = _out_of(op.gather(read.values, mine, i64(1)), value_layout, of_value)
+            values = op.concat([value_rows, far_values], 2)
+            if value.centre.any():
+                values = op.add(values, f32(value.centre[head][None, None, None]))
             inputs = [
                 op.reshape(op.gather(groups, mine, i64(1)), i64([0, layer.group, -1, d]), True),
                 op.concat([op.add(key_rows, centre), op.add(far_keys, centre)], 2),
-                op.concat([value_rows, far_values], 2),
+                values,
                 seen.value if isinstance(seen, One) else _mask(seen, op.gather(seen.far, mine, i64(1))),
                 f32(np.array([1.0])),
             ]
@@ -306,11 +313,15 @@ def looked_up(layout: Layout | None, tokens: Output, scales: Output | None = Non
     return look_up(tokens, layout, scales).output(0)
 
 
-def _into(rows: Node, layout: Layout | None, rotation: np.ndarray) -> Node:
-    """Rows (…, d) as they meet looked-up keys: rotated, and decoded on this side."""
-    return rows if layout is None else op.matmul(rows, f32(interleaved(layout) @ rotation.T), False, True)
+def _into(rows: Node, layout: Layout | None, basis: HeadBasis) -> Node:
+    """Rows (…, d) as they meet looked-up keys: in the dual basis, and decoded on this side."""
+    if layout is None:
+        return rows
+    return op.matmul(rows, f32(by_batch(interleaved(layout) @ basis.inverse)), False, True)
 
 
-def _out_of(features: Node | Output, layout: Layout | None, rotation: np.ndarray) -> Node | Output:
-    """Looked-up features, or a sum of them, as vectors (…, d) of the model."""
-    return features if layout is None else op.matmul(features, f32(rotation @ interleaved(layout).T), False, True)
+def _out_of(features: Node | Output, layout: Layout | None, dual: np.ndarray) -> Node | Output:
+    """Looked-up features, or a sum of them, as vectors (…, d) of the model; `dual` (heads, d, d) of their basis."""
+    if layout is None:
+        return features
+    return op.matmul(features, f32(by_batch(dual @ interleaved(layout).T)), False, True)

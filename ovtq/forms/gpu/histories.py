@@ -109,7 +109,8 @@ class Evicted:
         if not some:
             return
         codecs, layouts = zip(*((stack.codec, stack.layout) for stack, _ in some), strict=True)
-        centred, scales = encode(joined([tokens for _, tokens in some], 1), codecs, self.plan.rotation)
+        matrix = self.plan.encoder(self.plan.layers, codecs)
+        centred, scales = encode(joined([tokens for _, tokens in some], 1), codecs, matrix)
         parts = cut_heads(scales, len(some), "gpu")
         for tensors in zip(pack(centred, codecs, layouts), parts, strict=True):
             yield list(tensors)

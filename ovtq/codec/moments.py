@@ -1,0 +1,122 @@
+"""What is known of a model's queries, keys and values, by layer and KV head, and the file beside a model that has it.
+
+Moments come from a text that the model has read (`ovtq.evidence.calibration`), or from its weights
+(`ovtq.models.projections`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from ovtq.errors import InputError
+
+NAME = "calibration.npz"  # in a model's folder
+FORM = 1  # of the file
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """Of one layer, where its tensors enter the attention (after RoPE); H = kv_heads, d = head_dim.
+
+    `query` is E[qᵀq] over the query heads that share a KV head, `output` the Gram matrix W·Wᵀ of the output
+    projection's rows that their results meet. Errors are of 4-bit codes of text that the moments do not know: mean
+    squares of a score in nats², about the mean over the keys, and of what a value adds to the residual stream. They are
+    of the plain rotation about zero, of the same about the mean, and of the balanced basis about the mean; or empty.
+    """
+
+    key_mean: np.ndarray  # (H, d)
+    key_covariance: np.ndarray  # (H, d, d)
+    value_mean: np.ndarray
+    value_covariance: np.ndarray
+    query: np.ndarray  # (H, d, d)
+    output: np.ndarray  # (H, d, d)
+    key_errors: np.ndarray  # (3,) or (0,)
+    value_errors: np.ndarray
+
+    def about(self, which: str, centre: np.ndarray) -> np.ndarray:
+        """E[(x − centre)ᵀ(x − centre)] of keys or values, (H, d, d) f64."""
+        mean, covariance = (getattr(self, f"{which}_{what}").astype(np.float64) for what in ("mean", "covariance"))
+        away = mean - centre
+        return covariance + away[:, :, None] * away[:, None, :]
+
+    def weight(self, which: str) -> np.ndarray:
+        """What keys, or values, are multiplied with: E[qᵀq], or the output's Gram matrix, (H, d, d) f64."""
+        return (self.query if which == "key" else self.output).astype(np.float64)
+
+    def pays(self, which: str) -> bool:
+        """Whether, as far as is known, the balanced basis loses less than the plain rotation."""
+        errors = getattr(self, f"{which}_errors")
+        return not errors.size or bool(errors[2] < errors[1])
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Moments by layer, of which text and model."""
+
+    layers: Mapping[int, Moments]
+    tokens: int  # that the moments are of
+    held: int  # that the errors are of
+    text_sha256: str  # of the numbers of both, i64
+    model_sha256: str  # of the model's XML
+
+    def unfit(self, layer: int, kv_heads: int, head_dim: int) -> str:
+        """Why it does not serve such a layer; empty if it does."""
+        if layer not in self.layers:
+            return f"has nothing on layer {layer}, but on {', '.join(map(str, self.layers))}"
+        found = self.layers[layer].key_mean.shape
+        return f"is of {found[0]} KV heads of {found[1]}" if found != (kv_heads, head_dim) else ""
+
+    def save(self, path: Path) -> None:
+        """Write it; equal statistics make equal files."""
+        arrays = {
+            f"{index}.{item.name}": np.asarray(getattr(some, item.name), np.float32)
+            for index, some in self.layers.items()
+            for item in fields(Moments)
+        }
+        facts = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "layers"}
+        np.savez(path, form=FORM, indices=np.array([*self.layers]), **{**facts, **arrays})
+
+
+def load(path: Path) -> Calibration:
+    """What `Calibration.save` wrote. Raises InputError if it is something else."""
+    try:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            if int(file["form"]) != FORM:
+                raise InputError(
+                    f"{path}: statistics in form {int(file['form'])}, this ovtq reads {FORM}; make them anew"
+                )
+            layers = {
+                int(index): Moments(**{item.name: file[f"{index}.{item.name}"] for item in fields(Moments)})
+                for index in file["indices"]
+            }
+            tokens, held = int(file["tokens"]), int(file["held"])
+            text, model = str(file["text_sha256"]), str(file["model_sha256"])
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; ovtq-calibrate makes it") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
+        raise InputError(f"{path}: no statistics of ovtq-calibrate") from None
+    if not all(map(_sound, layers.values())):
+        raise InputError(f"{path}: damaged statistics; make them anew with ovtq-calibrate")
+    return Calibration(layers, tokens, held, text, model)
+
+
+def _sound(some: Moments) -> bool:
+    heads, d = some.key_mean.shape if some.key_mean.ndim == 2 else (0, 0)
+    shapes = {"mean": (heads, d), "errors": some.key_errors.shape}
+    alike = all(
+        getattr(some, item.name).shape == shapes.get(item.name.rpartition("_")[2], (heads, d, d))
+        and np.isfinite(getattr(some, item.name)).all()
+        for item in fields(Moments)
+    )
+    return bool(heads) and alike and some.key_errors.shape in ((0,), (3,))
+
+
+def digest(path: Path) -> str:
+    """sha256 of the file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

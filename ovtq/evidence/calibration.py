@@ -1,0 +1,141 @@
+"""Moments of a model's queries, keys and values over a text, gathered while it reads: nothing of the text is kept."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+from openvino import opset15 as op
+
+from ovtq.codec import AdaptiveUniform
+from ovtq.codec.basis import HeadBasis, balanced, rotated
+from ovtq.codec.moments import Calibration, Moments
+from ovtq.codec.rotation import orthogonal
+from ovtq.errors import InputError
+from ovtq.ir import io
+from ovtq.models import AttentionLayer, describe, projections
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
+
+CALL = 256  # tokens
+PROBED = 4  # bits in which bases are compared
+EVERY = 8  # of these queries one is scored against the keys of its call
+
+
+def calibrate(
+    model_dir: Path, ids: np.ndarray, held: np.ndarray, device: str = "CPU", tick: Callable[[], None] = lambda: None
+) -> Calibration:
+    """Run a model as exported over a text, ids (tokens,), then over `held` (tokens,), to see which basis loses less.
+
+    In calls of CALL tokens, at f32 on a CPU; `tick` is called behind each. In memory are the sums alone: of each KV
+    head four matrices of head_dim². Raises InputError for a converted model, UnsupportedModel for one not understood.
+    """
+    model = io.load(model_dir)
+    if io.stamp_of(model):
+        raise InputError(f"{model_dir}: already converted; calibrate with the original model instead")
+    layers = describe(model, io.load_config(model_dir)).layers
+    taps = [op.result(port.source) for layer in layers for port in (layer.query, layer.key, layer.value)]
+    outputs = [np.einsum("hgdo,hgeo->hde", rows, rows) for rows in map(projections.output_rows, layers)]
+    read = ov.Model(taps, model.get_sinks(), model.get_parameters())
+    runner = Runner(read, device, EXACT_PROPERTIES if device == "CPU" else {})
+    sums = [_Sums(layer) for layer in layers]
+    for start in range(0, len(ids), CALL):
+        runner.step(ids[None, start : start + CALL])
+        for at, some in enumerate(sums):
+            some.add(*_tensors(runner, at))
+        tick()
+    found = [some.moments(output) for some, output in zip(sums, outputs, strict=True)]
+    probes = [_Probe(layer, some) for layer, some in zip(layers, found, strict=True)]
+    runner.reset()
+    for start in range(0, len(held), CALL):
+        runner.step(held[None, start : start + CALL])
+        for at, probe in enumerate(probes):
+            probe.add(*_tensors(runner, at))
+        tick()
+    runner.close()
+    made = {layer.index: probe.judged() for layer, probe in zip(layers, probes, strict=True)}
+    numbers = np.ascontiguousarray(np.concatenate([ids, held]), np.int64)
+    text = hashlib.sha256(numbers.tobytes()).hexdigest()
+    return Calibration(made, len(ids), len(held), text, io.text_sha256(io.model_xml(model_dir)))
+
+
+def calls(tokens: int, held: int) -> int:
+    """How many calls that is."""
+    return -(-tokens // CALL) + -(-held // CALL)
+
+
+def _tensors(runner: Runner, layer: int) -> tuple[np.ndarray, ...]:
+    """Queries, keys and values of a call, (heads, tokens, d) f64."""
+    outputs = (runner.request.get_output_tensor(3 * layer + which) for which in range(3))
+    query, key, value = (np.array(tensor.data[0], np.float64) for tensor in outputs)
+    return query, key, value
+
+
+class _Sums:
+    """Sums of one layer; products are of vectors less the first call's mean, lest digits be lost."""
+
+    def __init__(self, layer: AttentionLayer) -> None:
+        H, d = layer.kv_heads, layer.head_dim
+        self.group, self.count = layer.group, 0
+        self.query = np.zeros((H, d, d))
+        self.origins: list[np.ndarray] = []
+        self.firsts, self.seconds = np.zeros((2, H, 1, d)), np.zeros((2, H, d, d))
+
+    def add(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> None:
+        """A call's."""
+        self.origins = self.origins or [x.mean(1, keepdims=True) for x in (key, value)]
+        rows = query.reshape(len(key), -1, query.shape[-1])
+        self.query += rows.swapaxes(1, 2) @ rows / self.group
+        for which, x in enumerate((key, value)):
+            away = x - self.origins[which]
+            self.firsts[which] += away.sum(1, keepdims=True)
+            self.seconds[which] += away.swapaxes(1, 2) @ away
+        self.count += key.shape[1]
+
+    def moments(self, output: np.ndarray) -> Moments:
+        """What they come to."""
+        away = self.firsts / self.count
+        covariances = self.seconds / self.count - away.swapaxes(2, 3) @ away
+        key, value = ((origin + mean)[:, 0] for origin, mean in zip(self.origins, away, strict=True))
+        nothing = np.zeros(0)
+        return Moments(key, covariances[0], value, covariances[1], self.query / self.count, output, nothing, nothing)
+
+
+class _Probe:
+    """What 4-bit codes of one layer's keys and values lose in each basis, over a text that the moments are not of."""
+
+    def __init__(self, layer: AttentionLayer, some: Moments) -> None:
+        self.layer, self.moments = layer, some
+        self.codec, spread = AdaptiveUniform(PROBED, layer.head_dim), orthogonal(layer.head_dim, 0)
+
+        def three(which: str, mean: np.ndarray) -> list[HeadBasis]:
+            best = balanced(some.about(which, mean), some.weight(which), spread, mean)
+            return [rotated(spread, 0 * mean), rotated(spread, mean), best]
+
+        self.bases = three("key", some.key_mean), three("value", some.value_mean)
+        self.errors, self.count = np.zeros((2, 3)), 0
+
+    def add(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> None:
+        """A call's."""
+        rows = self.layer.scale * query.reshape(len(key), -1, query.shape[-1])[:, ::EVERY]
+        for number, basis in enumerate(self.bases[0]):
+            lost = rows @ self._error(basis, key).swapaxes(1, 2)
+            self.errors[0, number] += np.var(lost, 2).mean() * key.shape[1]
+        for number, basis in enumerate(self.bases[1]):
+            lost = self._error(basis, value)
+            self.errors[1, number] += np.einsum("htd,hde,hte->", lost, self.moments.output, lost) / len(value)
+        self.count += key.shape[1]
+
+    def _error(self, basis: HeadBasis, x: np.ndarray) -> np.ndarray:
+        centred = x - basis.centre[:, None]
+        return basis.back(self.codec.decode(*self.codec.encode(basis.into(centred)))) - centred
+
+    def judged(self) -> Moments:
+        """The moments with these errors; without, where nothing was read."""
+        if not self.count:
+            return self.moments
+        key, value = self.errors / self.count
+        return replace(self.moments, key_errors=key, value_errors=value)

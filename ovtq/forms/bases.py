@@ -1,0 +1,143 @@
+"""Which basis a layer's keys and values are kept in: the one place that every pass takes it from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import openvino as ov
+
+from ovtq.codec import moments
+from ovtq.codec.basis import HeadBasis, balanced, rotated
+from ovtq.codec.moments import Calibration, Moments
+from ovtq.codec.rotation import digest
+from ovtq.errors import UnsupportedModel
+from ovtq.models import projections
+from ovtq.models.description import AttentionLayer
+from ovtq.models.rope import key_centre, norms
+
+KINDS = ("rotation", "weights", "calibrated")
+CENTRES = ("auto", "bias", "mean", "none")
+
+
+class LayerBases(NamedTuple):
+    """Of a layer's keys and of its values."""
+
+    key: HeadBasis
+    value: HeadBasis
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How bases are made: `kind` is one of KINDS, `centre` one of CENTRES.
+
+    rotation: orthonormal rows, the same for all heads. weights: balanced by what the weights say of queries, keys and
+    values. calibrated: by what a text says, in `stats`, a file of ovtq-calibrate, but where held-out text
+    says that the plain rotation loses less. Keys are centred by the mean of their bias as RoPE turns it (bias), or keys
+    and values by their means over that text (mean); auto is mean if calibrated, else bias.
+    """
+
+    kind: str = "rotation"
+    centre: str = "auto"
+    stats: str = ""
+
+    @property
+    def centred_by(self) -> str:
+        """bias, mean or none."""
+        return self.centre if self.centre != "auto" else "mean" if self.kind == "calibrated" else "bias"
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it needs a file of ovtq-calibrate."""
+        return self.kind == "calibrated" or self.centred_by == "mean"
+
+    def calibration(self) -> Calibration | None:
+        """What that file has. Raises InputError if it is none."""
+        return moments.load(Path(self.stats)) if self.reads_text and self.stats else None
+
+    def unfit(self, layers: Sequence[AttentionLayer]) -> str:
+        """Why no bases can be made for these layers; empty if they can."""
+        if not self.reads_text:
+            return ""
+        found = self.calibration()
+        if found is None:
+            what = "basis calibrated" if self.kind == "calibrated" else "centre mean"
+            return f"{what} needs {moments.NAME}, which ovtq-calibrate makes"
+        for layer in layers:
+            if reason := found.unfit(layer.index, layer.kv_heads, layer.head_dim):
+                return f"{self.stats} {reason}; make one of this model"
+        return ""
+
+    def of(
+        self,
+        model: ov.Model,
+        layers: Sequence[AttentionLayer],
+        spreads: tuple[np.ndarray, np.ndarray],
+        centred: bool = True,
+    ) -> dict[int, LayerBases]:
+        """The bases of some layers; `spreads`, (d, width) orthonormal rows, are the rotations of keys and of values.
+
+        Not `centred`, they are about zero, but for what was taken from the keys already. Raises UnsupportedModel where
+        the weights say nothing.
+        """
+        known = self.calibration()
+        return {layer.index: self._of(model, layer, known, spreads, centred) for layer in layers}
+
+    def centres(self, model: ov.Model, layer: AttentionLayer, known: Moments | None) -> tuple[np.ndarray, np.ndarray]:
+        """What is still to be taken from a layer's keys and from its values, (kv_heads, head_dim) f32."""
+        nothing = np.zeros((layer.kv_heads, layer.head_dim), np.float32)
+        if self.centred_by == "mean" and known is not None:
+            taken = nothing if layer.key_taken is None else layer.key_taken
+            return known.key_mean - taken, known.value_mean
+        return key_centre(model, layer, self.centred_by), nothing
+
+    def _of(
+        self,
+        model: ov.Model,
+        layer: AttentionLayer,
+        known: Calibration | None,
+        spreads: tuple[np.ndarray, np.ndarray],
+        centred: bool,
+    ) -> LayerBases:
+        some = known.layers[layer.index] if known else None
+        nothing = np.zeros((layer.kv_heads, layer.head_dim), np.float32)
+        centres = self.centres(model, layer, some) if centred else (nothing, nothing)
+        if self.kind == "weights":
+            try:
+                some = projections.moments(model, layer)
+            except UnsupportedModel as error:
+                raise UnsupportedModel(f"basis weights: {error}") from None
+        taken = nothing if layer.key_taken is None else layer.key_taken
+        made = []
+        for which, centre, spread, before in zip(("key", "value"), centres, spreads, (taken, nothing), strict=True):
+            if some is None or self.kind == "rotation" or not some.pays(which):
+                made.append(rotated(spread, centre))
+            else:
+                made.append(balanced(some.about(which, centre + before), some.weight(which), spread, centre))
+        return LayerBases(*made)
+
+
+def told(choice: Choice, bases: Mapping[int, LayerBases]) -> dict[str, Any]:
+    """What tells these bases from all others, for the record of a conversion."""
+    key, value = ({index: getattr(pair, what) for index, pair in bases.items()} for what in LayerBases._fields)
+    facts: dict[str, Any] = {"centre_norms": norms({index: basis.centre for index, basis in key.items()})}
+    if any(basis.centre.any() for basis in value.values()):
+        facts["value_centre_norms"] = norms({index: basis.centre for index, basis in value.items()})
+    every = [*key.values(), *value.values()]
+    if shared := [digest(basis.matrix[0]) for basis in every if basis.shared]:
+        facts["rotation_sha256"] = shared[0]
+    if choice.kind != "rotation":
+        facts["balanced"] = {
+            what: {str(index): basis.digest for index, basis in some.items() if not basis.shared}
+            for what, some in (("key", key), ("value", value))
+        }
+        facts["condition"] = round(float(max((basis.condition.max() for basis in every), default=1.0)), 2)
+    if found := choice.calibration():
+        facts["statistics"] = {
+            "sha256": moments.digest(Path(choice.stats)), "tokens": found.tokens,
+            "text_sha256": found.text_sha256, "model_sha256": found.model_sha256,
+        }  # fmt: skip
+    return facts

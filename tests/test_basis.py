@@ -1,0 +1,394 @@
+"""Balanced heads: the algebra against brute force, moments against numpy, and every pass in a balanced basis."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+import pytest
+from conftest import MINI, TINY, load
+from test_passes import SCHEDULES, Tapped, applied
+from test_quantize_kv import SCHEDULES as CHUNKS
+
+from ovtq.cli import calibrate as command
+from ovtq.cli.convert import main
+from ovtq.codec import AdaptiveUniform, moments
+from ovtq.codec.basis import HeadBasis, balance, balanced, loss, power
+from ovtq.codec.moments import Calibration
+from ovtq.codec.packed_attention import PackedAttention
+from ovtq.codec.rotation import orthogonal, randomized_hadamard
+from ovtq.errors import InputError, PreconditionFailed
+from ovtq.evidence.calibration import CALL, calibrate
+from ovtq.forms.bases import Choice
+from ovtq.forms.cpu.full import FLUSH
+from ovtq.models import projections
+from ovtq.models.attention import projected
+from ovtq.models.rope import rotated as turned
+from ovtq.passes import (
+    CentreKeys,
+    DecoupleLength,
+    Pass,
+    PruneKv,
+    QuantizeKv,
+    RotateHeads,
+    SimplifyMask,
+    SinkRow,
+    TruncateWindow,
+)
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
+from ovtq.verification.verify import TOLERANCE, compare, play
+
+EPS = float(np.finfo(np.float32).eps)
+D = 64
+
+
+def spectrum(seed: int, decay: float, d: int = D) -> np.ndarray:
+    """A covariance whose eigenvalues fall by exp(decay) in all, in random directions."""
+    random = np.random.RandomState(seed)
+    axes = np.linalg.qr(random.standard_normal((d, d)))[0]
+    return (axes * np.exp(-decay * np.arange(d) / d)) @ axes.T
+
+
+# ------------------------------------------------------------------------------------------ algebra
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 96, 100, 112, 120, 160, 192, 256])
+def test_a_rotation_of_any_head_dim_is_orthogonal_and_seeded(head_dim: int) -> None:
+    rotation = orthogonal(head_dim, 0)
+    product = rotation.astype(np.float64) @ rotation.T
+    assert np.abs(product - np.eye(head_dim)).max() < 8 * EPS
+    assert not np.array_equal(rotation, orthogonal(head_dim, 1))
+    spread = np.abs(rotation).max()
+    assert spread <= (1 + EPS) / np.sqrt(head_dim) or head_dim == 100  # no Hadamard matrix is known for it
+    assert spread < 0.6
+    if head_dim & (head_dim - 1) == 0:
+        np.testing.assert_array_equal(rotation, randomized_hadamard(head_dim, 0))
+
+
+def test_the_balanced_basis_loses_least() -> None:
+    """The bound of Cauchy and Schwarz is reached, and nothing near it, or anything random, is below."""
+    sigma, gamma = spectrum(0, 6), spectrum(1, 4)
+    root, inverse = balance(sigma, gamma, limit=1e6)
+    assert np.abs(root @ inverse - np.eye(D)).max() < 1e-10
+    half = power(sigma, 0.5)
+    bound = np.trace(power(half @ gamma @ half, 0.5)) ** 2 / D
+    least = loss(root, sigma, gamma)
+    assert least == pytest.approx(bound, rel=0.02)  # the ridge costs a little
+    assert loss(np.eye(D), sigma, gamma) > 1.5 * least
+    random = np.random.RandomState(2)
+    for size in (1e-3, 1e-2, 1e-1, 1):
+        for _ in range(20):
+            other = root + size * np.linalg.norm(root) / D * random.standard_normal((D, D))
+            assert loss(other, sigma, gamma) >= 0.999 * least
+
+
+def test_the_loss_is_what_a_quantiser_loses() -> None:
+    """E[(q·δ)²] of 4-bit codes, measured, falls by what the traces say; all coordinates have one variance."""
+    sigma, gamma = spectrum(3, 7), spectrum(4, 5)
+    random, codec, spread = np.random.RandomState(5), AdaptiveUniform(4, D), orthogonal(D, 0)
+    keys = random.standard_normal((4000, D)) @ power(sigma, 0.5) + 3
+    queries = random.standard_normal((500, D)) @ power(gamma, 0.5)
+    centre = np.full((1, D), 3.0)
+    found = []
+    # the first is a rotation, for P = 1 where Γ is Σ
+    for basis in (balanced(*2 * [sigma[None]], spread, centre), balanced(sigma[None], gamma[None], spread, centre)):
+        x = (keys - centre)[None]
+        y = basis.into(x)
+        delta = basis.back(codec.decode(*codec.encode(y)))[0] - x[0]
+        found.append(np.mean(np.square(queries @ delta.T)))
+        variance = y[0].var(0)
+    assert np.ptp(variance) < 0.2 * variance.mean()
+    expected = loss(np.eye(D), sigma, gamma) / loss(balance(sigma, gamma)[0], sigma, gamma)
+    assert found[0] / found[1] == pytest.approx(expected, rel=0.1)
+    assert expected > 2
+
+
+@pytest.mark.parametrize(
+    ("sigma", "gamma"),
+    [
+        (spectrum(0, 60), spectrum(1, 60)),
+        (np.ones((D, D)), np.eye(D)),
+        (np.zeros((D, D)), np.zeros((D, D))),
+        (np.eye(D), np.zeros((D, D))),
+    ],
+)
+def test_conditioning_is_bounded(sigma: np.ndarray, gamma: np.ndarray) -> None:
+    centre = np.zeros((1, D), np.float32)
+    for limit in (1.0, 4.0, 32.0):
+        basis = balanced(sigma[None], gamma[None], orthogonal(D, 0), centre, limit)
+        assert basis.condition.max() <= limit * (1 + 1e-4)
+        x = np.random.RandomState(0).standard_normal((1, 9, D))
+        assert np.abs(basis.back(basis.into(x)) - x).max() < 1e-4
+
+
+def test_scores_and_sums_stay_what_they_are() -> None:
+    """(q·A⁻ᵀ)·(A·(k − c)) = q·(k − c), in a space of more coordinates, too."""
+    random = np.random.RandomState(0)
+    wide = np.linalg.qr(random.standard_normal((80, 80)))[0][:D].astype(np.float32)
+    for spread in (orthogonal(D, 1), wide):
+        pairs = [np.stack([spectrum(s, 5), spectrum(s + 1, 3)]) for s in (6, 8)]
+        basis = balanced(*pairs, spread, random.standard_normal((2, D)))
+        q, k = random.standard_normal((2, 2, 7, D))
+        scores = q @ basis.dual.astype(np.float64) @ basis.into(k).swapaxes(1, 2)
+        assert np.abs(scores - q @ k.swapaxes(1, 2)).max() < 1e-4
+        assert basis.digest != balanced(*pairs, spread, basis.centre + 1).digest
+
+
+def test_a_basis_is_checked() -> None:
+    eye, centre = np.eye(4, dtype=np.float32)[None], np.zeros((2, 4), np.float32)
+    for arguments, message in (
+        ((eye, eye[:, :3], centre), "do not belong together"),
+        ((np.repeat(eye, 3, 0), np.repeat(eye, 3, 0), centre), "3 heads for centres of 2"),
+        ((np.full_like(eye, np.inf), eye, centre), "finite"),
+        ((2 * eye, eye, centre), "not its inverse"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            HeadBasis(*arguments)
+
+
+# ------------------------------------------------------------------------------------------ statistics
+
+
+@functools.cache
+def calibration() -> Calibration:
+    random = np.random.RandomState(0)
+    return calibrate(TINY["5.5"], random.randint(0, 256, 2 * CALL + 40), random.randint(0, 256, 90))
+
+
+@pytest.fixture(scope="module")
+def stats(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("stats") / moments.NAME
+    calibration().save(path)
+    return str(path)
+
+
+def test_moments_are_those_of_the_tensors() -> None:
+    """Gathered call by call, against numpy over all tokens at once."""
+    model, ids = Tapped(TINY["5.5"], ()), np.random.RandomState(0).randint(0, 256, 2 * CALL + 40)
+    _, inner, _ = model.step(ids[None], np.ones((1, len(ids)), np.int64), np.zeros(1, np.int32))
+    for layer, (query, key, value) in zip(model.layers, inner, strict=True):
+        some = calibration().layers[layer.index]
+        for which, x in (("key", key[0]), ("value", value[0])):
+            x = x.astype(np.float64)
+            np.testing.assert_allclose(getattr(some, f"{which}_mean"), x.mean(1), atol=1e-5)
+            expected = np.stack([np.cov(head.T, bias=True) for head in x])
+            assert np.abs(getattr(some, f"{which}_covariance") - expected).max() < 1e-4 * np.abs(expected).max()
+            about = np.einsum("htd,hte->hde", x - 1, x - 1) / len(ids)
+            assert np.abs(some.about(which, np.ones_like(x[:, 0])) - about).max() < 1e-4 * np.abs(about).max()
+        rows = query[0].reshape(layer.kv_heads, -1, layer.head_dim).astype(np.float64)
+        expected = rows.swapaxes(1, 2) @ rows / rows.shape[1]
+        assert np.abs(some.query - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_a_file_of_statistics_is_read_as_it_was_written(stats: str, tmp_path: Path) -> None:
+    read = moments.load(Path(stats))
+    assert (read.tokens, read.held) == (2 * CALL + 40, 90)
+    assert [*read.layers] == [0, 1, 2, 3]
+    assert all(x.key_errors.shape == x.value_errors.shape == (3,) for x in read.layers.values())
+    bad = tmp_path / "bad.npz"
+    bad.write_bytes(Path(stats).read_bytes()[:-2000])
+    with pytest.raises(InputError, match=r"bad.npz: no statistics of ovtq-calibrate"):
+        moments.load(bad)
+    with pytest.raises(InputError, match="no such file; ovtq-calibrate makes it"):
+        moments.load(tmp_path / "none.npz")
+
+
+def test_a_layer_that_loses_keeps_the_rotation() -> None:
+    import dataclasses
+
+    some = calibration().layers[1]
+    for errors, pays in (([3, 2, 1], True), ([1, 2, 3], False), ([], True)):
+        assert dataclasses.replace(some, key_errors=np.array(errors)).pays("key") == pays
+
+
+def test_weights_tell_the_moments_of_white_input() -> None:
+    """W·diag(γ²)·Wᵀ turned by RoPE over 4,096 positions, against running RoPE on its columns; and W itself."""
+    model, description = load(TINY["5.5"])
+    layer = description.full[0]
+    H, d = layer.kv_heads, layer.head_dim
+    node = projected(layer.key.source, H, d).get_node()
+    bias, covariance = projections._projection(node, H, d)
+    np.testing.assert_allclose(bias, layer.key_bias, rtol=1e-6)
+    source = next(v.get_node() for v in node.input_values() if v.get_node().get_type_name() == "MatMul").input_value(0)
+    taps = [ov.opset15.result(x) for x in (source, node.output(0))]
+    runner = Runner(ov.Model(taps, model.get_sinks(), model.get_parameters()), "CPU", EXACT_PROPERTIES)
+    x = runner.step(np.arange(200)[None])[0].astype(np.float64)
+    keys = np.array(runner.request.get_output_tensor(1).data[0], np.float64)
+    gamma = projections._norm_weight(source)
+    matmul = next(v.get_node() for v in node.input_values() if v.get_node().get_type_name() == "MatMul")
+    weights = projections._weights(matmul)
+    assert np.abs(x @ weights.T + bias.ravel() - keys).max() < 1e-4 * np.abs(keys).max()
+    expected = (weights * gamma**2 @ weights.T).reshape(H, d, H, d)[range(H), :, range(H)]
+    assert np.abs(covariance - expected).max() < 1e-6 * np.abs(expected).max()
+
+    columns = np.random.RandomState(0).standard_normal((3, H, d)).astype(np.float32)
+    mean, second = columns[0], np.einsum("jhd,jhe->hde", columns[1:], columns[1:])
+    got_mean, got = projections._turned(
+        mean.astype(np.float64), second.astype(np.float64), projections._turn(model, layer)
+    )
+    moved = [turned(model, layer.key.source, node, column).astype(np.float64) for column in columns]
+    assert np.abs(got_mean - moved[0].mean(1)).max() < 1e-4
+    every = sum(x.swapaxes(1, 2) @ x / x.shape[1] for x in moved)
+    expected = every - moved[0].mean(1)[:, :, None] * moved[0].mean(1)[:, None, :]
+    assert np.abs(got - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+# ------------------------------------------------------------------------------------------ passes
+
+EXACT: dict[str, Callable[[str], tuple[Pass, ...]]] = {
+    "rotate, calibrated": lambda stats: (RotateHeads(basis="calibrated", calibration=stats),),
+    "rotate, weights": lambda stats: (RotateHeads(basis="weights", layers="full"),),
+    "centre by the mean, rotate": lambda stats: (
+        CentreKeys(centre="mean", sinks="move", calibration=stats),
+        RotateHeads(basis="calibrated", calibration=stats),
+    ),
+    "sink row, calibrated": lambda stats: (
+        DecoupleLength(), TruncateWindow(), SimplifyMask(), SinkRow(basis="calibrated", calibration=stats),
+    ),
+    "sink row, mean alone": lambda stats: (
+        DecoupleLength(), TruncateWindow(), SinkRow(centre="mean", calibration=stats),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("passes", EXACT)
+def test_logits_equal_the_original(passes: str, stats: str, tmp_path: Path) -> None:
+    xml = tmp_path / "openvino_model.xml"
+    rewrite = applied(TINY["5.5"], *EXACT[passes](stats))
+    ov.save_model(rewrite.model, xml, compress_to_fp16=False)
+    original, converted = (Runner(path, "CPU", EXACT_PROPERTIES) for path in (TINY["5.5"] / xml.name, xml))
+    for seed, name in enumerate(("grow", "padded blocks", "beams")):
+        for runner in (original, converted):
+            runner.reset()
+        expected, got = (play(runner, SCHEDULES[name], 256, seed) for runner in (original, converted))
+        assert compare(expected, got, 4).relative <= TOLERANCE, name
+
+
+def packed(target: str, kind: str, stats: str) -> QuantizeKv:
+    return QuantizeKv(k_bits="4", v_bits="4", residual_window=16, target=target, basis=kind, calibration=stats)
+
+
+@pytest.mark.parametrize(("target", "kind"), [("cpu", "calibrated"), ("gpu", "weights"), ("gpu", "calibrated")])
+def test_packed_attention_equals_numpy(target: str, kind: str, stats: str) -> None:
+    """Codes but for ties, and the context, of a basis of its own for each KV head, values centred."""
+    item = packed(target, kind, stats if kind == "calibrated" else "")
+    model = Tapped(TINY["5.5"], (DecoupleLength(), TruncateWindow(), SimplifyMask(), item))
+    graph, description = load(TINY["5.5"])
+    spread = orthogonal(D, 0)
+    bases = Choice(kind, "auto", item.calibration).of(graph, description.full, (spread, spread))
+    codecs, references = (AdaptiveUniform(4, D), AdaptiveUniform(4, D)), {}
+    for layer in description.full:
+        pair = bases[layer.index].key.scaled(layer.scale), bases[layer.index].value
+        assert all(not basis.shared for basis in pair) or kind == "calibrated"
+        assert pair[1].centre.any() == (kind == "calibrated")
+        flush = FLUSH if target == "cpu" else 1
+        references[layer.index] = PackedAttention(codecs, pair, layer.sinks, layer.scale, 16, flush)
+    random, mask = np.random.RandomState(3), None
+    for call in CHUNKS["chunks"][:-3]:
+        ids = random.randint(0, 256, (call.batch, call.tokens)).astype(np.int64)
+        shown = np.ones(ids.shape, np.int64)
+        mask = shown if mask is None else np.concatenate([mask, shown], axis=1)
+        _, inner, outer = model.step(ids, mask, np.arange(call.batch, dtype=np.int32))
+        for layer, (q, k, v), got in zip(model.layers, inner, outer, strict=True):
+            if layer.index in references:
+                expected = references[layer.index].step(q, k, v, mask, np.arange(call.batch))
+                # a code that rounding decides is a step away
+                assert np.abs(got - expected).max() <= 0.02 * np.abs(expected).max(), (layer.index, call)
+                assert np.abs(got - expected).mean() <= 1e-4 * np.abs(expected).max(), (layer.index, call)
+
+
+def test_the_graph_has_the_same_nodes_in_any_basis(stats: str) -> None:
+    """Balanced, but not centred by a mean, a decode step costs what it costs rotated: no node more."""
+
+    def kinds(item: Pass) -> list[str]:
+        before = (DecoupleLength(),) if isinstance(item, QuantizeKv) else ()
+        return sorted(node.get_type_name() for node in applied(TINY["5.5"], *before, item).model.get_ordered_ops())
+
+    for target in ("cpu", "gpu"):
+        plain = QuantizeKv(target=target)
+        other = QuantizeKv(target=target, basis="calibrated", centre="bias", calibration=stats)
+        assert kinds(plain).count("MatMul") == kinds(other).count("MatMul")
+        assert [x for x in kinds(plain) if x != "Constant"] == [x for x in kinds(other) if x != "Constant"]
+    plain, other = RotateHeads(), RotateHeads(basis="calibrated", calibration=stats)
+    assert [x for x in kinds(plain) if x != "Constant"] == [x for x in kinds(other) if x != "Constant"]
+
+
+def test_centre_keys_without_sinks_is_exact() -> None:
+    """A model without sinks, made of the tiny one: the exported form stays, and so do the logits."""
+    runners = []
+    for passes in ((), (CentreKeys(),), (CentreKeys(), RotateHeads(basis="weights"))):
+        model, description = load(TINY["5.5"])
+        model, description = without_sinks(model, description)
+        for item in passes:
+            rewrite = item.apply(model, description)
+            model, description = rewrite.model, rewrite.description
+            assert all(norm > 0 for some in rewrite.facts.get("centre_norms", {}).values() for norm in some)
+        runners.append(Runner(model, "CPU", EXACT_PROPERTIES))
+    for calls in (SCHEDULES["padding"], SCHEDULES["beams"]):
+        for runner in runners:
+            runner.reset()
+        expected, *others = (play(runner, calls, 256, 1) for runner in runners)
+        assert all(compare(expected, got, 4).relative <= TOLERANCE for got in others)
+
+
+def without_sinks(model: ov.Model, description: object) -> tuple[ov.Model, object]:
+    import dataclasses
+
+    from ovtq.ir.graph import Port, redirect
+
+    layers = {}
+    for layer in description.layers:
+        old = layer.context.get_node()
+        new = ov.opset15.scaled_dot_product_attention(*(old.input_value(k) for k in range(5)), False)
+        redirect(layer.context, new)
+        cache = dataclasses.replace(layer.cache, mask=Port(new, 3))
+        layers[layer.index] = dataclasses.replace(
+            layer, sinks=None, query=Port(new, 0), context=new.output(0), cache=cache
+        )
+    model.validate_nodes_and_infer_types()
+    return model, description.with_layers(layers)
+
+
+def test_refusals(stats: str) -> None:
+    with pytest.raises(PreconditionFailed, match=r"centre-keys: layer 0 has sinks, .*sinks=move"):
+        applied(TINY["5.5"], CentreKeys())
+    with pytest.raises(PreconditionFailed, match=r"basis calibrated needs calibration.npz, which ovtq-calibrate makes"):
+        applied(TINY["5.5"], RotateHeads(basis="calibrated"))
+    with pytest.raises(PreconditionFailed, match=r"calibration.npz has nothing on layer 4, but on 0, 1, 2, 3"):
+        applied(MINI, RotateHeads(basis="calibrated", calibration=stats))
+    with pytest.raises(InputError, match="centre and basis are options of packed caches"):
+        PruneKv.parse({"basis": "weights"})
+
+
+# ------------------------------------------------------------------------------------------ commands
+
+
+def test_convert_finds_the_statistics_verifies_and_records(stats: str, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(TINY["5.5"], tmp_path / "model"))
+    options = ["--preset", "k4v4", "--target", "cpu", "--basis", "calibrated"]
+    assert main([str(model), str(tmp_path / "out"), *options, "--dry-run"]) == 2  # there are none yet
+    shutil.copyfile(stats, model / moments.NAME)
+    assert main([str(model), str(tmp_path / "out"), *options]) == 0
+    record = json.loads((tmp_path / "out" / "ovtq.json").read_text(encoding="utf-8"))
+    assert record["verified"]["packed"]["relative"] <= TOLERANCE
+    step = next(step for step in record["passes"] if step["name"] == "quantize-kv")
+    assert step["options"]["basis"] == "calibrated"
+    assert step["options"]["calibration"] == ""
+    assert step["facts"]["statistics"]["sha256"] == moments.digest(Path(stats))
+    assert moments.digest(tmp_path / "out" / moments.NAME) == moments.digest(Path(stats))
+
+
+def test_calibrate_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "found.npz"
+    assert command.main([str(MINI), "--tokens", "256", "--output", str(out)]) == 0
+    assert "256 tokens, 64 more to compare" in capsys.readouterr().out
+    found = moments.load(out)
+    assert [*found.layers] == [0, 1, 2, 3, 4, 5]
+    assert all(np.isfinite(some.key_errors).all() and (some.key_errors > 0).all() for some in found.layers.values())
+    assert command.main([str(MINI), "--tokens", "900k", "--output", str(out)]) == 2
+    assert "tokens, " in capsys.readouterr().err

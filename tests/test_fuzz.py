@@ -1,0 +1,124 @@
+"""A small campaign of wrong inputs and of kills (tools/fuzz/campaign.py runs large ones), and that it finds faults."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from conftest import ROOT, TINY
+
+FUZZ = ROOT / "tools" / "fuzz"
+
+
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    """The modules of the campaign by name."""
+    monkeypatch.syspath_prepend(str(FUZZ))
+    return {name: importlib.import_module(name) for name in ("campaign", "kills", "mutate", "worker", "soak")}
+
+
+def test_two_hundred_cases(tool: dict[str, ModuleType], tmp_path: Path) -> None:
+    counts, faults = tool["campaign"].cases(range(200), tmp_path)
+    assert faults == []
+    assert counts["refused"] > 100
+    assert counts["written"] > 10
+    assert counts.total() == 200
+
+
+def test_thirty_kills(tool: dict[str, ModuleType]) -> None:
+    counts, faults = tool["kills"].light(range(30))
+    assert faults == []
+    assert sum(count for name, count in counts.items() if name.startswith("SIG")) > 15
+
+
+@pytest.mark.slow
+def test_whole_conversions_killed(tool: dict[str, ModuleType]) -> None:
+    counts, faults = tool["kills"].whole(range(20))
+    assert faults == []
+    assert counts.total() == 20
+
+
+def test_a_case_is_the_same_whenever_it_is_made(tool: dict[str, ModuleType], tmp_path: Path) -> None:
+    converted = tool["campaign"].prepared(tmp_path)
+    campaign, kinds = tool["campaign"], set()
+    for number in range(60):
+        made = []
+        for name in ("a", "b"):
+            (tmp_path / name / str(number)).mkdir(parents=True)
+            case = tool["mutate"].make(number, tmp_path / name / str(number), converted)
+            made.append((case.kind, case.done, campaign.contents(tmp_path / name / str(number))))
+        assert made[0] == made[1]
+        kinds.add(made[0][0])
+    assert kinds == set(tool["mutate"].KINDS)
+
+
+def test_faults_are_found_and_kept(
+    tool: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A worker that lets an error out, writes two lines, leaves a file, changes the input, hangs or is wrong."""
+    campaign = tool["campaign"]
+    fine = {"code": 2, "stderr": "ovtq-convert: no\n", "apart": None}
+
+    class Planted:
+        def run(self, case: object, folder: Path) -> object:
+            number = case.number  # type: ignore[attr-defined]
+            if number == 3:
+                (folder / "left").touch()
+            if number == 4:
+                (folder / "model" / "config.json").write_text("{}")
+            return [
+                {**fine, "code": "KeyError: 'x'"}, {**fine, "stderr": "a\nb\n"}, "hangs", fine, fine,
+                {**fine, "stderr": "ovtq-convert: failed where nothing should, please"}, {**fine, "stderr": ""},
+                {"code": 0, "stderr": "", "apart": 0.5}, fine,
+            ][number]  # fmt: skip
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(campaign, "Worker", Planted)
+
+    def make(number: int, folder: Path, converted: Path) -> object:
+        tool["mutate"]._model(folder)
+        return tool["mutate"].Case(number, "config", "convert", [], "nothing", False)
+
+    monkeypatch.setattr(campaign.mutate, "make", make)
+    counts, faults = campaign.cases(range(9), tmp_path)
+    assert [text.split(": ", 1)[1].partition(":")[0] for text in faults] == [
+        "let out", "2 lines", "hangs", "left behind", "changed", "unforeseen", "0 lines", "verified, but wrong",
+    ]  # fmt: skip
+    assert counts["refused"] == 1
+    assert json.loads((tmp_path / "4" / "replay.json").read_text())["number"] == 4
+    assert (tmp_path / "4" / "model" / "config.json").read_bytes() == (TINY["5.5"] / "config.json").read_bytes()
+
+
+def test_its_own_arithmetic_tells_right_from_wrong(tool: dict[str, ModuleType], tmp_path: Path) -> None:
+    import openvino as ov
+    from openvino import opset15 as op
+
+    difference = tool["worker"].difference
+    assert difference(TINY["5.5"], tool["campaign"].prepared(tmp_path)) < 1e-4
+    model = ov.Core().read_model(TINY["5.5"] / "openvino_model.xml")
+    for node in model.get_ops():
+        if node.get_type_name() == "LessEqual":  # each query sees one token ahead
+            later = op.add(
+                node.input_value(1), op.constant(np.array(1, node.input_value(1).get_element_type().to_dtype()))
+            )
+            node.input(1).replace_source_output(later.output(0))
+    model.validate_nodes_and_infer_types()
+    (tmp_path / "wrong").mkdir()
+    ov.save_model(model, tmp_path / "wrong" / "openvino_model.xml")
+    assert difference(TINY["5.5"], tmp_path / "wrong") > 1e-2
+
+
+def test_a_soak_by_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, FUZZ / "campaign.py", "--cases", "0", "--kills", "0", "--soak", "300"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "tokens in " in done.stdout
+    assert "0 faults" in done.stdout
