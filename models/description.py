@@ -190,10 +190,16 @@ class AttentionLayer:
         """What layers must have in common to be rewritten together: window, query_heads, kv_heads, head_dim."""
         return self.window, self.query_heads, self.kv_heads, self.head_dim
 
-    def rewritten(self, context: Node, cache: Cache, **ports: Port) -> AttentionLayer:
-        """This layer with another cache and attention: what read its context reads `context` from now on."""
+    def rewritten(
+        self, context: Node, cache: Cache, query: Port | None = None, key: Port | None = None, value: Port | None = None
+    ) -> AttentionLayer:
+        """This layer with another cache and attention: what read its context reads `context` from now on.
+
+        Ports that are not given stay where they are.
+        """
         redirect(self.context, context)
-        return replace(self, context=context.output(0), cache=cache, **ports)
+        query, key, value = query or self.query, key or self.key, value or self.value
+        return replace(self, context=context.output(0), cache=cache, query=query, key=key, value=value)
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ def convert(
             whereabouts.at("copying its weights")
             written.wait()
             tick()
-        (folder / io.RECORD).write_text(_text(record), encoding="utf-8", newline="\n")
+        (folder / staging.RECORD).write_text(_text(record), encoding="utf-8", newline="\n")
         if card:
             model_card.leave(model_dir, folder, record)
     _write_record(record_to, record)

@@ -31,7 +31,7 @@ KNOWN = {"f32", "f16", "i8", "u8", "i32", "i64"}  # types of states that numpy h
 Running: TypeAlias = Any  # an ov.InferRequest, or an OVModelForCausalLM of optimum-intel
 
 
-class Past(tuple):  # type: ignore[type-arg]
+class Past(tuple[Any, ...]):
     """What a model has read, in the form that `generate(…, past_key_values=past)` of optimum-intel takes.
 
     `tokens` are the ids, (batch, tokens).

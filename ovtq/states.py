@@ -237,7 +237,7 @@ def _guessed(variables: Sequence[VariableInfo], steps: Sequence[Mapping[str, Any
 
     Its passes (`steps`) tell how many rows states that grow have, and that there is a sink's row.
     """
-    rule = next((step["facts"]["stored"] for step in steps if "stored" in step["facts"]), {})
+    rule: Mapping[str, Any] = next((step["facts"]["stored"] for step in steps if "stored" in step["facts"]), {})
     sink_row = any(step["name"] == "sink-row" for step in steps)
     found = []
     for info in variables:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import openvino as ov
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import Progress
 from rich.table import Table
 
@@ -50,8 +50,8 @@ WORDS = """words:
 class _Print(argparse.Action):
     """Prints a text and leaves, as --help does."""
 
-    def __init__(self, *names: Any, text: str, **options: Any) -> None:
-        super().__init__(*names, nargs=0, **options)
+    def __init__(self, option_strings: Sequence[str], dest: str, text: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
         self.text = text
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
@@ -286,7 +286,8 @@ def _report(
     console: Console, options: argparse.Namespace, record: Mapping[str, Any], precision: str | None, seconds: float
 ) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, justify in (("pass", "left"), ("sites", "right"), ("", "left")):
+    columns: tuple[tuple[str, JustifyMethod], ...] = (("pass", "left"), ("sites", "right"), ("", "left"))
+    for column, justify in columns:
         table.add_column(column, justify=justify)
     for step in record["passes"]:
         notes = [f"{key}={value}" for key, value in step["options"].items()]

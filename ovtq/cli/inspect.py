@@ -28,6 +28,7 @@ from ovtq.models import ModelDescription, describe
 from ovtq.models.attention import biased_projection
 from ovtq.passes import PASSES
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
+from ovtq.staging import RECORD
 from ovtq.states import FLOAT_BYTES, StateSpec
 
 TEXT_TOKENS = 1024  # of --text that are run
@@ -195,7 +196,7 @@ def _converted(xml: Path, model: ov.Model) -> dict[str, Any] | None:
     paged = all(step["name"] in PASSES and PASSES[step["name"]].paged_attention for step in stamp["passes"])
     return {
         **stamp,
-        "record": io.RECORD if record else None,
+        "record": RECORD if record else None,
         "target": record.get("target", stamp.get("target")),
         "verified": record.get("verified"),
         "paged_attention": paged,
@@ -267,7 +268,7 @@ def memory(
 def _stock(description: ModelDescription, contexts: Sequence[int], target: str) -> list[dict[str, Any]]:
     """The exported model in the caches that the plugin really keeps of it; see inspect_tables.NOTES."""
     if target == "cpu":
-        kinds = ("f32", "f16", "u8", "u4")
+        kinds: tuple[str, ...] = ("f32", "f16", "u8", "u4")
         return [memory(f"as exported, {kind}", description.states, contexts, target, kind) for kind in kinds]
     kinds = ("f16",) if description.sinks else ("f16", "u8")  # which a GPU keeps of a model with sinks in f16 alone
     return [memory(f"as exported, {kind}", description.states, contexts, target, kind) for kind in kinds] + [

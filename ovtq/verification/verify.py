@@ -73,7 +73,8 @@ def play(
     `chosen` belongs to a model of `with_routers`. A tie makes its position unusable, those after it in its sequence,
     and all later calls up to the next reset.
     """
-    tied, done = False, []
+    tied = False
+    done: list[Played] = []
     columns = columns_of(runner.vocabulary)
     for call, ids, shown in texts(calls, vocabulary, seed):
         if call.reset:
@@ -86,7 +87,7 @@ def play(
         if check:
             beams = np.asarray(call.beams or range(call.batch), np.int32)
             trim_memory()  # numpy and the plugin each keep what the other needs
-            check.step(runner.request, shown, runner.mask, beams)
+            check.step(runner.request, shown, runner.attention_mask, beams)
             trim_memory()
         usable = visible & (not tied)
         for index, experts in enumerate(chosen, start=1):
@@ -289,8 +290,8 @@ def _at_f32(
 ) -> Difference:
     """How far apart they are at f32. Raises VerificationFailed if that is too far."""
     lossy = _reads_codes(calls, check)
-    same = [[call for call, old in zip(side, lossy, strict=True) if not old] for side in (original, converted)]
-    difference = compare(*same, extent.layers, seed, logits=extent.end is None)
+    before, after = ([call for call, old in zip(side, lossy, strict=True) if not old] for side in (original, converted))
+    difference = compare(before, after, extent.layers, seed, logits=extent.end is None)
     if not difference.relative <= TOLERANCE or (difference.kld or 0) > SAME_TEXT:
         raise VerificationFailed(
             f"the converted model is wrong on {device}: its results differ by {difference.largest:.3g} "
