@@ -21,7 +21,7 @@ from ovtq.ir import cache, io
 from ovtq.models import ModelDescription, describe
 from ovtq.models.description import InPlace
 from ovtq.options import Checks, Options
-from ovtq.passes import PASSES, Pass, QuantizeKv
+from ovtq.passes import Pass, QuantizeKv
 from ovtq.pipeline import Step
 from ovtq.runtime.runner import check_device
 from ovtq.states import StateSpec
@@ -118,7 +118,9 @@ def rewrite(
         "target": target,
         "states": [state.told() for state in description.states],
         "state_bytes": {"before": before, "after": _memory(model, description.states, target)},
-        "paged_attention": all(PASSES[step.name].paged_attention for step in steps if not step.skipped),
+        "paged_attention": all(
+            item.paged_attention for item, step in zip(passes, steps, strict=True) if not step.skipped
+        ),
     }
     record["versions"] = {"openvino": ov.__version__, "python": platform.python_version()}
     return Rewritten(model, description, tuple(steps), record)

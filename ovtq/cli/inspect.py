@@ -193,7 +193,7 @@ def _converted(xml: Path, model: ov.Model) -> dict[str, Any] | None:
     if not stamp:
         return None
     record = io.record_of(xml.parent)
-    paged = all(step["name"] in PASSES and PASSES[step["name"]].paged_attention for step in stamp["passes"])
+    paged = all(map(_keeps_paged_attention, stamp["passes"]))
     return {
         **stamp,
         "record": RECORD if record else None,
@@ -206,6 +206,13 @@ def _converted(xml: Path, model: ov.Model) -> dict[str, Any] | None:
 
 def _with_sinks(node: ov.Node) -> bool:
     return node.get_type_name() == "ScaledDotProductAttention" and node.get_input_size() > 5
+
+
+def _keeps_paged_attention(step: dict[str, Any]) -> bool:
+    """Whether a recorded pass leaves paged attention possible; of some, its options decide."""
+    cls = PASSES.get(step["name"])
+    decided = cls is not None and isinstance(cls.paged_attention, property)
+    return bool(cls and (cls.parse(step["options"]) if decided else cls).paged_attention)
 
 
 def _consumers(converted: dict[str, Any] | None, sinks: bool) -> dict[str, str]:
