@@ -114,6 +114,20 @@ def test_a_stamp_that_is_not_ours(
     assert message in line(capsys, command, tiny_copy, *([tmp_path / "out"] if command is main else []))
 
 
+@pytest.mark.parametrize(("key", "value"), [("verified", {"a": 1}), ("verified", 7), ("layers", True), ("target", 7)])
+def test_a_record_of_another_form(
+    key: str, value: object, convert: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(convert(TINY["5.5"], "--preset", "exact", "--no-verify"), tmp_path / "model"))
+    record = json.loads((folder / "ovtq.json").read_text())
+    (folder / "ovtq.json").write_text(json.dumps({**record, key: value}))
+    capsys.readouterr()
+    assert inspect([str(folder), "--context", "4k"]) == 2
+    said = capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    assert "is not of this version's form" in said
+
+
 def test_runtime_options_that_are_a_text() -> None:
     model = ov.Core().read_model(TINY["5.5"] / XML)
     model.set_rt_info("1", ["runtime_options"])

@@ -158,6 +158,13 @@ def test_versions_agree() -> None:
     assert f"## {ovtq.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_types() -> None:
+    pytest.importorskip("mypy", reason="needs the extra [dev]")
+    # from the root, whose .mypy_cache makes every run but the first a short one
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_style() -> None:
     pytest.importorskip("ruff", reason="needs the extra [dev]")
     subprocess.run([sys.executable, "-m", "ruff", "check", "--quiet", ROOT], check=True)

@@ -6,7 +6,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from ovtq.models import ModelDescription, describe
 from ovtq.models.attention import biased_projection
 from ovtq.passes import PASSES
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
+from ovtq.staging import RECORD
 from ovtq.states import FLOAT_BYTES, StateSpec
 
 TEXT_TOKENS = 1024  # of --text that are run
@@ -43,18 +45,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         to_stdout = options.json == Path("-")
         if options.json and not to_stdout:
             io.check_json(options.json, options.model_dir, None)
-        facts = inspect(options, errors)
-        text = json.dumps(facts, indent=1) + "\n"
-        if to_stdout:
-            Out().out(text, end="")
-            return
-        console = Out() if sys.stdout.isatty() else Out(width=160)  # a file needs no narrow columns
-        for section in SECTIONS:
-            section(console, facts)
+        with _as_recorded(options.model_dir):
+            facts = inspect(options, errors)
+            text = json.dumps(facts, indent=1) + "\n"
+            if to_stdout:
+                Out().out(text, end="")
+                return
+            console = Out() if sys.stdout.isatty() else Out(width=160)  # a file needs no narrow columns
+            for section in SECTIONS:
+                section(console, facts)
         if options.json:
             files.write(options.json, text)
 
     return run("ovtq-inspect", work, errors, argv=argv)
+
+
+@contextmanager
+def _as_recorded(model_dir: Path) -> Iterator[None]:
+    """Within it, what a converted folder's record or stamp lacks, or has in another form, is an InputError."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        if not (model_dir / io.RECORD).exists() and not io.stamp_of(io.load(model_dir)):
+            raise
+        raise InputError(
+            f"{model_dir}: what {io.RECORD} or the model's rt_info says of its conversion is not of this version's "
+            f"form ({type(error).__name__}: {io.last_line(error)}); convert the original model again"
+        ) from error
 
 
 def parser() -> argparse.ArgumentParser:
@@ -179,7 +196,7 @@ def _converted(xml: Path, model: ov.Model) -> dict[str, Any] | None:
     paged = all(step["name"] in PASSES and PASSES[step["name"]].paged_attention for step in stamp["passes"])
     return {
         **stamp,
-        "record": io.RECORD if record else None,
+        "record": RECORD if record else None,
         "target": record.get("target", stamp.get("target")),
         "verified": record.get("verified"),
         "paged_attention": paged,
@@ -251,7 +268,7 @@ def memory(
 def _stock(description: ModelDescription, contexts: Sequence[int], target: str) -> list[dict[str, Any]]:
     """The exported model in the caches that the plugin really keeps of it; see inspect_tables.NOTES."""
     if target == "cpu":
-        kinds = ("f32", "f16", "u8", "u4")
+        kinds: tuple[str, ...] = ("f32", "f16", "u8", "u4")
         return [memory(f"as exported, {kind}", description.states, contexts, target, kind) for kind in kinds]
     kinds = ("f16",) if description.sinks else ("f16", "u8")  # which a GPU keeps of a model with sinks in f16 alone
     return [memory(f"as exported, {kind}", description.states, contexts, target, kind) for kind in kinds] + [

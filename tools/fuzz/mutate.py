@@ -256,8 +256,8 @@ def _links(number: int, kind: str, draw: random.Random, folder: Path, converted:
     model = _model(folder)
     for _ in range(draw.choice((1, 2))):
         path = model / draw.choice(("extra", "config.json", XML, BIN, "sub", "tokenizer.json"))
-        if path.exists():
-            path.unlink() if not path.is_dir() else shutil.rmtree(path)
+        if os.path.lexists(path):
+            path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
         way = draw.randrange(5)
         if way == 0:
             os.mkfifo(path)
