@@ -55,7 +55,7 @@ def cases() -> list[Any]:
 
 def passes_of(preset: str, target: str, option: str) -> tuple:
     settings, pruning = OPTIONS[option]
-    passes = pipeline.with_settings(pipeline.PRESETS[preset].on(target, bool(pruning)), settings)
+    passes = pipeline.with_settings(pipeline.PRESETS[preset].on(target, pruned=bool(pruning)), settings)
     return pipeline.with_settings(pipeline.with_pruning(passes, target), pruning) if pruning else passes
 
 
