@@ -52,7 +52,8 @@ def describe(model: ov.Model, config: Mapping[str, Any]) -> ModelDescription:
     kept = windows([sdpa.input_value(3) for sdpa in found], paths, config.get("sliding_window"))
     layers = tuple(_layer(*parts) for parts in zip(range(len(found)), found, paths, kept, strict=True))
     states = tuple(_state(layer, what, path) for layer in layers for what, path in zip(KV, layer.paths, strict=True))
-    return ModelDescription(str(config.get("model_type")), *(inputs[name] for name in INPUTS), layers, states)
+    ids, mask, beams = (inputs[name] for name in INPUTS)
+    return ModelDescription(str(config.get("model_type")), ids, mask, beams, layers, states)
 
 
 def _paths(index: int, sdpa: Node, beam_idx: Node) -> tuple[KVPath, KVPath]:

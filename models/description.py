@@ -155,6 +155,27 @@ class AttentionLayer:
         return self.cache.paths if isinstance(self.cache, Exported) else ()
 
     @property
+    def exported(self) -> Exported:
+        """Its cache as exported. Raises ValueError once a pass replaced it."""
+        if not isinstance(self.cache, Exported):
+            raise ValueError(f"layer {self.index} no longer has the exported KV states")
+        return self.cache
+
+    @property
+    def reach(self) -> int:
+        """Tokens that a query of a sliding layer can see. Raises ValueError for a full layer."""
+        if self.window is None:
+            raise ValueError(f"layer {self.index} has no window")
+        return self.window
+
+    @property
+    def own_sinks(self) -> np.ndarray:
+        """(query_heads,). Raises ValueError for a layer without sinks."""
+        if self.sinks is None:
+            raise ValueError(f"layer {self.index} has no sinks")
+        return self.sinks
+
+    @property
     def token_rows(self) -> TokenRows | None:
         """What of this layer's cache tells how many past tokens there are; None if nothing does."""
         return self.cache.rows

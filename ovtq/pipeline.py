@@ -164,7 +164,7 @@ ALIASES = {"f16": "exact"}  # other names that are taken
 
 def for_target(passes: Sequence[Pass], target: str) -> tuple[Pass, ...]:
     """`passes`, those that make another graph for each plugin set to `target`."""
-    return tuple(dataclasses.replace(item, target=target) if hasattr(item, "target") else item for item in passes)
+    return tuple(item.changed({"target": target}) if hasattr(item, "target") else item for item in passes)
 
 
 def with_pruning(passes: Sequence[Pass], target: str, wording: Wording = COMMAND_LINE) -> tuple[Pass, ...]:

@@ -34,13 +34,11 @@ class Rewrite:
 class Pass(ABC):
     """A rewrite of the graph. A subclass is a frozen dataclass whose fields are its command-line options.
 
-    `paged_attention` says that GenAI's continuous batching can still turn the result into a model with paged attention.
     `requires` refuses before anything is touched; `run` rewrites exactly `sites` places; `ensures` checks the result on
     the graph. `needless` says where a model has no place for it: then a pipeline leaves it out and tells so.
     """
 
     name: ClassVar[str]
-    paged_attention: ClassVar[bool]
     recaches: ClassVar[bool] = False  # gives layers another cache
     serves: ClassVar[bool] = False  # prepares or completes the work of those that do, and has no other use in a preset
 
@@ -48,6 +46,11 @@ class Pass(ABC):
     @abstractmethod
     def exact(self) -> bool:
         """Whether its result agrees with its input to rounding; a class attribute where no option decides it."""
+
+    @property
+    @abstractmethod
+    def paged_attention(self) -> bool:
+        """Whether GenAI's continuous batching can still turn the result into a model with paged attention; likewise."""
 
     @abstractmethod
     def sites(self, description: ModelDescription) -> int:

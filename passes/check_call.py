@@ -87,7 +87,7 @@ class CheckCall(Pass):
         these = [one, sequences, batch, beam_count, batch, op.add(past, new), *[i64([0])] * len(first), *last]
         those = [new, batch, sequences, batch, beam_count, columns, *first, *held]
         excess = op.reduce_max(op.subtract(op.concat(these, 0), op.concat(those, 0)), i64([0]), True)
-        if past is not description.past:
+        if description.past is not None and past is not description.past:
             redirect(description.past.output(0), past)
 
         checked = op.variadic_split(ids, i64(1), op.add(new, op.maximum(excess, i64([0]))))

@@ -189,7 +189,7 @@ class _Rows:
         """Rewrite one layer."""
         H, G = layer.kv_heads, layer.group
         key, value = (size * np.sqrt(self.width, dtype=np.float32) * self.sink for size in (SINK, SHORT))
-        part = layer.sinks.reshape(1, H * G, 1, 1) / layer.scale * key / np.square(key).sum()
+        part = layer.own_sinks.reshape(1, H * G, 1, 1) / layer.scale * key / np.square(key).sum()
         bases = self.bases[layer.index]
         less_key, less_value = (-(basis.centre[:, None] @ basis.matrix)[None] for basis in bases)  # (1, H, 1, width)
         query = op.matmul(layer.query.source, self.matrices.dual(bases.key, G), False, True)
@@ -200,7 +200,7 @@ class _Rows:
         if less_value.any():
             stored, value = op.add(stored, f32(less_value)), value + less_value
         values, past = self._cache(layer, "value", stored, value)
-        mask = self._mask(layer.cache.mask.source)
+        mask = self._mask(layer.exported.mask.source)
         context = op.scaled_dot_product_attention(query, keys, values, mask, f32(layer.scale), False)
         real = op.slice(context, self.first, i64([ALL]), i64([1]), i64([2]))
         given = op.matmul(real, self.matrices.inverse(bases.value, G), False, True)

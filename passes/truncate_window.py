@@ -88,7 +88,7 @@ class TruncateWindow(Pass):
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each sliding layer's states and attention."""
         layers = description.sliding
-        rows = layers[0].window - 1 + self.slack
+        rows = layers[0].reach - 1 + self.slack
         facts = {"window": layers[0].window, "rows": rows, "layers": [layer.index for layer in layers]}
         beams = Beams(description, self.target)
         ring: Ring | PackedRing

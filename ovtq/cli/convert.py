@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         for name, preset in pipeline.PRESETS.items()
     )
     passes = "\n".join(
-        f"  {name:<16} {cls.__doc__.partition(chr(10))[0]}"
+        f"  {name:<16} {(cls.__doc__ or '').partition(chr(10))[0]}"
         + "".join(f"\n{'':<19}{option}: {text}" for option, text in cls.option_help().items())
         for name, cls in PASSES.items()
     )

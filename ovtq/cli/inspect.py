@@ -66,10 +66,10 @@ def _as_recorded(model_dir: Path) -> Iterator[None]:
     try:
         yield
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
-        if not (model_dir / io.RECORD).exists() and not io.stamp_of(io.load(model_dir)):
+        if not (model_dir / RECORD).exists() and not io.stamp_of(io.load(model_dir)):
             raise
         raise InputError(
-            f"{model_dir}: what {io.RECORD} or the model's rt_info says of its conversion is not of this version's "
+            f"{model_dir}: what {RECORD} or the model's rt_info says of its conversion is not of this version's "
             f"form ({type(error).__name__}: {io.last_line(error)}); convert the original model again"
         ) from error
 
@@ -173,9 +173,9 @@ def inspect(options: argparse.Namespace, errors: Console) -> dict[str, Any]:
             tick()
     facts["recommended"] = _recommended(advise(description, target), facts["memory"])
     if ids is not None:
-        found = key_bias_shares(model, description, ids)
+        shares = key_bias_shares(model, description, ids)
         for layer in facts["layers"]:
-            layer["text"] = found.get(layer["index"])
+            layer["text"] = shares.get(layer["index"])
     return facts
 
 

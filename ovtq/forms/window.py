@@ -31,7 +31,7 @@ class WindowRows:
 
     def __init__(self, description: ModelDescription, slack: int, ring: Ring | PackedRing) -> None:
         layers = description.sliding
-        H, d, window = layers[0].kv_heads, layers[0].head_dim, layers[0].window
+        H, d, window = layers[0].kv_heads, layers[0].head_dim, layers[0].reach
         rows = window - 1 + slack
         batch, new = (dim(description.input_ids, axis) for axis in (0, 1))
         self.trips = op.divide(op.subtract(new, i64([1])), i64([BLOCK]))
@@ -146,7 +146,7 @@ class WindowBlocks:
 
     def __init__(self, description: ModelDescription, slack: int, ring: Ring | PackedRing) -> None:
         layers = description.sliding
-        layer, window = layers[0], layers[0].window
+        layer, window = layers[0], layers[0].reach
         rows = window - 1 + slack
         one, origin = i64([1]), i64([0])
         batch, self.new = (dim(description.input_ids, axis) for axis in (0, 1))

@@ -9,6 +9,7 @@ import numpy as np
 import openvino as ov
 
 from ovtq.codec.coding import whole_scale
+from ovtq.codec.packed_attention import PackedAttention
 from ovtq.codec.packing import unpack
 from ovtq.forms.pruning import PrunedAttention
 from ovtq.models import AttentionLayer
@@ -21,9 +22,10 @@ class PackedCheck:
     """Holds the packed layers of a running model to `PackedAttention`, from the queries, keys and values it shows."""
 
     def __init__(self, layers: Sequence[AttentionLayer]) -> None:
-        self.layers = [layer for layer in layers if layer.packed]
+        self.packed = [(layer, layer.packed) for layer in layers if layer.packed is not None]
+        self.layers = [layer for layer, _ in self.packed]
         ports = [(port.source for port in (x.query, x.key, x.value)) for x in self.layers]
-        taps = [[*inner, x.context, *x.packed.beside] for inner, x in zip(ports, self.layers, strict=True)]
+        taps = [[*inner, layer.context, *what.beside] for inner, (layer, what) in zip(ports, self.packed, strict=True)]
         self.names = [[(tap.get_node().get_friendly_name(), tap.get_index()) for tap in some] for some in taps]
         self.largest, self.exact_codes = 0.0, False
         self.pruned, self.miscounted = 0, ""  # tokens, at most, of a head; what is wrong with the graph's own count
@@ -39,30 +41,31 @@ class PackedCheck:
 
     def lossy(self, past: int) -> bool:
         """Whether a call after `past` tokens reads codes, or misses tokens that were pruned."""
-        return any(layer.packed.lossy(past) for layer in self.layers if layer.packed)
+        return any(packed.lossy(past) for _, packed in self.packed)
 
     def reset(self) -> None:
         """Forget everything but the largest difference."""
         self.states = {}
-        for layer in self.layers:
-            layer.packed.reset()
+        for _, packed in self.packed:
+            packed.reset()
 
     def step(self, request: ov.InferRequest, shown: np.ndarray, mask: np.ndarray, beams: np.ndarray) -> None:
         """Compare one call's results; `shown` (batch, new), `mask` (batch, past + new)."""
         visible, past = shown.astype(bool), mask.shape[1] - shown.shape[1]
         states = {name: state[beams] for name, state in self.states.items()}
         first = 1
-        for layer, some in zip(self.layers, self.names, strict=True):
+        for (layer, packed), some in zip(self.packed, self.names, strict=True):
             query, keys, values, got, *beside = (request.get_output_tensor(first + k).data for k in range(len(some)))
             first += len(some)
-            for tensor in beside:
-                layer.packed.shown_beside(tensor.astype(np.float64), beams)
-            if not layer.packed.lossy(past):  # then results are held to the original's
-                layer.packed.remember(keys, values, beams)
+            if isinstance(packed, PrunedAttention):  # no other has anything to be shown
+                for tensor in beside:
+                    packed.shown_beside(tensor.astype(np.float64), beams)
+            if not packed.lossy(past):  # then results are held to the original's
+                packed.remember(keys, values, beams)
                 continue
-            stored = functools.partial(_as_stored, states, past, layer)
-            layer.packed.found(states)
-            expected = layer.packed.step(query, keys, values, mask, beams, stored)
+            stored = functools.partial(_as_stored, states, past, layer, packed)
+            packed.found(states)
+            expected = packed.step(query, keys, values, mask, beams, stored)
             got, expected = (np.moveaxis(x, 1, 2)[visible] for x in (got, expected))
             error = np.abs(got - expected).max(initial=0) / np.abs(expected).max(initial=np.finfo(np.float32).tiny)
             self.largest = max(self.largest, float(error) if np.isfinite(got).all() else float("inf"))
@@ -88,13 +91,18 @@ class PackedCheck:
 
 
 def _as_stored(
-    states: Mapping[str, np.ndarray], past: int, layer: AttentionLayer, which: int, x: np.ndarray
+    states: Mapping[str, np.ndarray],
+    past: int,
+    layer: AttentionLayer,
+    packed: PackedAttention,
+    which: int,
+    x: np.ndarray,
 ) -> np.ndarray:
     """Keys or values as the codec stores them, but with the graph's code where one is a rounding away from another.
 
     `states` are those that this call of the graph found, of `past` tokens, the first ones of `x`; no more are returned.
     """
-    packed, codec, x = layer.packed, layer.packed.codecs[which], x[:, :, :past]
+    codec, x = packed.codecs[which], x[:, :, :past]
     if codec is None or not packed.older(past):  # then none is read as stored
         return x
     if not states:

@@ -92,7 +92,10 @@ class Kernels:
     """What all layers share, and the rewrite of one layer."""
 
     def __init__(self, description: ModelDescription, plan: Plan, capacity: int) -> None:
-        first, bits = plan.layers[0], (plan.key.bits, plan.value.bits)
+        if description.past is None:
+            raise ValueError("lengths come from a state still; decouple-length comes first")
+        first, ((key, _), (value, _)) = plan.layers[0], plan.pairs
+        bits = key.bits, value.bits
         self.plan = plan
         self.layout = KernelLayout(first.kv_heads, first.group, first.head_dim, bits, plan.window, capacity)
         self.batch, new = (dim(description.input_ids, axis) for axis in (0, 1))

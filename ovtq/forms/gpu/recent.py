@@ -92,7 +92,7 @@ class RecentRows:
         keys, values = op.split(near, i64(1), 2).outputs()
 
         sinks = np.zeros((H * G, 1, D), np.float32)
-        sinks[:, 0, SINK] = layer.sinks / MARK
+        sinks[:, 0, SINK] = layer.own_sinks / MARK
         turned = f32(np.ascontiguousarray(layer.scale * self.frame.T))
         query = op.add(op.matmul(layer.query.source, turned, False, True), f32(sinks[None]))
         context, logit = self._near(layer, query, keys, values)
