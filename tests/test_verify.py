@@ -44,8 +44,8 @@ def _not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _not_orthogonal(monkeypatch: pytest.MonkeyPatch) -> None:
-    dual = Matrices.dual
-    monkeypatch.setattr(Matrices, "dual", lambda *args: ov.opset15.multiply(dual(*args), np.float32(1.001)))
+    inverse = Matrices.inverse
+    monkeypatch.setattr(Matrices, "inverse", lambda *args: ov.opset15.multiply(inverse(*args), np.float32(1.001)))
 
 
 def _band_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
