@@ -101,7 +101,8 @@ def _projection(new: Output, heads: int, head_dim: int) -> _Projection | None:
 
 
 def _breadth_first(output: Output, limit: int = 200) -> list[Node]:
-    order, seen, todo = [], set(), [output.get_node()]
+    order: list[Node] = []
+    seen, todo = set(), [output.get_node()]
     while todo and len(order) < limit:
         node = todo.pop(0)
         if id_of(node) not in seen:

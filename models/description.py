@@ -9,6 +9,7 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
+from ovtq.codec.kernel_layout import KernelLayout
 from ovtq.codec.packed_attention import PackedAttention, Place
 from ovtq.ir.graph import MASKED, Port, consumers, dim, i64, redirect
 from ovtq.states import StateSpec
@@ -103,9 +104,16 @@ class Packed:
     """Packed codes, of a window or all tokens: `definition` is what the layer computes, `places` where they are."""
 
     definition: PackedAttention
-    places: tuple[Place, Place]
+    places: tuple[Place, ...]
     rows: TokenRows | None
     lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class InPlace(Packed):
+    """Packed codes of all tokens of one sequence, in a state of fixed length that kernels of ovtq write into."""
+
+    layout: KernelLayout
 
 
 @dataclass(frozen=True)
@@ -182,10 +190,16 @@ class AttentionLayer:
         """What layers must have in common to be rewritten together: window, query_heads, kv_heads, head_dim."""
         return self.window, self.query_heads, self.kv_heads, self.head_dim
 
-    def rewritten(self, context: Node, cache: Cache, **ports: Port) -> AttentionLayer:
-        """This layer with another cache and attention: what read its context reads `context` from now on."""
+    def rewritten(
+        self, context: Node, cache: Cache, query: Port | None = None, key: Port | None = None, value: Port | None = None
+    ) -> AttentionLayer:
+        """This layer with another cache and attention: what read its context reads `context` from now on.
+
+        Ports that are not given stay where they are.
+        """
         redirect(self.context, context)
-        return replace(self, context=context.output(0), cache=cache, **ports)
+        query, key, value = query or self.query, key or self.key, value or self.value
+        return replace(self, context=context.output(0), cache=cache, query=query, key=key, value=value)
 
 
 @dataclass(frozen=True)

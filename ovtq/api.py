@@ -22,8 +22,10 @@ from ovtq.ir import cache, io
 from ovtq.models import ModelDescription
 from ovtq.models import describe as described
 from ovtq.options import Checks, Options, PassList, Settings
+from ovtq.passes import QuantizeKv
 from ovtq.pipeline import PRESETS
 from ovtq.prefix import load_state, read_prompt, save_state
+from ovtq.runtime.kernels import properties
 from ovtq.runtime.runner import check_device
 from ovtq.verification.verify import Difference
 
@@ -34,6 +36,7 @@ __all__ = [
     "convert",
     "describe",
     "load_state",
+    "properties",
     "pruning_counts",
     "read_prompt",
     "save_state",
@@ -78,6 +81,8 @@ def compress(
     residual_window: int | None = None,
     protect: str | None = None,
     centre: str | None = None,
+    kernels: bool | None = None,
+    capacity: int | None = None,
     window_bits: Sequence[int | str] | None = None,
     basis: str | None = None,
     calibration: str | Path | None = None,
@@ -102,8 +107,8 @@ def compress(
     it. Raises InputError, UnsupportedModel or PreconditionFailed; the model is then as it was.
     """
     options = Options(
-        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, window_bits, basis, calibration,
-        budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
+        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, kernels, capacity, window_bits, basis,
+        calibration, budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     graph = _graph(model)
     options.refuse_bad()  # before the rest takes seconds
@@ -113,6 +118,8 @@ def compress(
     description = described(copy, facts)
     options, _ = options.settled(description)
     items = options.chosen(description=description)
+    if any(isinstance(item, QuantizeKv) and item.kernels for item in items):
+        raise InputError("kernels are files beside a model, which is written for them: use ovtq.convert")
     if isinstance(config, str | Path):
         items = tuple(item.at(_folder_of(config)) for item in items)
     made = conversion.rewrite(copy, description, options, items)
@@ -135,6 +142,8 @@ def convert(
     residual_window: int | None = None,
     protect: str | None = None,
     centre: str | None = None,
+    kernels: bool | None = None,
+    capacity: int | None = None,
     window_bits: Sequence[int | str] | None = None,
     basis: str | None = None,
     calibration: str | Path | None = None,
@@ -165,8 +174,8 @@ def convert(
     `model_dir` is never changed.
     """
     options = Options(
-        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, window_bits, basis, calibration,
-        budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
+        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, kernels, capacity, window_bits, basis,
+        calibration, budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     checks = Checks(verify, verify_device, verify_seed, verify_layers)
     options.refuse_bad()  # said at once, before a process is started

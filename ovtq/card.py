@@ -9,6 +9,7 @@ from typing import Any
 
 from ovtq.errors import InputError
 from ovtq.ir import io
+from ovtq.staging import RECORD
 
 NAME, ORIGINAL = "README.md", "README.original.md"
 FIELDS = ("base_model", "license", "license_name", "license_link", "language", "pipeline_tag")  # kept of the original's
@@ -61,7 +62,7 @@ def card(facts: Mapping[str, str], record: Mapping[str, Any]) -> str:
         f"# KV cache of {after['per_token']:,} bytes a token: {preset}, for a {target}",
         f"The OpenVINO IR of {known['base_model'].strip()}, its graph rewritten by ovtq {record['ovtq']} so that its "
         f"KV cache takes {after['per_token']:,} bytes a token, as exported {before['per_token']:,}. "
-        f"`{io.RECORD}` holds the whole record.",
+        f"`{RECORD}` holds the whole record.",
         _passes(record),
         _verified(record),
         _snippets(target, record["paged_attention"]),

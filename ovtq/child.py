@@ -21,8 +21,9 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 from ovtq import signals, staging, system, whereabouts
 from ovtq.errors import InputError, OvtqError
@@ -61,7 +62,8 @@ class _Child:
         code = BOOT.format(path=[part or os.getcwd() for part in sys.path], entry=entry)
         environment = {**os.environ, **NO_TELEMETRY}
         self.process, self.hear, self.say = system.start_python(code, self.native, stdin, environment)
-        self.at, self.made = "starting", []
+        self.at = "starting"
+        self.made: list[Path] = []
 
     def messages(self, heard: Heard) -> None:
         """Take all messages until there are no more."""
@@ -119,10 +121,10 @@ class _Child:
         return Died(f"{_cause(self.process.wait())} while {self.at}{said}", native)
 
 
-def _scratch() -> BinaryIO:
+def _scratch() -> IO[bytes]:
     """A file that vanishes; where there is no room for one, what is written to it is lost."""
     try:
-        return tempfile.TemporaryFile()  # type: ignore[return-value]  # behaves as one
+        return tempfile.TemporaryFile()
     except OSError:
         return open(os.devnull, "w+b")
 

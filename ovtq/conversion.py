@@ -15,11 +15,13 @@ import openvino as ov
 
 from ovtq import __version__, files, pipeline, staging, states, whereabouts
 from ovtq import card as model_card
+from ovtq.codec.kernel_layout import CONFIG, FOLDER
 from ovtq.errors import InputError, UnsupportedModel
 from ovtq.ir import cache, io
 from ovtq.models import ModelDescription, describe
+from ovtq.models.description import InPlace
 from ovtq.options import Checks, Options
-from ovtq.passes import PASSES, Pass
+from ovtq.passes import Pass, QuantizeKv
 from ovtq.pipeline import Step
 from ovtq.runtime.runner import check_device
 from ovtq.states import StateSpec
@@ -116,7 +118,9 @@ def rewrite(
         "target": target,
         "states": [state.told() for state in description.states],
         "state_bytes": {"before": before, "after": _memory(model, description.states, target)},
-        "paged_attention": all(PASSES[step.name].paged_attention for step in steps if not step.skipped),
+        "paged_attention": all(
+            item.paged_attention for item, step in zip(passes, steps, strict=True) if not step.skipped
+        ),
     }
     record["versions"] = {"openvino": ov.__version__, "python": platform.python_version()}
     return Rewritten(model, description, tuple(steps), record)
@@ -165,6 +169,7 @@ def convert(
         description = describe(model, config)
     options, advice = options.settled(description)
     passes = tuple(item.at(model_dir) for item in options.chosen(wording, description))
+    device = _device(passes, checks.verify_device) if checks.verify else None
     tick()
     weights = source.with_suffix(".bin").stat().st_size
     extent = usual(description, source, checks.verify_layers)
@@ -181,12 +186,14 @@ def convert(
     record["source"] = {"xml_sha256": io.text_sha256(source), "bin_bytes": weights}
     record["reason"] = advice and advice.reason
     record["verified"] = None
+    in_place = [layer.cache.layout for layer in description.layers if isinstance(layer.cache, InPlace)]
+    record["config_file"] = f"{FOLDER}/{CONFIG}" if in_place else None
     precision, found = cache.marked(made.model), None
     if out_dir is None:
         _write_record(record_to, record)
         return _told(made, found, precision)
     stamp(made)
-    layers, device = description.layers, checks.verify_device
+    layers = description.layers
     with staging.staged(out_dir, was) as folder:
         whereabouts.at("writing the model")
         tick = _stage(on_progress, "write", 2)
@@ -196,7 +203,9 @@ def convert(
             io.copy_rest(model_dir, folder)
             for item in passes:
                 item.leave(folder)
-            if checks.verify:  # while the rest of the weights is copied
+            for layout in in_place[:1]:  # all layers have the same
+                layout.write(folder)
+            if device:  # while the rest of the weights is copied
                 checked = _stage(on_progress, "verify", calls_of(layers))
                 xml, seed, ready = folder / source.name, checks.verify_seed, written.wait_for
                 with _foreseen(model_dir):
@@ -212,11 +221,18 @@ def convert(
             whereabouts.at("copying its weights")
             written.wait()
             tick()
-        (folder / io.RECORD).write_text(_text(record), encoding="utf-8", newline="\n")
+        (folder / staging.RECORD).write_text(_text(record), encoding="utf-8", newline="\n")
         if card:
             model_card.leave(model_dir, folder, record)
     _write_record(record_to, record)
     return _told(made, found, precision)
+
+
+def _device(passes: Sequence[Pass], asked: str) -> str | None:
+    """Where to verify: as asked for, but what only a GPU runs on a GPU, or nowhere if there is none here."""
+    if asked == "CPU" and any(isinstance(item, QuantizeKv) and item.kernels for item in passes):
+        return "GPU" if any(name.startswith("GPU") for name in ov.Core().available_devices) else None
+    return asked
 
 
 @contextmanager

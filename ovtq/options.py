@@ -16,7 +16,7 @@ from ovtq.models import ModelDescription
 from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
 from ovtq.wording import PROGRAM, Wording
 
-PACKING = ("k_bits", "v_bits", "residual_window", "protect", "centre")  # of quantize-kv
+PACKING = ("k_bits", "v_bits", "residual_window", "protect", "centre", "kernels", "capacity")
 PRUNING = ("budget", "recent_window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv
 
 PassList = str | Sequence[str | Pass]  # as on the command line, or each so or made
@@ -27,8 +27,8 @@ Settings = Mapping[str, Mapping[str, Any]]  # options by pass
 class Options:
     """Which passes run, and with which options; None: as the preset has it.
 
-    `k_bits` to `centre` are options of quantize-kv, or of prune-kv in its place; `window_bits` are bits of keys and of
-    values that sliding layers keep; `basis` and `calibration` are options of all passes that store heads in a basis;
+    `k_bits` to `capacity` are options of quantize-kv, or of prune-kv in its place; `window_bits` are bits of keys and
+    of values that sliding layers keep; `basis` and `calibration` are options of all passes that store heads in a basis;
     `budget` puts prune-kv among the passes, and `recent_window` to `heads` are its options. `settings` are any other
     options by pass, such as {"truncate-window": {"slack": 16}}.
     """
@@ -41,6 +41,8 @@ class Options:
     residual_window: int | None = None
     protect: str | None = None
     centre: str | None = None
+    kernels: bool | None = None
+    capacity: int | None = None
     window_bits: Sequence[int | str] | None = None
     basis: str | None = None
     calibration: str | Path | None = None
@@ -92,6 +94,8 @@ class Options:
         pruning = self._given(PRUNING)
         if pruning and self.budget is None and not any(isinstance(item, PruneKv) for item in passes):
             raise InputError(f"{wording.option(next(iter(pruning)))} has no effect without {wording.option('budget')}")
+        if self.capacity is not None and not self.kernels:
+            raise InputError(f"{wording.option('capacity')} has no effect without {wording.option('kernels')}")
         packing = {QuantizeKv.name: self._given(PACKING)}
         if self.window_bits is not None:
             bits = self.window_bits

@@ -20,6 +20,7 @@ from ovtq.models import ModelDescription
 from ovtq.passes import (
     PASSES,
     CachePrecision,
+    CentreKeys,
     CheckCall,
     DecoupleLength,
     Pass,
@@ -99,7 +100,7 @@ def _native(precision: str, purpose: str) -> Preset:
     Without sinks both plugins read their own cache in place as it is: then it is made more faithful, and nothing else,
     but that a GPU's sliding layers keep their window alone. A CPU would copy the window in every step.
     """
-    faithful = (RotateHeads(), CachePrecision(precision))
+    faithful = (CentreKeys(), RotateHeads(), CachePrecision(precision))
     return Preset(
         passes=(
             DecoupleLength(),
@@ -113,6 +114,7 @@ def _native(precision: str, purpose: str) -> Preset:
         cpu=(*PLAIN, CachePrecision(precision)),
         plain={
             "gpu": (
+                CentreKeys(),
                 DecoupleLength(),
                 TruncateWindow(k_bits="8", v_bits="8"),
                 SimplifyMask(),
@@ -176,6 +178,8 @@ def with_pruning(passes: Sequence[Pass], target: str, wording: Wording = COMMAND
         raise InputError(
             f"{budget} goes with the presets exact, k8v4, k6v4 and k4v4; others keep their caches otherwise"
         )
+    if any(isinstance(item, QuantizeKv) and item.kernels for item in passes):
+        raise InputError(f"{budget} and {wording.option('kernels')} don't go together: no kernel prunes; leave one out")
     if not any(isinstance(item, DecoupleLength) for item in passes):
         raise InputError(f"{budget} needs the pass decouple-length; take the preset exact, k8v4, k6v4 or k4v4")
     done: list[Pass] = []

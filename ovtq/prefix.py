@@ -21,6 +21,7 @@ import openvino as ov
 from ovtq import __version__
 from ovtq.errors import InputError
 from ovtq.ir import io
+from ovtq.states import IN_PLACE
 
 SCHEMA = 1
 HEADER, TOKENS, STATE = "header", "tokens", "state/"  # entries of the file, the last with a state's name behind it
@@ -30,7 +31,7 @@ KNOWN = {"f32", "f16", "i8", "u8", "i32", "i64"}  # types of states that numpy h
 Running: TypeAlias = Any  # an ov.InferRequest, or an OVModelForCausalLM of optimum-intel
 
 
-class Past(tuple):  # type: ignore[type-arg]
+class Past(tuple[Any, ...]):
     """What a model has read, in the form that `generate(…, past_key_values=past)` of optimum-intel takes.
 
     `tokens` are the ids, (batch, tokens).
@@ -81,6 +82,8 @@ def save_state(running: Running, path: str | Path, ids: Any, model_dir: str | Pa
     read = getattr(running, "_past_length", tokens.shape[1])
     if read != tokens.shape[1]:
         raise InputError(f"the model has read {read} tokens, {tokens.shape[1]} ids were given")
+    if any(state.name.endswith(IN_PLACE) for state in request.query_state()):
+        raise InputError("states of kernels can't be written: bytes lie in them as floats, which a plugin converts")
     states = {f"{STATE}{state.name}": np.array(_data(state)) for state in request.query_state()}
     if not states:
         raise InputError("the model has no states")

@@ -25,6 +25,7 @@ SCALES = "ovtq.scale"  # scales of all packed full layers, for a CPU
 SCORE, POSITION = "ovtq.score", "ovtq.position"  # of the tokens kept: what for, and where they were in the text
 PRUNED = "ovtq.pruned"  # (batch, heads, 2): how many tokens were pruned, and how many are kept
 KEY_SUM = "ovtq.key_sum"  # what the score keydiff remembers
+IN_PLACE = ".packed"  # how those end that kernels of ovtq write into: bytes, in what is declared as floats
 PAST = "ovtq.past"  # (batch, 1): how many tokens there were, where no cache tells it
 
 FLOAT_BYTES = {"gpu": 2, "cpu": 4}  # of a floating-point state: f16 on the GPU, as declared (f32) on the CPU
@@ -236,7 +237,7 @@ def _guessed(variables: Sequence[VariableInfo], steps: Sequence[Mapping[str, Any
 
     Its passes (`steps`) tell how many rows states that grow have, and that there is a sink's row.
     """
-    rule = next((step["facts"]["stored"] for step in steps if "stored" in step["facts"]), {})
+    rule: Mapping[str, Any] = next((step["facts"]["stored"] for step in steps if "stored" in step["facts"]), {})
     sink_row = any(step["name"] == "sink-row" for step in steps)
     found = []
     for info in variables:

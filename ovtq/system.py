@@ -23,7 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, BinaryIO
 
 if sys.platform == "win32":
     import msvcrt
@@ -85,7 +85,7 @@ def use_utf8() -> None:
             sys.stderr = io.TextIOWrapper(stream.detach(), kind, "replace", line_buffering=True)
         else:
             stream.reconfigure(errors="replace")
-    if WINDOWS and sys.stdin is not None and not sys.stdin.isatty():
+    if WINDOWS and isinstance(sys.stdin, io.TextIOWrapper) and not sys.stdin.isatty():
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="replace")  # PowerShell may begin with a mark
 
 
@@ -115,7 +115,7 @@ TURN = 0.2  # seconds after which who waits looks up: on Windows no signal wakes
 
 
 def start_python(
-    code: str, stderr: BinaryIO, stdin: int | None, environment: Mapping[str, str]
+    code: str, stderr: IO[bytes], stdin: int | None, environment: Mapping[str, str]
 ) -> tuple[subprocess.Popen[bytes], BinaryIO, BinaryIO]:
     """Another Python that runs `code`, and a pipe from and a pipe to what `join_parent` returns there.
 
@@ -126,16 +126,17 @@ def start_python(
     (hear, theirs_to), (theirs_from, say) = ends
     shown = os.dup(2)
     given = [theirs_from, theirs_to, shown]
+    numbers, passed = given, given
     try:
         if sys.platform == "win32":
             numbers = [msvcrt.get_osfhandle(number) for number in given]
             for number in numbers:
                 os.set_handle_inheritable(number, True)
-            how: dict[str, Any] = {"close_fds": False}
-        else:
-            numbers, how = given, {"pass_fds": given}
+            passed = []
         command = [sys.executable, "-c", code, *map(str, numbers)]
-        process = subprocess.Popen(command, stdin=stdin, stderr=stderr, env=environment, **how)
+        process = subprocess.Popen(
+            command, stdin=stdin, stderr=stderr, env=environment, close_fds=bool(passed), pass_fds=passed
+        )
     except OSError:
         os.close(hear)
         os.close(say)
@@ -162,8 +163,9 @@ def join_parent() -> tuple[BinaryIO, BinaryIO]:
 
 def interrupt_main() -> None:
     """What SIGTERM does, in the main thread, from another one."""
-    if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # wakes it, if it waits
+    main = threading.main_thread().ident
+    if main is not None and hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(main, signal.SIGTERM)  # wakes it, if it waits
     else:
         _thread.interrupt_main(signal.SIGTERM)
 
@@ -434,12 +436,12 @@ def temporary(folder: Path) -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(dir=None if WINDOWS else folder)
 
 
-def scratch(folder: Path) -> BinaryIO:
+def scratch(folder: Path) -> IO[bytes]:
     """A file in `folder` for reading and writing that vanishes with this process, however it ends, or when closed."""
-    return tempfile.TemporaryFile(dir=folder)  # type: ignore[return-value]  # behaves as one
+    return tempfile.TemporaryFile(dir=folder)
 
 
-def scratch_name(file: BinaryIO) -> str:
+def scratch_name(file: IO[bytes]) -> str:
     """By what another process opens such a file (`open_scratch`) while this one has it open."""
     return str(file.name) if WINDOWS else f"/proc/{os.getpid()}/fd/{file.fileno()}"
 

@@ -47,7 +47,7 @@ class CentreKeys(BasisPass):
     calibration: str = calibration_option()
 
     @property
-    def paged_attention(self) -> bool:  # type: ignore[override]
+    def paged_attention(self) -> bool:
         """Unless sinks move along."""
         return self.sinks == "refuse"
 

@@ -10,9 +10,11 @@ from typing import Any
 import openvino as ov
 
 from ovtq.codec.coding import codecs, unfit
+from ovtq.codec.kernel_layout import HEAD_DIMS, MOST_HEADS
 from ovtq.codec.rotation import orthogonal
 from ovtq.forms.attend import Plan
 from ovtq.forms.bases import Choice, LayerBases, told
+from ovtq.forms.gpu.kernels import Kernels
 from ovtq.forms.pruning import Pruning
 from ovtq.forms.table import FULL
 from ovtq.ir.graph import rebuild
@@ -35,6 +37,7 @@ class FullCache:
     seed: int
     target: str
     pruning: Pruning | None = None
+    capacity: int | None = None  # tokens that kernels of ovtq have room for; None: no kernels
     basis: str = "rotation"
     calibration: str = ""
 
@@ -67,13 +70,26 @@ class FullCache:
             return "no full layer is left to quantise" if description.full else "the model has no full layers"
         reason = unfit(self.bits, layers[0].head_dim)
         return (
-            not_exported(layers)
+            (self.capacity and self._without_kernels(layers[0]))
+            or not_exported(layers)
             or unequal(layers, "heads or head_dim")
             or (f"layer {layers[0].index} {reason}" if reason else "")
             or coupled(description)
             or taken(description.states, RECENT)
             or self.choice.unfit(layers)
         )
+
+    def _without_kernels(self, layer: AttentionLayer) -> str:
+        if self.target != "gpu":
+            return "kernels are for a GPU; add --target gpu, or leave them out"
+        if "none" in self.bits:
+            return "kernels read packed keys and values alone; give k-bits and v-bits numbers"
+        if layer.head_dim not in HEAD_DIMS or layer.group > MOST_HEADS:
+            return (
+                f"layer {layer.index} has head_dim {layer.head_dim} and {layer.group} query heads to a KV head; "
+                f"kernels take head_dim {' or '.join(map(str, HEAD_DIMS))} and up to {MOST_HEADS} heads"
+            )
+        return ""
 
     @property
     def choice(self) -> Choice:
@@ -93,10 +109,14 @@ class FullCache:
         """The model with that cache; facts tell the layers, and what tells these codecs from others."""
         layers = self.chosen(description)
         plan = self.plan(model, layers)
-        form = FULL[self.target](description, plan)
+        form = (
+            FULL[self.target](description, plan) if self.capacity is None else Kernels(description, plan, self.capacity)
+        )
         changed = {layer.index: form.rewrite(layer) for layer in layers}
         model = rebuild(model, drop=[path.assign for layer in layers for path in layer.paths], add=form.finish())
         facts = {"layers": plan.indices, **plan.digests, **told(self.choice, plan.bases)}
+        if isinstance(form, Kernels):
+            facts["kernels_sha256"] = form.layout.digest
         return model, description.recached(changed, form.states), facts
 
     def not_as_asked(self, description: ModelDescription) -> str:

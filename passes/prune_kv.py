@@ -189,8 +189,8 @@ class PruneKv(BasisPass):
         if self.score == "triattention" and not self.stats:
             raise self.refuse("the score triattention needs stats, a file of tools/calibrate_triattention.py")
         found = self.pruning.statistics
-        for layer in self.chosen(description) if found else ():
-            reason = found.unfit(layer.index, layer.query_heads, layer.head_dim)
+        for layer in self.chosen(description):
+            reason = "" if found is None else found.unfit(layer.index, layer.query_heads, layer.head_dim)
             if reason:
                 raise self.refuse(f"{self.stats} {reason}; make one of this model")
 

@@ -51,6 +51,10 @@ class QuantizeKv(BasisPass):
     centre: str = centre_option()
     seed: int = option(0, "seed of the rotation's random signs")
     target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
+    kernels: bool = option(
+        False, "attend with OpenCL kernels of ovtq, which a GPU is given by the property CONFIG_FILE"
+    )
+    capacity: int = option(32768, "tokens that kernels have room for, taken up front")
     basis: str = basis_option()
     calibration: str = calibration_option()
 
@@ -59,15 +63,18 @@ class QuantizeKv(BasisPass):
             raise ValueError(f"residual-window must be from 0 to 4096, got {self.residual_window}")
         if self.k_bits == self.v_bits == "none":
             raise ValueError("k-bits and v-bits are both none; leave the pass out")
+        if not 1024 <= self.capacity <= 2**20:
+            raise ValueError(f"capacity must be from 1024 to {2**20} tokens, got {self.capacity}")
         _ = self.cache
 
     @property
     def cache(self) -> FullCache:
         """What it gives to full layers."""
         bits = self.k_bits, self.v_bits
+        capacity = self.capacity if self.kernels else None
         return FullCache(
             bits, self.residual_window, self.protect, self.centre, self.seed, self.target,
-            basis=self.basis, calibration=self.calibration,
+            basis=self.basis, calibration=self.calibration, capacity=capacity,
         )  # fmt: skip
 
     @property

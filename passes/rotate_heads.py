@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
 import openvino as ov
+from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.codec.rotation import digest, orthogonal
@@ -75,7 +77,8 @@ class RotateHeads(BasisPass):
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Insert the MatMuls."""
-        chosen, bases, hashes = self._chosen(description), {}, {}
+        chosen, hashes = self._chosen(description), {}
+        bases: dict[int, LayerBases] = {}
         for layer in chosen:
             spread = orthogonal(layer.head_dim, self.seed)
             hashes[str(layer.head_dim)] = digest(spread)
@@ -89,7 +92,7 @@ class RotateHeads(BasisPass):
             if "v" in self.tensors:
                 layer.value.feed(op.matmul(layer.value.source, constants.forward(value), False, True))
                 inverse = constants.inverse(value, layer.group)
-                insert_after(layer.context, lambda x, inverse=inverse: op.matmul(x, inverse, False, True))
+                insert_after(layer.context, functools.partial(_rotated, matrix=inverse))
         facts = {"matrix_sha256": hashes}
         return Rewrite(
             model, description, len(chosen), facts if self.basis == "rotation" else facts | self._told(bases)
@@ -107,3 +110,8 @@ class RotateHeads(BasisPass):
                 around += [layer.value.source.get_node(), *consumers(layer.context)]
             if any(node.get_type_name() != "MatMul" for node in around):
                 raise VerificationFailed(f"{self.name}: layer {layer.index} is not rotated")
+
+
+def _rotated(tensor: Output, matrix: Node) -> Node:
+    """`tensor` times a matrix that is stored transposed."""
+    return op.matmul(tensor, matrix, False, True)

@@ -213,9 +213,10 @@ def test_exact_and_packed_in_short_texts(name: str, family: Callable[[str], Path
 @pytest.mark.parametrize(
     ("name", "needless"),
     [
-        ("llama3", {"truncate-window", "sink-row"}),
-        ("mistral-window", {"sink-row", "quantize-kv", "prune-kv"}),
-        ("gemma2", {"sink-row"}),
+        ("llama3", {"centre-keys", "truncate-window", "sink-row"}),
+        ("mistral-window", {"centre-keys", "sink-row", "quantize-kv", "prune-kv"}),
+        ("gemma2", {"centre-keys", "sink-row"}),
+        ("qwen2-window", {"sink-row"}),
     ],
 )
 def test_a_pass_that_has_nothing_to_do_says_so_and_refuses(
@@ -234,6 +235,7 @@ def test_a_model_without_sliding_layers_or_sinks_leaves_out_what_is_for_those(fa
     assert [step.name for step in steps if not step.skipped] == ["rotate-heads", "cache-precision"]
     assert all(isinstance(layer.cache, Exported) for layer in description.layers)
     assert pipeline.told(steps) == (
+        "centre-keys: no key of this model has a bias; centre=mean needs none; "
         "decouple-length, simplify-mask, check-call: no layer is given another cache, for which they are; "
         "truncate-window: the model has no sliding-window layers"
     )

@@ -147,7 +147,7 @@ def test_the_tests_run_from_the_sdist(tmp_path: Path) -> None:
     assert [name for name in listed if name and not (unpacked / name).exists()] == []
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_automatic.py"]
     done = subprocess.run(
-        [*command, "tests/test_convert.py::test_writes_a_whole_folder_and_leaves_the_input_alone"],
+        [*command, "tests/test_convert.py::test_dry_run_writes_nothing_and_says_the_bytes"],
         cwd=unpacked, env={**os.environ, "PYTHONPATH": str(unpacked)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
@@ -156,6 +156,13 @@ def test_the_tests_run_from_the_sdist(tmp_path: Path) -> None:
 def test_versions_agree() -> None:
     assert importlib.metadata.version("ovtq") == ovtq.__version__
     assert f"## {ovtq.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_types() -> None:
+    pytest.importorskip("mypy", reason="needs the extra [dev]")
+    # from the root, whose .mypy_cache makes every run but the first a short one
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_style() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import openvino as ov
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import Progress
 from rich.table import Table
 
@@ -28,7 +28,8 @@ from ovtq.verification.closeness import STRETCH
 from ovtq.verification.extent import BIG, BIG_LAYERS
 from ovtq.wording import COMMAND_LINE
 
-PACKED_OPTIONS = ("k-bits", "v-bits", "residual-window", "protect", "centre")  # of quantize-kv, with flags of their own
+# Of quantize-kv, with flags of their own.
+PACKED_OPTIONS = ("k-bits", "v-bits", "residual-window", "protect", "centre", "capacity")
 BASIS_OPTIONS = ("basis", "calibration")  # of all passes that have them
 PRUNING_OPTIONS = ("recent-window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv, likewise
 
@@ -49,8 +50,8 @@ WORDS = """words:
 class _Print(argparse.Action):
     """Prints a text and leaves, as --help does."""
 
-    def __init__(self, *names: Any, text: str, **options: Any) -> None:
-        super().__init__(*names, nargs=0, **options)
+    def __init__(self, option_strings: Sequence[str], dest: str, text: str, **options: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **options)
         self.text = text
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
@@ -128,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
             metavar=option.rpartition("-")[2].upper(),
             help=helps[option.replace("-", "_")],
         )
+    packed.add_argument("--kernels", action="store_true", default=None, help=helps["kernels"])
     packed.add_argument(
         "--window-bits",
         type=_window_bits,
@@ -284,7 +286,8 @@ def _report(
     console: Console, options: argparse.Namespace, record: Mapping[str, Any], precision: str | None, seconds: float
 ) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column, justify in (("pass", "left"), ("sites", "right"), ("", "left")):
+    columns: tuple[tuple[str, JustifyMethod], ...] = (("pass", "left"), ("sites", "right"), ("", "left"))
+    for column, justify in columns:
         table.add_column(column, justify=justify)
     for step in record["passes"]:
         notes = [f"{key}={value}" for key, value in step["options"].items()]
@@ -359,4 +362,11 @@ def _report(
         console.print("dry run: nothing was written")
     else:
         doubt = "" if record["verified"] else "; not verified"
+        if record["config_file"]:
+            if options.verify and not record["verified"]:
+                doubt += ": its kernels run on a GPU alone, and there is none here (tools/gpu/emulated makes one)"
+            console.print(
+                "its kernels are loaded by the property CONFIG_FILE: LLMPipeline(DIR, 'GPU', **ovtq.properties(DIR)), "
+                "OVModelForCausalLM.from_pretrained(DIR, device='GPU', ov_config=ovtq.properties(DIR))"
+            )
         console.print(f"written to {options.out_dir} in {seconds:.1f} s{doubt}")

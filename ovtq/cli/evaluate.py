@@ -25,7 +25,7 @@ import math
 import multiprocessing
 import platform
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -46,6 +46,7 @@ from ovtq.forms.pruning import counted
 from ovtq.ir import io
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner, check_device
 from ovtq.runtime.text import Tokenizer
+from ovtq.staging import RECORD
 from ovtq.verification.recheck import passes_of, recheck
 
 Task = tuple[str, Candidate, int]  # role, candidate, tokens a call
@@ -151,7 +152,7 @@ def evaluate(options: argparse.Namespace, console: Out, errors: Console) -> int:
             rows.append(old or work.judged(candidate, *next(found)))
             show(console, rows[-1], resumed=old is not None)
             if options.json:
-                files.write(options.json, work.results)
+                files.write(options.json, json.dumps(work.results, indent=1) + "\n")
     if options.report:
         report.write(options.report, [work.results])
         console.print(f"report: {options.report}")
@@ -198,7 +199,7 @@ class Evaluation:
             subject = open_candidate(reference, self.options.device, EXACT_PROPERTIES)
             self.expected = Reference(subject, self.text, self.options.chunk, tick)
 
-    def measured(self, tasks: Sequence[Task]) -> Iterator[Measured]:
+    def measured(self, tasks: Sequence[Task]) -> Generator[Measured, None, None]:
         """What `measure` says of each, in turn; with --jobs in processes of their own, which read the text anew."""
         if self.options.jobs == 1:
             yield from (self.measure(*task) for task in tasks)
@@ -265,8 +266,8 @@ class Evaluation:
                 answers = needles.score(subject, self.tokenizer, *how)
         if self.prompts:
             with phase(bars, f"{name}: greedy", len(self.prompts)) as tick:
-                how = options.greedy_tokens, options.chunk, self.tokenizer.end, tick
-                written = [needles.write(subject, ids, *how) for ids in self.prompts]
+                greedily = options.greedy_tokens, options.chunk, self.tokenizer.end, tick
+                written = [needles.write(subject, ids, *greedily) for ids in self.prompts]
         return answers, written
 
     def _verified(self, candidate: Candidate) -> str:
@@ -334,7 +335,7 @@ def _check(options: argparse.Namespace, candidates: Sequence[Candidate]) -> None
     if options.report:
         report.check(options.report)
     for candidate in candidates:
-        record = candidate.folder / io.RECORD
+        record = candidate.folder / RECORD
         if record.is_file() and passes_of(candidate.folder):
             source = io.record_of(candidate.folder).get("source")
             told = source.get("xml_sha256") if isinstance(source, dict) else None

@@ -71,7 +71,8 @@ def infer(options: argparse.Namespace, console: Out, errors: Out) -> None:
     if not isinstance(subject, Runner):
         raise InputError(f"{options.model_dir}: ovtq-infer runs a plain model folder")
     cache, ends = look(candidate, subject, options.device), tokenizer.ends()
-    draw, written, times = np.random.default_rng(options.seed), [], [time.perf_counter()]
+    draw, times = np.random.default_rng(options.seed), [time.perf_counter()]
+    written: list[int] = []
     step, shown, text = _read(subject, ids, errors), "", ""
     while len(written) < options.max_new_tokens:
         logits = subject.step(step)[0, -1]
@@ -93,7 +94,7 @@ def infer(options: argparse.Namespace, console: Out, errors: Out) -> None:
     took = np.diff(times)
     tpot = f", TPOT {took[1:].mean() * 1e3:.1f} ms ({1 / took[1:].mean():.1f} tokens/s)" if len(took) > 1 else ""
     errors.print(f"\n{len(ids):,} + {len(written):,} tokens: TTFT {took[0] * 1e3:.0f} ms{tpot}")
-    total, past = subject.mask.shape[1], _state_bytes(subject)
+    total, past = subject.attention_mask.shape[1], _state_bytes(subject)
     exact = f"{past:,} as the device gives them out" if past is not None else "not given out by the device"
     per = f"{cache.bytes(total):,} ({cache.per_token:,} a token, {cache.flat:,} flat)"
     errors.print(f"states after {total:,} tokens: {per} bytes in memory; {exact}\ncache: {cache.text}")

@@ -28,6 +28,7 @@ from ovtq.models import ModelDescription, describe
 from ovtq.models.attention import biased_projection
 from ovtq.passes import PASSES
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
+from ovtq.staging import RECORD
 from ovtq.states import FLOAT_BYTES, StateSpec
 
 TEXT_TOKENS = 1024  # of --text that are run
@@ -192,10 +193,10 @@ def _converted(xml: Path, model: ov.Model) -> dict[str, Any] | None:
     if not stamp:
         return None
     record = io.record_of(xml.parent)
-    paged = all(step["name"] in PASSES and PASSES[step["name"]].paged_attention for step in stamp["passes"])
+    paged = all(map(_keeps_paged_attention, stamp["passes"]))
     return {
         **stamp,
-        "record": io.RECORD if record else None,
+        "record": RECORD if record else None,
         "target": record.get("target", stamp.get("target")),
         "verified": record.get("verified"),
         "paged_attention": paged,
@@ -205,6 +206,13 @@ def _converted(xml: Path, model: ov.Model) -> dict[str, Any] | None:
 
 def _with_sinks(node: ov.Node) -> bool:
     return node.get_type_name() == "ScaledDotProductAttention" and node.get_input_size() > 5
+
+
+def _keeps_paged_attention(step: dict[str, Any]) -> bool:
+    """Whether a recorded pass leaves paged attention possible; of some, its options decide."""
+    cls = PASSES.get(step["name"])
+    decided = cls is not None and isinstance(cls.paged_attention, property)
+    return bool(cls and (cls.parse(step["options"]) if decided else cls).paged_attention)
 
 
 def _consumers(converted: dict[str, Any] | None, sinks: bool) -> dict[str, str]:
@@ -267,7 +275,7 @@ def memory(
 def _stock(description: ModelDescription, contexts: Sequence[int], target: str) -> list[dict[str, Any]]:
     """The exported model in the caches that the plugin really keeps of it; see inspect_tables.NOTES."""
     if target == "cpu":
-        kinds = ("f32", "f16", "u8", "u4")
+        kinds: tuple[str, ...] = ("f32", "f16", "u8", "u4")
         return [memory(f"as exported, {kind}", description.states, contexts, target, kind) for kind in kinds]
     kinds = ("f16",) if description.sinks else ("f16", "u8")  # which a GPU keeps of a model with sinks in f16 alone
     return [memory(f"as exported, {kind}", description.states, contexts, target, kind) for kind in kinds] + [

@@ -9,7 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from ovtq.ir.io import RECORD
+from ovtq.staging import RECORD
 
 NOTES = {
     "gpu": "as exported: in the stateful path the GPU plugin compresses no cache of a model with sinks, whatever "
@@ -79,7 +79,7 @@ def _layers(console: Console, facts: dict[str, Any]) -> None:
     if not layers:
         return
     biased, text = "key_bias_norms" in layers[0], any(layer.get("text") for layer in layers)
-    extra = ("sinks", "‖b_k‖") if biased else ()
+    extra: tuple[str, ...] = ("sinks", "‖b_k‖") if biased else ()
     extra += ("‖b_k‖/‖Wx‖", "largest", "mean key") if text else ()
     table = _table("layer", "kind", "window", "heads", "KV", "dim", *extra, left=("kind",))
     for layer in layers:
@@ -123,7 +123,8 @@ def _memory(console: Console, facts: dict[str, Any]) -> None:
         *(f"MB at {_short(tokens)}" for tokens in facts["contexts"]),
         left=(first,),
     )
-    refused, left = [], {}
+    refused: list[str] = []
+    left: dict[str, list[str]] = {}
     for row in facts["memory"]:
         if "refused" in row:
             refused.append(f"{row['cache']}: {row['refused']}")

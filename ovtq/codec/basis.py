@@ -121,8 +121,8 @@ def balanced(
         turn = axes @ spread.astype(np.float64)
         matrices.append(root @ turn)
         inverses.append(turn.T @ inverse_root)
-    stacked = (np.ascontiguousarray(np.stack(some), np.float32) for some in (matrices, inverses))
-    return HeadBasis(*stacked, centre.astype(np.float32))
+    matrix, inverse = (np.ascontiguousarray(np.stack(some), np.float32) for some in (matrices, inverses))
+    return HeadBasis(matrix, inverse, centre.astype(np.float32))
 
 
 def balance(sigma: np.ndarray, gamma: np.ndarray, limit: float = LIMIT) -> tuple[np.ndarray, np.ndarray]:

@@ -29,8 +29,15 @@ class Codecs:
     @cached_property
     def layouts(self) -> tuple[Layout | None, Layout | None]:
         """Of keys and values."""
-        key, value = (codec and layout(codec.bits, codec.head_dim) for codec in (self.key, self.value))
+        key, value = (None if x is None else layout(x.bits, x.head_dim) for x in (self.key, self.value))
         return key, value
+
+    @property
+    def pairs(self) -> list[tuple[AdaptiveUniform, Layout]]:
+        """Codec and layout of keys and of values. Raises ValueError if either are kept as they are."""
+        if self.key is None or self.value is None:
+            raise ValueError("keys and values are both to be packed")
+        return [(x, layout(x.bits, x.head_dim)) for x in (self.key, self.value)]
 
     @property
     def digests(self) -> dict[str, Any]:

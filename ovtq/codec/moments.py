@@ -80,7 +80,7 @@ class Calibration:
             for item in fields(Moments)
         }
         facts = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "layers"}
-        np.savez(path, form=FORM, indices=np.array([*self.layers]), **facts, **arrays)
+        np.savez(path, form=FORM, indices=np.array([*self.layers]), **{**facts, **arrays})
 
 
 def load(path: Path) -> Calibration:
@@ -95,15 +95,15 @@ def load(path: Path) -> Calibration:
                 int(index): Moments(**{item.name: file[f"{index}.{item.name}"] for item in fields(Moments)})
                 for index in file["indices"]
             }
-            numbers = {name: int(file[name]) for name in ("tokens", "held")}
-            texts = {name: str(file[name]) for name in ("text_sha256", "model_sha256")}
+            tokens, held = int(file["tokens"]), int(file["held"])
+            text, model = str(file["text_sha256"]), str(file["model_sha256"])
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; ovtq-calibrate makes it") from None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
         raise InputError(f"{path}: no statistics of ovtq-calibrate") from None
     if not all(map(_sound, layers.values())):
         raise InputError(f"{path}: damaged statistics; make them anew with ovtq-calibrate")
-    return Calibration(layers, **numbers, **texts)
+    return Calibration(layers, tokens, held, text, model)
 
 
 def _sound(some: Moments) -> bool:

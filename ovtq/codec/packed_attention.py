@@ -62,12 +62,12 @@ class PackedAttention:
         self.centre, self.value_centre = (basis.centre[None, :, None] for basis in bases)
         self.sinks, self.scale, self.window, self.flush = sinks, scale, window, flush
         self.reach, self.query_scale, self.whole = reach, query_scale, whole
-        self.tokens: tuple[np.ndarray, np.ndarray] | None = None  # keys and values, all as they came
+        self.tokens: tuple[np.ndarray, ...] = ()  # keys and values, all as they came; before the first call none
         self.beside: tuple[Any, ...] = ()  # graph's outputs; what else it has to be shown of each call
 
     def reset(self) -> None:
         """Forget everything."""
-        self.tokens = None
+        self.tokens = ()
 
     def older(self, past: int) -> int:
         """How many of `past` tokens are read as stored."""
@@ -104,7 +104,10 @@ class PackedAttention:
 
     def restored(self, which: int, codes: np.ndarray, scale: np.ndarray) -> np.ndarray:
         """The vectors of some codes, turned back."""
-        return self.bases[which].back(self.codecs[which].decode(codes, scale))
+        codec = self.codecs[which]
+        if codec is None:
+            raise ValueError(f"{('keys', 'values')[which]} are not packed here")
+        return self.bases[which].back(codec.decode(codes, scale))
 
     def remember(self, k: np.ndarray, v: np.ndarray, beams: np.ndarray) -> int:
         """Take in a call's keys and values, (batch, kv_heads, new, d); returns how many tokens there were before."""

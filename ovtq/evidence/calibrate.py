@@ -62,7 +62,7 @@ def calibrate(model_dir: Path, ids: np.ndarray, tick: Callable[[], None] = lambd
         np.array([layer.index for layer in layers]), (query / ids.size).astype(np.complex64),
         (length / ids.size).astype(np.float32), omega, DISTANCES,
         np.zeros((count, H * G)), np.ones((count, H * G)), np.array(ids.size),
-        np.array(hashlib.sha256(np.ascontiguousarray(ids, np.int64)).hexdigest()),
+        np.array(hashlib.sha256(np.ascontiguousarray(ids, np.int64).data).hexdigest()),
         np.array(io.text_sha256(io.model_xml(model_dir))),
     )  # fmt: skip
     return _standardised(raw, first, second - first[..., None] * first[..., None, :])

@@ -9,6 +9,7 @@ paged:DIR[,KEY=VALUE]…    a model folder under paged attention (CPU)
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,13 +36,18 @@ HOSTS = ("INFERENCE_NUM_THREADS", "ENABLE_CPU_PINNING", "PERFORMANCE_HINT")  # w
 class Subject(Protocol):
     """What a text can be fed to, call by call: a Runner, or whatever does the same."""
 
-    vocabulary: int
+    @property
+    def vocabulary(self) -> int:
+        """Length of the logits' last axis."""
 
     def reset(self) -> None:
         """Forget everything."""
 
     def step(self, ids: np.ndarray) -> np.ndarray:
         """Logits (1, tokens, vocabulary) of `ids` (1, tokens)."""
+
+
+Opened = Runner | PagedRunner  # the subjects that a candidate is opened as
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def _names_a_cache(given: Mapping[str, str]) -> bool:
     return any(key.startswith(("KV_CACHE_", "KEY_CACHE_", "VALUE_CACHE_")) for key in given)
 
 
-def open_candidate(candidate: Candidate, device: str, defaults: Mapping[str, str], capacity: int = 1024) -> Subject:
+def open_candidate(candidate: Candidate, device: str, defaults: Mapping[str, str], capacity: int = 1024) -> Opened:
     """The candidate's model, compiled; `capacity` tokens are enough under paged attention.
 
     Raises InputError if it can't be run so.
@@ -135,12 +141,12 @@ class Cache:
     text: str
     per_token: int | None  # bytes
     flat: int | None
+    bytes: Callable[[int], int]  # after so many tokens
     wrong: str = ""  # why it is not what was asked for; empty if it is
-    bytes: Callable[[int], int] | None = None  # after so many tokens
     computes: str = ""  # the precision of all else, as the device tells it
 
 
-def look(candidate: Candidate, subject: Subject, device: str) -> Cache:
+def look(candidate: Candidate, subject: Opened, device: str) -> Cache:
     """What the compiled model keeps, from its states, its runtime graph and the values of its cache; leaves it reset.
 
     On the CPU a compressed cache is seen in its values: a row of u8 lies on 256 equidistant levels, one of u4 on 16.
@@ -148,7 +154,8 @@ def look(candidate: Candidate, subject: Subject, device: str) -> Cache:
     """
     if isinstance(subject, PagedRunner):
         size = round(sum(size for _, size in subject.caches.values()))
-        return Cache(f"paged, {subject.form}", size, 0, computes=computes_in(subject.request.get_compiled_model()))
+        computes = computes_in(subject.request.get_compiled_model())
+        return Cache(f"paged, {subject.form}", size, 0, functools.partial(operator.mul, size), computes=computes)
     draw = np.random.default_rng(0)
     subject.reset()
     subject.step(draw.integers(0, subject.vocabulary, (1, PROBE)))
@@ -156,14 +163,14 @@ def look(candidate: Candidate, subject: Subject, device: str) -> Cache:
     fused = precisions(compiled)
     model = subject.model if isinstance(subject.model, ov.Model) else ov.Core().read_model(subject.model)
     these = states_of(model)
-    kept = {"key": None, "value": None}
+    kept: dict[str, str | None] = {"key": None, "value": None}
     wrong = []
     if fused:
         for which in kept:
-            kept[which] = _kept(candidate, subject, these, device, which, fused)
+            kept[which] = found = _kept(candidate, subject, these, device, which, fused)
             asked = _asked(candidate.properties, which) or marked(model)
-            if asked and kept[which].removeprefix(TURBO) not in (asked, {"bf16": "f16"}.get(asked)):
-                wrong.append(f"{which}s are kept in {kept[which]}, not in {asked}")
+            if asked and found.removeprefix(TURBO) not in (asked, {"bf16": "f16"}.get(asked)):
+                wrong.append(f"{which}s are kept in {found}, not in {asked}")
     elif _names_a_cache(candidate.properties):
         wrong.append("the plugin keeps no cache of its own in this model, so the properties change nothing")
     target, precision = "cpu" if device.startswith("CPU") else "gpu", kept if fused else None
@@ -174,7 +181,7 @@ def look(candidate: Candidate, subject: Subject, device: str) -> Cache:
     text = _text(candidate, these, kept, fused)
     sizes = states.per_token(these, target, precision), states.flat(these, target, precision)
     total = functools.partial(states.total, these, target=target, precision=precision)
-    return Cache(text, *sizes, "; ".join(wrong), total, computes_in(compiled))
+    return Cache(text, *sizes, total, "; ".join(wrong), computes_in(compiled))
 
 
 def _asked(given: Mapping[str, str], which: str) -> str | None:

@@ -373,7 +373,7 @@ def _free_place(
     Tries `reach` half-heights up and down. If nothing is free, the one that meets the fewest boxes.
     """
     x, y = point
-    choices = []
+    choices: list[tuple[int, float, int, Box]] = []
     for step in range(reach + 1):
         for sign in (1, -1) if step else (1,):
             middle = y + sign * step * height / 2

@@ -10,6 +10,7 @@ those layers; a node by a chain of small ones. Nothing is taken from a step of t
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -106,8 +107,9 @@ def measure(folder: Path) -> Parameters:
     short, long = (median_seconds(chain(count)) for count in (2, CHAIN + 2))
     node = (long - short) / CHAIN
     call = max(short - 2 * node, 0.0)
-    rates = [size / max(median_seconds(part) - call, 1e-9) for part, size in (dense_part(folder), expert_part(folder))]
-    return Parameters(read_bandwidth(), *rates, call, node, attention_seconds(folder))
+    parts = dense_part(folder), expert_part(folder)
+    dense, experts = (size / max(median_seconds(part) - call, 1e-9) for part, size in parts)
+    return Parameters(read_bandwidth(), dense, experts, call, node, attention_seconds(folder))
 
 
 def read_bandwidth(gib: int = 1) -> float:
@@ -215,7 +217,7 @@ def median_seconds(model: ov.Model) -> float:
     times = []
     for _ in range(WARM + ROUNDS):
         values = [draw.standard_normal(shape, np.float32) for shape in shapes]
-        times += seconds_of(lambda values=values: request.infer(values, share_inputs=True), 1)
+        times += seconds_of(functools.partial(request.infer, values, share_inputs=True), 1)
     return float(np.median(times[WARM:]))
 
 

@@ -11,7 +11,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -104,6 +104,17 @@ class Here:
     def close(self) -> None:
         """Forget the model."""
         del self.runtime
+
+
+class Runtime(Protocol):
+    """What runs a candidate; what each can do besides, its own class says."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What the model's cache really is, and what the device computes in."""
+
+    def generate(self, ids: np.ndarray, tokens: int) -> dict[str, Any]:
+        """Answer a prompt of `ids` (tokens,) greedily with `tokens` tokens."""
 
 
 class Bare:
@@ -257,4 +268,8 @@ def _plain(candidate: Candidate, through: str) -> None:
         raise InputError(f"only `--through openvino` can change a cache as {candidate.label} does, not {through}")
 
 
-RUNTIMES = {"openvino": Bare, "genai": GenAI, "optimum": Optimum}
+RUNTIMES: dict[str, Callable[[Candidate, str, dict[str, str]], Runtime]] = {
+    "openvino": Bare,
+    "genai": GenAI,
+    "optimum": Optimum,
+}

@@ -61,6 +61,13 @@ class Plan(Codecs):
         return (Pruned if self.pruning else Packed)(self.definition(layer, flush), places, rows, lengths)
 
     @property
+    def pruned_by(self) -> Pruning:
+        """The rule by which tokens stay. Raises ValueError if all do."""
+        if self.pruning is None:
+            raise ValueError("in this plan all tokens stay")
+        return self.pruning
+
+    @property
     def mode(self) -> str | None:
         """What becomes of tokens that are not to stay; None: all stay."""
         return self.pruning.mode if self.pruning else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 from openvino import Node, Output
 from openvino import opset15 as op
 
@@ -25,7 +26,7 @@ def encode(x: Node | Output, codecs: Sequence[AdaptiveUniform], matrix: np.ndarr
     """
     heads = x.get_output_partial_shape(0)[1] if isinstance(x, Node) else x.get_partial_shape()[1]
 
-    def by_head(values: Sequence[float]) -> Node:
+    def by_head(values: ArrayLike) -> Node:
         share = heads.get_length() // len(codecs)
         return f32(np.repeat(np.asarray(values, np.float32), share).reshape(1, -1, 1, 1))
 

@@ -217,7 +217,8 @@ class PackedRing(_Rows):
         H = self.kv_heads = layers[0].kv_heads
         count = len(layers)
         same = coding.key == coding.value
-        self.codecs, self.layouts = ([x] if same else [x, y] for x, y in ((coding.key, coding.value), coding.layouts))
+        coded = coding.pairs[:1] if same else coding.pairs
+        self.codecs, self.layouts = [codec for codec, _ in coded], [layout for _, layout in coded]
         heads = np.arange(count * 2 * H).reshape(count, 2, H)
         self.order = None if same else heads.swapaxes(0, 1).reshape(-1)  # of heads in the states, in those of a Ring
         self.widths = [layout.bytes for layout in self.layouts]

@@ -24,8 +24,13 @@ class CacheForm(Protocol):
     Made for all its layers at once; `rewrite` is called once for each of them, in any order, then `finish`.
     """
 
-    states: Sequence[StateSpec]  # complete once it is finished
-    lengths: tuple[int, ...]  # of calls or texts beyond which a layer takes another way
+    @property
+    def states(self) -> Sequence[StateSpec]:
+        """All it made; complete once it is finished."""
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of calls or texts beyond which a layer takes another way."""
 
     def rewrite(self, layer: AttentionLayer) -> AttentionLayer:
         """The layer with its new cache; what read its context reads the new one."""
@@ -39,13 +44,16 @@ class CacheForm(Protocol):
 
 def _cpu(description: ModelDescription, plan: Plan) -> CacheForm:
     nodes = cpu_full.Nodes(description, plan)
-    kinds = {None: cpu_full.Appended, "evict": cpu_prune.Evicted, "mask": cpu_prune.Masked, "zero": cpu_prune.Masked}
+    kinds: dict[str | None, Callable[[cpu_full.Nodes], cpu_full.Keeping]] = {
+        None: cpu_full.Appended,
+        "evict": cpu_prune.Evicted, "mask": cpu_prune.Masked, "zero": cpu_prune.Masked,
+    }  # fmt: skip
     return cpu_full.Blocks(nodes, kinds[plan.mode](nodes))
 
 
 def _gpu(description: ModelDescription, plan: Plan) -> CacheForm:
     nodes = gpu_full.Nodes(description, plan)
-    kinds = {
+    kinds: dict[str | None, Callable[[gpu_full.Nodes], gpu_full.Keeping]] = {
         None: gpu_full.Appended,
         "evict": gpu_histories.Evicted, "mask": gpu_histories.Masked, "zero": gpu_histories.Masked,
     }  # fmt: skip

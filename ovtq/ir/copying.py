@@ -30,7 +30,8 @@ class Copy:
         self.source, self.target, self.size = source, target, source.stat().st_size
         self._todo: deque[int] = deque()  # where blocks start, those in flight not among them
         self._left: set[int] = set()
-        self._change, self._threads = Condition(), []
+        self._change = Condition()
+        self._threads: list[Thread] = []
         self._error: Exception | None = None
         self._stop = Event()
         self._direct = bool(system.DIRECT)

@@ -9,7 +9,7 @@ import numpy as np
 import openvino as ov
 from openvino import Node, Output
 
-from ovtq.ir.graph import constant_of, id_of
+from ovtq.ir.graph import id_of, value_of
 
 SHOWN = 8  # constants of at most so many elements are written out, larger ones hashed
 
@@ -67,5 +67,5 @@ def _operand(output: Output, numbers: dict[str, int]) -> str:
         return f"%{numbers[id_of(node)]}{index}"
     kind = f"{output.get_element_type().get_type_name()}{list(output.get_shape())}"
     if np.prod(output.get_shape()) <= SHOWN:
-        return f"{kind}{constant_of(output).tolist()}"
+        return f"{kind}{value_of(node).tolist()}"
     return f"{kind}#{hashlib.sha256(node.get_data().tobytes()).hexdigest()[:8]}"

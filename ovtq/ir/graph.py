@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import openvino as ov
+from numpy.typing import ArrayLike
 from openvino import Node, Output
 from openvino import opset15 as op
 from openvino.op.util import Variable, VariableInfo
@@ -19,8 +20,8 @@ ALL = 2**31 - 1  # the end of any axis
 MASKED = np.float32(-65504)  # what exporters write for "not visible": the lowest finite f16
 
 
-def i64(values: int | Sequence[int]) -> Node:
-    """An i64 constant."""
+def i64(values: ArrayLike) -> Node:
+    """An i64 constant, of whole numbers."""
     return op.constant(np.asarray(values, dtype=np.int64))
 
 
@@ -158,16 +159,21 @@ def descendants(output: Output) -> Iterator[Node]:
 
 
 def constant_of(output: Output) -> np.ndarray | None:
-    """The value of a constant, also through the Convert of a compressed one; None if it is no constant.
-
-    Floating-point values come as f32, whatever they are stored in: numpy has no bf16, and reads one as f16.
-    """
+    """The value of a constant, also through the Convert of a compressed one; None if it is no constant."""
     node = output.get_node()
     if node.get_type_name() == "Convert":
         node = node.input_value(0).get_node()
     if node.get_type_name() != "Constant":
         return None
-    return node.get_data(dtype=np.float32) if node.get_element_type().is_real() else node.get_data()
+    return value_of(node)
+
+
+def value_of(constant: Node) -> np.ndarray:
+    """The value of a Constant.
+
+    Floating-point values come as f32, whatever they are stored in: numpy has no bf16, and reads one as f16.
+    """
+    return constant.get_data(dtype=np.float32) if constant.get_element_type().is_real() else constant.get_data()
 
 
 def static_dim(output: Output, axis: int) -> int | None:
@@ -248,31 +254,36 @@ class One(Tensors):
 
 
 Read = TypeVar("Read", bound=Tensors)
+Other = TypeVar("Other", bound=Tensors)
 Left = TypeVar("Left", bound=Tensors)
 Branch = tuple[Read, Callable[[Read], Left]]  # what is read; what makes results of that
 
 
-def either(condition: Output, then: Branch, otherwise: Branch, names: tuple[str, str]) -> Any:
+def either(condition: Output, then: Branch[Read, Left], otherwise: Branch[Other, Left], names: tuple[str, str]) -> Left:
     """What an If leaves, as `then` does; each branch is what it reads, and what makes its results of that.
 
     What only one branch reads costs the other nothing: plugins copy what they hand in. `condition` is an Output: given
     a Node, If takes its own first input for it.
     """
     node = op.if_op(condition)
-    bodies, left = [], []
-    for (inputs, make), name in zip((then, otherwise), names, strict=True):
-        sources = inputs.flatten()
-        inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in sources]
-        left.append(make(inputs.filled([x.output(0) for x in inner])))
-        results = [op.result(x) for x in left[-1].flatten()]
-        reads = dict(zip(map(_key, sources), inner, strict=True))
-        bodies.append((reads, results, body(results, inner, name)))
-    (then_reads, then_results, then_body), (else_reads, else_results, else_body) = bodies
+    left, then_reads, then_results, then_body = _branch(*then, names[0])
+    _, else_reads, else_results, else_body = _branch(*otherwise, names[1])
     node.set_then_body(then_body)
     node.set_else_body(else_body)
     for source in {_key(x): x for x in (*then[0].flatten(), *otherwise[0].flatten())}.values():
         node.set_input(source, then_reads.get(_key(source)), else_reads.get(_key(source)))
-    return left[0].filled([node.set_output(*pair) for pair in zip(then_results, else_results, strict=True)])
+    return left.filled([node.set_output(*pair) for pair in zip(then_results, else_results, strict=True)])
+
+
+def _branch(
+    inputs: Read, make: Callable[[Read], Left], name: str
+) -> tuple[Left, dict[tuple[str, int], Node], list[Node], ov.Model]:
+    """What a branch leaves in its own body; what it reads, by its sources; its results, and the body."""
+    sources = inputs.flatten()
+    inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in sources]
+    left = make(inputs.filled([x.output(0) for x in inner]))
+    results = [op.result(x) for x in left.flatten()]
+    return left, dict(zip(map(_key, sources), inner, strict=True)), results, body(results, inner, name)
 
 
 def _key(output: Output) -> tuple[str, int]:

@@ -192,7 +192,9 @@ def _point_at(xml: bytes, kept: Mapping[str, Kept], start: int) -> bytes:
 
     Only the tags concerned change: an element tree would take seconds to read and to write.
     """
-    parser, path, edits = expat.ParserCreate(), [], []
+    parser = expat.ParserCreate()
+    path: list[dict[str, str]] = []
+    edits: list[tuple[int, str, dict[str, str]]] = []
 
     def begin(tag: str, found: dict[str, str]) -> None:
         layer = path[-1] if path and tag == "data" else found
@@ -207,9 +209,12 @@ def _point_at(xml: bytes, kept: Mapping[str, Kept], start: int) -> bytes:
 
     parser.StartElementHandler, parser.EndElementHandler = begin, lambda _: path.pop()
     parser.Parse(xml, True)
-    parts, end = [], 0
+    parts: list[bytes] = []
+    end = 0
     for index, tag, attributes in edits:
         old = TAG.match(xml, index)
+        if old is None:
+            raise RuntimeError(f"byte {index} of the written XML begins no tag")
         text = " ".join(f"{key}={quoteattr(value)}" for key, value in attributes.items())
         parts += xml[end:index], f"<{tag} {text}{'/' if old[0].endswith(b'/>') else ''}>".encode()
         end = old.end()
@@ -229,10 +234,14 @@ def _check(model: ov.Model, xml: Path, kept: Mapping[str, Kept]) -> None:
             continue
         name = node.get_friendly_name()
         other = found.get(name)
-        same = other is not None and node.get_element_type() == other.get_element_type()
-        if same and name in kept:
-            same = _place(other, span) == kept[name].offset and other.get_byte_size() == kept[name].size
-        elif same:
-            same = node.data.tobytes() == other.data.tobytes()
-        if not same or node.get_output_shape(0) != other.get_output_shape(0):
+        if other is None or not _same(node, other, kept.get(name), span):
             raise RuntimeError(f"the constant {name} of the written model is not that of the one in memory")
+
+
+def _same(node: Node, other: Node, place: Kept | None, span: range | None) -> bool:
+    """Whether `other` is the constant `node`: in type and shape, and by its place or, without one, by its bytes."""
+    if node.get_element_type() != other.get_element_type() or node.get_output_shape(0) != other.get_output_shape(0):
+        return False
+    if place is not None:
+        return _place(other, span) == place.offset and other.get_byte_size() == place.size
+    return bool(node.data.tobytes() == other.data.tobytes())

@@ -61,6 +61,13 @@ class Runner:
         """Length of the logits' last axis."""
         return int(self.request.model_outputs[0].partial_shape[2].get_length())
 
+    @property
+    def attention_mask(self) -> np.ndarray:
+        """That of the last call, (batch, past and new tokens). Raises RuntimeError if none was made since a reset."""
+        if self.mask is None:
+            raise RuntimeError("no call was made yet")
+        return self.mask
+
     def precisions(self) -> tuple[str, str]:
         """What the device computes in, and what it keeps the caches of attention in that it knows."""
         compiled = self.request.get_compiled_model()
@@ -120,9 +127,10 @@ class Runner:
         for state in sorted(self.request.query_state(), key=lambda state: state.name):  # the plugin's order varies
             spec = specs[state.name]
             kind, usual = spec.element_type.to_dtype(), {0: 1, 2: spec.rows(tokens)}
-            sizes = [usual.get(axis) if length < 0 else length for axis, length in enumerate(spec.shape)]
-            if None in sizes or kind not in (np.float32, np.float16, np.int8, np.uint8, np.int32):
+            sizes = [usual.get(axis, -1) if length < 0 else length for axis, length in enumerate(spec.shape)]
+            if -1 in sizes or kind not in (np.float32, np.float16, np.int8, np.uint8, np.int32):
                 raise InputError(f"fill: state {state.name} is {spec.shape} {kind}; only axes 0 and 2 may be dynamic")
+            value: np.ndarray
             if kind in (np.int8, np.uint8):
                 value = np.frombuffer(draw.bytes(int(np.prod(sizes))), kind).reshape(sizes)
             elif spec.holds == "past":

@@ -114,8 +114,8 @@ def cut(model: ov.Model, extent: Scope) -> ov.Model:
                     if inside and id_of(value.get_node()) in later and _alike(value, inside[0]):
                         step.input(index).replace_source_output(inside[0])
         todo += sorted(_states(sink.input_value(0)) - {*kept, *todo})  # what it is made of
-    sinks = [sink for name, sink in sinks.items() if name in kept]
-    part = ov.Model([op.result(end.output(0))], sinks, model.get_parameters())
+    left = [sink for name, sink in sinks.items() if name in kept]
+    part = ov.Model([op.result(end.output(0))], left, model.get_parameters())
     attentions = sum(node.get_type_name() == "ScaledDotProductAttention" for node in part.get_ops())
     if not stamp_of(model) and attentions != extent.layers:
         raise VerificationFailed(

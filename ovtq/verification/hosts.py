@@ -95,7 +95,7 @@ def _refuse(runner: Runner, vocabulary: int, device: str) -> None:
             f"the converted model is wrong on {device}: it takes a call whose attention_mask is too short; "
             "nothing was written"
         )
-    if not np.array_equal(*said):
+    if not np.array_equal(said[0], said[1]):
         raise VerificationFailed(
             f"the converted model is wrong on {device}: after a call that it refuses it says something else; "
             "nothing was written"

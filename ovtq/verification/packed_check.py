@@ -67,8 +67,8 @@ class PackedCheck:
             error = np.abs(got - expected).max(initial=0) / np.abs(expected).max(initial=np.finfo(np.float32).tiny)
             self.largest = max(self.largest, float(error) if np.isfinite(got).all() else float("inf"))
         try:
-            states = [state for state in request.query_state() if state.name in self.read]
-            self.states = {state.name: np.array(state.state.data) for state in states}
+            found = [state for state in request.query_state() if state.name in self.read]
+            self.states = {state.name: np.array(state.state.data) for state in found}
         except RuntimeError:  # the GPU plugin does not give out i8 states
             self.states = {}
         self.exact_codes = bool(self.states)

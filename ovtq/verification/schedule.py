@@ -9,6 +9,7 @@ import numpy as np
 
 from ovtq.forms.pruning import PrunedAttention
 from ovtq.models import AttentionLayer
+from ovtq.models.description import InPlace
 
 PASTED = 1025  # tokens of one call, as of a text that somebody pastes; no multiple of any block
 PART = 513  # of a big model, whose form for a GPU would take 1.5 GB more for 1,025 tokens on a CPU
@@ -42,6 +43,10 @@ def calls_for(layers: Sequence[AttentionLayer], longest: int = PASTED) -> list[C
     packed = [layer.packed.window + layer.packed.flush for layer in layers if layer.packed]
     window = max([*windows, *packed], default=0) or 128
     limits = [x.packed.room + x.packed.window + x.packed.flush for x in layers if isinstance(x.packed, PrunedAttention)]
+    room = [layer.cache.layout.capacity for layer in layers if isinstance(layer.cache, InPlace)]
+    if room:  # two more tokens follow the longest call, and a batch is refused
+        calls = [*pasted(lengths_of(layers), min(longest, *room) - 2), *edges(window)]
+        return [call for call in calls if call.batch == 1]
     calls = [*pasted(lengths_of(layers), longest), *edges(window)]
     return [*calls, *overflow(max(limits))] if limits else calls
 

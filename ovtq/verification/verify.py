@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from ovtq.errors import VerificationFailed
 from ovtq.ir.cache import compiled_precisions, mark, marked
 from ovtq.ir.io import stamp_of
 from ovtq.models import AttentionLayer
+from ovtq.runtime import kernels
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 from ovtq.system import trim_memory
 from ovtq.verification.closeness import Played, columns_of, divergence, loss, lost, played, relative, too_lossy
@@ -72,7 +73,8 @@ def play(
     `chosen` belongs to a model of `with_routers`. A tie makes its position unusable, those after it in its sequence,
     and all later calls up to the next reset.
     """
-    tied, done = False, []
+    tied = False
+    done: list[Played] = []
     columns = columns_of(runner.vocabulary)
     for call, ids, shown in texts(calls, vocabulary, seed):
         if call.reset:
@@ -85,7 +87,7 @@ def play(
         if check:
             beams = np.asarray(call.beams or range(call.batch), np.int32)
             trim_memory()  # numpy and the plugin each keep what the other needs
-            check.step(runner.request, shown, runner.mask, beams)
+            check.step(runner.request, shown, runner.attention_mask, beams)
             trim_memory()
         usable = visible & (not tied)
         for index, experts in enumerate(chosen, start=1):
@@ -226,13 +228,16 @@ def _verify(
         """What only a CPU gets wrong in a form that is not for it (P01, P59) no GPU does; its taps end that."""
         return rooted(check.tapped(_part(converted, extent, ready)[0]))
 
+    own = kernels.properties(converted.parent)
+    model = tapped() if check.layers else _part(converted, extent, ready)[0]
     whereabouts.at("running the converted model")
-    after = _played(tapped() if check.layers else _part(converted, extent, ready)[0], device, *at, tick, check=check)
+    after = _played(model, device, *at, tick, check=check, properties=own)
+    del model
     difference = _at_f32(calls, before, after, check, extent, device, seed)  # what is wrong at f32 is said first
 
     def as_hosts(seed: int, at_f32: Sequence[Played], tick: Callable[[], None] = lambda: None) -> Hosted:
         model = tapped() if foreign else _part(converted, extent, ready)[0]
-        found = hosted(model, device, {}, calls, vocabulary, seed, at_f32, tick)
+        found = hosted(model, device, own, calls, vocabulary, seed, at_f32, tick)
         gc.collect()
         return found
 
@@ -248,7 +253,7 @@ def _verify(
                 f"{reason}; nothing was written"
             )
         other = (seed + len(runs)) % 2**32
-        again = _played(_part(converted, extent, ready)[0], device, calls, vocabulary, other)
+        again = _played(_part(converted, extent, ready)[0], device, calls, vocabulary, other, properties=own)
         runs.append(as_hosts(other, again).losses)
     longest = max(call.tokens for call in calls)
     return replace(difference, host=HostDifference(host.precision, original_host.cache, longest, reference, found))
@@ -263,9 +268,10 @@ def _played(
     tick: Callable[[], None] = lambda: None,
     chosen: Sequence[int] = (),
     check: PackedCheck | None = None,
+    properties: Mapping[str, str] | None = None,
 ) -> list[Played]:
-    """What a model says at f32."""
-    runner = Runner(model, device, EXACT_PROPERTIES)
+    """What a model says at f32, with `properties` besides."""
+    runner = Runner(model, device, EXACT_PROPERTIES | dict(properties or {}))
     found = play(runner, calls, vocabulary, seed, tick, chosen, check if check and check.layers else None)
     runner.close()
     del runner, model
@@ -284,8 +290,8 @@ def _at_f32(
 ) -> Difference:
     """How far apart they are at f32. Raises VerificationFailed if that is too far."""
     lossy = _reads_codes(calls, check)
-    same = [[call for call, old in zip(side, lossy, strict=True) if not old] for side in (original, converted)]
-    difference = compare(*same, extent.layers, seed, logits=extent.end is None)
+    before, after = ([call for call, old in zip(side, lossy, strict=True) if not old] for side in (original, converted))
+    difference = compare(before, after, extent.layers, seed, logits=extent.end is None)
     if not difference.relative <= TOLERANCE or (difference.kld or 0) > SAME_TEXT:
         raise VerificationFailed(
             f"the converted model is wrong on {device}: its results differ by {difference.largest:.3g} "

@@ -16,6 +16,8 @@ which the plugin generates, says of how many elements of which type each input a
 - what the plugin optimised out is not launched and moves nothing. A copy reads and writes its bytes;
 - oneDNN's products have no source. Operands are m·k, k·n and m·n elements for each of the batch, of the types of the
   kernels that wrote or read the same buffer, and not more than was written there;
+- ovtq's own kernels (ovtq_attend, ovtq_join; `--kernels` of ovtq-convert) have constants for shapes: of each token that
+  is no longer recent they read a row of each KV head, of each recent one an entry, both once, and what is flat;
 - not counted: weights of products, the matrices of a mixture of experts (`grouped_micro_gemm`) and the scratch of
   attention, none of which grows with the history; what the host does; a step now and then in which a cache is moved to
   a larger buffer.
@@ -98,12 +100,41 @@ class Source:
         return int(match[1]) if match[1] else shapes[int(match[2])]
 
 
-def read_sources(folder: Path) -> dict[str, Source]:
+@dataclass
+class Own:
+    """The constants of one of ovtq's own kernels."""
+
+    kernel: str
+    constants: dict[str, int]
+
+    def moved(self, past: int, size: int) -> tuple[list[Tensor], list[Tensor]]:
+        """What a decode step after `past` tokens reads and writes, where floating-point numbers have `size` bytes."""
+        heads, queries, width, row, parts, record, window = (
+            self.constants[name] for name in ("KV_HEADS", "QUERY_HEADS", "HEAD_DIM", "ROW", "PARTS", "RECORD", "WINDOW")
+        )
+        records, context = (queries * parts * record, 4), (queries * width, size)
+        if self.kernel == "ovtq_join":
+            return [records], [context]
+        if self.kernel != "ovtq_attend":
+            raise LedgerError(f"kernel {self.kernel}: it should not be launched in a decode step")
+        entry = 2 * width + 1
+        constants = heads * (3 * width**2 + width) + 2 * queries  # rotations, centres, sinks
+        step = (queries + 2 * heads) * width + 3
+        reads = [(max(past - window, 0) * heads * row, 2), (min(past, window) * heads * entry, size)]
+        return [*reads, (constants + step, size)], [records, (heads * row, 2), (heads * entry, size)]
+
+
+def read_sources(folder: Path) -> dict[str, Source | Own]:
     """The kernels of all programs that were built, by name."""
-    found: dict[str, Source] = {}
+    found: dict[str, Source | Own] = {}
     for path in folder.glob("ok_*.cl"):
         macros: dict[str, str] = {}
-        for line in path.read_text(errors="replace").splitlines():
+        text = path.read_text(errors="replace")
+        if own := re.search(r"__kernel void (ovtq_\w+)", text):
+            numbers = re.findall(r"^#define ([A-Z_]+) (\d+)$", text, re.MULTILINE)
+            found[own[1]] = Own(own[1], {name: int(number) for name, number in numbers})
+            continue
+        for line in text.splitlines():
             if line.startswith("// Kernel template"):
                 macros = {}
             elif line.startswith("#define "):
@@ -175,14 +206,20 @@ def read_argument(item: str) -> Buffer | int | None:
 class Accountant:
     """Fills in what launches read and write, in their order, and remembers what lies in which buffer."""
 
-    def __init__(self, sources: dict[str, Source], float_bytes: int) -> None:
+    def __init__(self, sources: dict[str, Source | Own], float_bytes: int) -> None:
         self.sources, self.float_bytes = sources, float_bytes
         self.held: dict[str, Tensor] = {}  # by allocation: what was last written there
         self.products: dict[str, Launch] = {}  # by allocation: the product whose result lies there
 
-    def account(self, launch: Launch) -> None:
-        if launch.kernel in self.sources:
-            self.account_source(launch, self.sources[launch.kernel])
+    def account(self, launch: Launch, past: int) -> None:
+        source = self.sources.get(launch.kernel)
+        if isinstance(source, Own):
+            launch.reads, launch.writes = source.moved(past, self.float_bytes)
+            output = [arg for arg in launch.args if isinstance(arg, Buffer)][-1]
+            self.products.pop(output.base, None)
+            self.held[output.base] = launch.writes[0]
+        elif source:
+            self.account_source(launch, source)
         elif launch.kernel == "gemm_kernel":
             self.account_product(launch)
         elif launch.kernel != "grouped_micro_gemm":
@@ -233,10 +270,11 @@ class Accountant:
         self.products[c.base] = launch
 
 
-def account_step(accountant: Accountant, log: bytes, start: int, stop: int) -> list[Launch]:
+def account_step(accountant: Accountant, log: bytes, step: dict[str, Any]) -> list[Launch]:
+    start, stop = step["log"]
     launches = list(read_launches(log[start:stop].decode(errors="replace")))
     for launch in launches:
-        accountant.account(launch)
+        accountant.account(launch, step["past"])
     return launches
 
 
@@ -295,9 +333,13 @@ def growing_rows(before: list[Launch], after: list[Launch], tokens: int) -> list
 
 
 def growing_layers(model_dir: Path) -> int:
-    """Layers that have a state which grows: the first number in the names of such states."""
+    """Layers that have a state which grows, or that kernels fill: the first number in the names of such states."""
     infos = [variable.info for variable in ov.Core().read_model(model_dir / "openvino_model.xml").get_variables()]
-    names = [info.variable_id for info in infos if len(info.data_shape) > 2 and info.data_shape[2].is_dynamic]
+    names = [
+        info.variable_id
+        for info in infos
+        if len(info.data_shape) > 2 and (info.data_shape[2].is_dynamic or info.variable_id.endswith(".packed"))
+    ]
     return len({(re.findall(r"\d+", name) or [""])[0] for name in names})
 
 
@@ -326,8 +368,9 @@ def measure(model_dir: Path, chip: str, config: dict[str, str], lengths: tuple[i
     first, second = lengths
     ones = ",1" * SETTLE
     steps = f"1,1,={first - SETTLE + 1}{ones},={second - SETTLE + 1}{ones}"
+    own = ["--branch-by-length"] if (model_dir / "ovtq_kernels").is_dir() else []
     with tempfile.TemporaryDirectory() as folder:
-        report = run_probe(model_dir, chip, config, steps, Path(folder))
+        report = run_probe(model_dir, chip, config, steps, Path(folder), *own)
         log = (Path(folder) / "launches.log").read_bytes()
         sources = read_sources(Path(folder))
     if b"\nA " not in log:
@@ -337,7 +380,7 @@ def measure(model_dir: Path, chip: str, config: dict[str, str], lengths: tuple[i
     launches = []
     for length in lengths:  # the step before it only tells which buffers are written
         for past in (length - 1, length):
-            step = account_step(accountant, log, *singles[past]["log"])
+            step = account_step(accountant, log, singles[past])
         launches.append(step)
     one, two = singles[first], singles[second]
     tokens, layers = second - first, growing_layers(model_dir)

@@ -49,7 +49,8 @@ def parse_args() -> argparse.Namespace:
         "--branch-by-length",
         action="store_true",
         help="tell every If by an input of its own whether a step has several tokens: a packed model then takes the "
-        "branch it should, too, on `virtual`, where the condition that the graph computes is garbage",
+        "branch it should, too, on `virtual`, where the condition that the graph computes is garbage, and one with "
+        "kernels of ovtq does not take them for missing",
     )
     parser.add_argument(
         "--last-logits", action="store_true", help="compute those of each step's last token only, as GenAI does"
@@ -63,7 +64,9 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--config {bad[0]}: expected KEY=VALUE")
     if not re.fullmatch(r"=?[1-9]\d*(,=?[1-9]\d*)*", args.steps):
         parser.error(f"--steps {args.steps}: expected numbers like 40,1,1 or 1,=2048,1")
-    args.config = dict(item.split("=", 1) for item in args.config)
+    kernels = args.model / "ovtq_kernels" / "kernels.xml"
+    own = {"CONFIG_FILE": str(kernels.resolve())} if kernels.is_file() else {}
+    args.config = own | dict(item.split("=", 1) for item in args.config)
     args.steps = args.steps.split(",")
     return args
 
@@ -78,12 +81,15 @@ def stop(code: int, what: str, error: RuntimeError) -> NoReturn:
 
 
 def branch_by_length(model: ov.Model) -> None:
-    """Give the model an input `several`, the condition of every If."""
+    """Give the model an input `several`, the condition of every If; what asks for kernels of ovtq is told they run."""
     several = op.parameter([1], ov.Type.boolean, name=SEVERAL)
     several.output(0).set_names({SEVERAL})
     for node in model.get_ops():
         if node.get_type_name() == "If":
             node.input(0).replace_source_output(several.output(0))
+        elif node.get_type_name() == "Inverse":
+            for reader in list(node.output(0).get_target_inputs()):
+                reader.replace_source_output(op.constant(np.ones((1, 1, 1), np.float32)).output(0))
     model.add_parameters([several])
     model.validate_nodes_and_infer_types()
 

@@ -25,7 +25,7 @@ from ovtq.forms.beams import Beams
 from ovtq.forms.cpu.block import Block, BlockAttention, Far, History, Sizes, flat
 from ovtq.forms.ring import Ring
 from ovtq.ir.graph import ALL, Nothing, Port, Tensors, body, dim, either, f32, i64, precise, scalar
-from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.models.description import AttentionLayer, ModelDescription, TokenRows
 from ovtq.states import RECENT, SCALES, Growing, StateSpec, cache_name
 
 BLOCK = 32  # queries at a time: rows enough in a product to be worth the unpacking before it
@@ -146,8 +146,9 @@ class Blocks:
         cache = self.plan.cache(layer, self.nodes.flush, self._places(layer), self.rows(layer), self.lengths)
         return layer.rewritten(context, cache, key=Port(scaled, 0), value=entry)
 
-    def rows(self, layer: AttentionLayer) -> None:
+    def rows(self, layer: AttentionLayer) -> TokenRows | None:
         """What tells the past length: nothing, for tokens join the history some at a time."""
+        return None
 
     def finish(self) -> list[Node]:
         """The Assigns of all states, once every layer is rewritten."""
@@ -175,7 +176,8 @@ class Blocks:
         columns = self.columns
         rows = op.reshape(layer.query.source, i64([0, H, G, -1, d]), True)
         store = Store(self.beams, self.plan, layer, self.keeping.rule)
-        history = History(*(held.past for held in store.held), self.scales.groups[layer.index] if self.scales else None)
+        held_keys, held_values = (held.past for held in store.held)
+        history = History(held_keys, held_values, self.scales.groups[layer.index] if self.scales else None)
         read = Block(rows, keys, values, self.sinks[layer.index], self.near, self.keeping.far(layer), history)
         attention = BlockAttention(layer, self.plan)
         found = self._seldom(store, attention, read)
@@ -209,12 +211,12 @@ class Blocks:
             (keys, values), scales = store.packed(leaving)
             found = op.transpose(leading, i64([1, 0, 2, 3])), keys, values, *scales
             vectors = [op.reshape(x, i64([-1]), False) for x in found]
-            return Seldom(*vectors[:3], vectors[3] if scales else None)
+            return Seldom(vectors[0], vectors[1], vectors[2], vectors[3] if scales else None)
 
         def none(_: Nothing) -> Seldom:
             kinds = [np.float32, *(held.kind.to_dtype() for held in store.held), np.float32]
-            *found, scales = (op.constant(np.zeros(0, kind)) for kind in kinds)
-            return Seldom(*found, scales if self.scales else None)
+            context, keys, values, scales = (op.constant(np.zeros(0, kind)) for kind in kinds)
+            return Seldom(context, keys, values, scales if self.scales else None)
 
         call = Call(self.lead, self.nodes.leave, self.nodes.left, block)
         return either(self.seldom, (call, some), (Nothing(), none), ("seldom", "usually"))

@@ -104,7 +104,7 @@ class Survivors(Scores, ABC):
 
     def __init__(self, nodes: Nodes) -> None:
         plan, columns = nodes.plan, nodes.columns
-        super().__init__(nodes.beams, plan.layers, plan.pruning, columns)
+        super().__init__(nodes.beams, plan.layers, plan.pruned_by, columns)
         self.nodes = nodes
         rows, span = nodes.recent, [op.subtract(row, i64([1])) for row in (nodes.leave, nodes.left)]
         kept = op.add(i64(range(rows)), columns.new)
@@ -171,7 +171,7 @@ class Evicted(Survivors):
     """Tokens leave the states."""
 
     def __init__(self, nodes: Nodes) -> None:
-        room = nodes.plan.pruning.room
+        room = nodes.plan.pruned_by.room
         self.rule = Growing(nodes.plan.window, nodes.flush, room)
         self.stay = op.minimum(nodes.older, i64([room]))
         super().__init__(nodes)

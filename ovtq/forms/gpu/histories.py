@@ -27,7 +27,7 @@ class Masked:
 
     def __init__(self, nodes: Nodes) -> None:
         self.appended, plan = Appended(nodes), nodes.plan
-        self.marked = Marked(nodes.beams, plan.layers, plan.pruning, nodes.columns, nodes.is_prefill)
+        self.marked = Marked(nodes.beams, plan.layers, plan.pruned_by, nodes.columns, nodes.is_prefill)
 
     def far(self, layer: AttentionLayer) -> Output:
         """One of its own for every layer."""
@@ -63,7 +63,7 @@ class Evicted:
     def __init__(self, nodes: Nodes) -> None:
         self.nodes, self.plan = nodes, nodes.plan
         plan = nodes.plan
-        self.residents = Residents(nodes.beams, plan.layers, plan.pruning, nodes.columns, nodes.is_prefill)
+        self.residents = Residents(nodes.beams, plan.layers, plan.pruned_by, nodes.columns, nodes.is_prefill)
         self.stacks = [
             _Stack(nodes.beams, plan, what, codec, layout)
             for what, codec, layout in zip(("key", "value"), (plan.key, plan.value), plan.layouts, strict=True)
@@ -128,7 +128,7 @@ class _Stack:
         layout: Layout | None,
     ) -> None:
         self.plan, self.codec, self.layout = plan, codec, layout
-        layer, room = plan.layers[0], plan.pruning.room
+        layer, room = plan.layers[0], plan.pruned_by.room
         self.heads = len(plan.layers) * layer.kv_heads
         width, kind = (layout.bytes, np.int8) if layout else (layer.head_dim, np.float32)
         name, these = cache_name(plan.indices, what), plan.indices

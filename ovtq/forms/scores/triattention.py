@@ -9,6 +9,7 @@ from openvino import Node
 from openvino import opset15 as op
 
 from ovtq.forms.scores.base import Arriving, Score, Tokens
+from ovtq.forms.triattention import Statistics
 from ovtq.ir.graph import f32, i64
 from ovtq.models.attention import projected
 
@@ -21,9 +22,18 @@ class TriAttention(Score):
     name: ClassVar[str] = "triattention"
     digits: ClassVar[int] = 1
 
+    @property
+    def known(self) -> Statistics:
+        """The statistics. Raises ValueError if it was made without."""
+        if self.statistics is None:
+            raise ValueError("the score triattention needs statistics of the model's queries")
+        return self.statistics
+
     def numpy(self, tokens: Tokens) -> np.ndarray:
         """Of all tokens, (batch, kv_heads, tokens)."""
-        return SPREAD * self.statistics.scores(tokens.layer, tokens.straight)
+        if tokens.straight is None:
+            raise ValueError("the score triattention is of keys before RoPE; they were not given")
+        return SPREAD * self.known.scores(tokens.layer, tokens.straight)
 
     def nodes(self, call: Arriving) -> tuple[Node, list[Node]]:
         """Of the new ones, (batch, heads, new, 1) f32.
@@ -38,7 +48,7 @@ class TriAttention(Score):
         keys = op.concat(straight, 1)  # (batch, heads, new, d)
         first, second = op.split(keys, i64(3), 2).outputs()
         lengths = op.sqrt(op.add(op.multiply(first, first), op.multiply(second, second)))
-        products = [self.statistics.product(layer.index, H) for layer in call.layers]
+        products = [self.known.product(layer.index, H) for layer in call.layers]
         factors, offsets = (np.concatenate(parts)[None] for parts in zip(*products, strict=True))
         found = op.matmul(op.concat([keys, lengths], 3), f32(SPREAD * factors), False, False)
         return op.reduce_max(op.add(found, f32(SPREAD * offsets[:, :, None])), i64([3]), True), []

@@ -1,0 +1,153 @@
+// One new token: append it, and attend to the sink, the window, the history. Work-groups of a KV head share the history
+// (the first has the rest); each gives a partial context of every query head, its largest score and its sum of weights.
+//   state   the layer's
+//   step    queries (QUERY_HEADS, HEAD_DIM), key and value (KV_HEADS, HEAD_DIM) each, then the number of past tokens
+//           as high and low, and whether this one is shown
+//   output  PARTS records of RECORD floats for each query head
+inline void add(float score, const float* value, float* top, float* sum, float* context) {
+  const float larger = fmax(*top, score), old = native_exp(*top - larger), weight = native_exp(score - larger);
+  *sum = *sum * old + weight;
+  *top = larger;
+  FOR_SHARE context[i] = context[i] * old + weight * value[i];
+}
+
+// Coordinates are unpacked 32 at a time, from as many words of each plane as it has bits a code.
+#define WORDS(plane, width, block) ((const __global uint*)(plane) + (block) * (width))
+#define CODE(words, width, n) (((words)[(n) / (32 / (width))] >> ((width) * ((n) % (32 / (width))))) & ((1u << (width)) - 1))
+
+__attribute__((intel_reqd_sub_group_size(LANES)))
+__kernel void ovtq_attend(__global REAL* state, const __global REAL* step, __global OUTPUT0_TYPE* output) {
+  const uint lane = get_sub_group_local_id(), me = get_sub_group_id();
+  const uint head = get_group_id(0) / PARTS, part = get_group_id(0) % PARTS;
+  const __global REAL* queries = step + head * GROUP * HEAD_DIM;
+  const __global REAL* keys = step + QUERY_HEADS * HEAD_DIM;
+  const __global REAL* values = keys + KV_HEADS * HEAD_DIM;
+  const __global REAL* facts = values + KV_HEADS * HEAD_DIM;
+  const int past = count_of(facts[0], facts[1]);
+  if (past >= CAPACITY) return;  // nothing is written out of bounds
+
+  __local float turned[GROUP][HEAD_DIM];
+  __local float joined[SUB_GROUPS][GROUP][HEAD_DIM + 2];
+  __local float sinks[GROUP];
+  for (uint g = me; g < GROUP; g += SUB_GROUPS) {
+    float query[SHARE], along = 0;
+    load(query, queries + g * HEAD_DIM);
+    FOR_SHARE along += query[i] * (float)centre(state, KEY_CENTRES, head)[SHARE * lane + i];
+    along = sub_group_reduce_add(along);
+    if (lane == 0) sinks[g] = (float)state[SINKS + 2 * (head * GROUP + g)] + (float)state[SINKS + 2 * (head * GROUP + g) + 1] - along;
+    turn(query, matrix(state, QUERY_BASES, head));
+    FOR_SHARE turned[g][SHARE * lane + i] = query[i];
+  }
+  barrier(CLK_LOCAL_MEM_FENCE);
+
+  float top[GROUP], sum[GROUP], context[GROUP][SHARE];
+  for (int g = 0; g < GROUP; g++) {
+    top[g] = NOWHERE;
+    sum[g] = 0;
+    FOR_SHARE context[g][i] = 0;
+  }
+  const int older = max(past - WINDOW, 0);  // tokens that are read as packed
+  if (part == 0) {
+    float key[SHARE], value[SHARE];
+    if (me == 0) {  // the sink: a token without a value, so less the centre
+      FOR_SHARE value[i] = -(float)centre(state, VALUE_CENTRES, head)[SHARE * lane + i];
+      turn(value, matrix(state, VALUE_BASES, head));
+      for (int g = 0; g < GROUP; g++) add(sinks[g], value, &top[g], &sum[g], context[g]);
+    }
+    if (me == SUB_GROUPS - 1) {  // the new token
+      load_key(key, keys + head * HEAD_DIM, state, head);
+      load_value(value, values + head * HEAD_DIM, state, head);
+      const bool shown = facts[2] > (REAL)0.5f;
+      for (int g = 0; g < GROUP; g++) {
+        float score = 0;
+        FOR_SHARE score += key[i] * turned[g][SHARE * lane + i];
+        score = sub_group_reduce_add(score);
+        if (shown) add(score, value, &top[g], &sum[g], context[g]);
+      }
+      store(state, head, past, key, value, shown, true);
+    }
+    for (int token = older + (int)me; token < past; token += SUB_GROUPS) {
+      const __global REAL* entry = ring_row(state, head, token);
+      if (entry[2 * HEAD_DIM] < (REAL)0.5f) continue;
+      load(key, entry);
+      load(value, entry + HEAD_DIM);
+      for (int g = 0; g < GROUP; g++) {
+        float score = 0;
+        FOR_SHARE score += key[i] * turned[g][SHARE * lane + i];
+        add(sub_group_reduce_add(score), value, &top[g], &sum[g], context[g]);
+      }
+    }
+  } else {  // 16 tokens at a time: lanes are tokens for the scores, coordinates for the context
+    for (int first = ((int)(part - 1) * SUB_GROUPS + (int)me) * LANES; first < older; first += (PARTS - 1) * SUB_GROUPS * LANES) {
+      const int token = min(first + (int)lane, older - 1);
+      const __global REAL* row = packed_row(state, head, token);
+      const __global uchar* bytes = (const __global uchar*)row;
+      float score[GROUP];
+      for (int g = 0; g < GROUP; g++) score[g] = 0;
+      for (int block = 0; block < HEAD_DIM / 32; block++) {
+        uint high[KEY_FIRST], low[KEY_SECOND ? KEY_SECOND : 1];
+        _Pragma("unroll") for (int w = 0; w < KEY_FIRST; w++) high[w] = WORDS(bytes, KEY_FIRST, block)[w];
+#if KEY_SECOND
+        _Pragma("unroll") for (int w = 0; w < KEY_SECOND; w++)
+          low[w] = WORDS(bytes + HEAD_DIM / 8 * KEY_FIRST, KEY_SECOND, block)[w];
+#endif
+        _Pragma("unroll") for (int n = 0; n < 32; n++) {
+          uint code = CODE(high, KEY_FIRST, n);
+#if KEY_SECOND
+          code = code << KEY_SECOND | CODE(low, KEY_SECOND, n);
+#endif
+          const float x = (float)code - KEY_MIDDLE;
+          for (int g = 0; g < GROUP; g++) score[g] += x * turned[g][32 * block + n];
+        }
+      }
+      const float key_scale = row[ROW - 2], value_scale = row[ROW - 1];
+      const bool seen = first + (int)lane < older && key_scale >= 0;
+      float weight[GROUP];
+      for (int g = 0; g < GROUP; g++) {
+        const float x = seen ? score[g] * key_scale : NOWHERE;
+        const float larger = fmax(top[g], sub_group_reduce_max(x)), old = native_exp(top[g] - larger);
+        const float e = seen ? native_exp(x - larger) : 0;
+        sum[g] = sum[g] * old + sub_group_reduce_add(e);
+        top[g] = larger;
+        weight[g] = e * value_scale;
+        FOR_SHARE context[g][i] *= old;
+      }
+      const int many = min(LANES, older - first);
+      for (int n = 0; n < many; n++) {
+        float value[SHARE];
+        read_codes((const __global uchar*)packed_row(state, head, first + n) + HEAD_DIM / 8 * (KEY_FIRST + KEY_SECOND),
+                   VALUE_FIRST, VALUE_SECOND, VALUE_MIDDLE, value);
+        for (int g = 0; g < GROUP; g++) {
+          const float w = sub_group_broadcast(weight[g], n);
+          FOR_SHARE context[g][i] += w * value[i];
+        }
+      }
+    }
+  }
+  for (int g = 0; g < GROUP; g++) {
+    FOR_SHARE joined[me][g][SHARE * lane + i] = context[g][i];
+    if (lane == 0) {
+      joined[me][g][HEAD_DIM] = top[g];
+      joined[me][g][HEAD_DIM + 1] = sum[g];
+    }
+  }
+  barrier(CLK_LOCAL_MEM_FENCE);
+  for (uint g = me; g < GROUP; g += SUB_GROUPS) {
+    float largest = NOWHERE, total = 0, x[SHARE];
+    FOR_SHARE x[i] = 0;
+    for (int n = 0; n < SUB_GROUPS; n++) largest = fmax(largest, joined[n][g][HEAD_DIM]);
+    for (int n = 0; n < SUB_GROUPS; n++) {
+      const float factor = native_exp(joined[n][g][HEAD_DIM] - largest);
+      total += factor * joined[n][g][HEAD_DIM + 1];
+      FOR_SHARE x[i] += factor * joined[n][g][SHARE * lane + i];
+    }
+    turn(x, matrix(state, VALUE_RETURNS, head));
+    FOR_SHARE x[i] += total * (float)centre(state, VALUE_CENTRES, head)[SHARE * lane + i];
+    __global float* record = (__global float*)output + ((head * GROUP + g) * PARTS + part) * RECORD;
+    FOR_SHARE record[SHARE * lane + i] = x[i];
+    if (lane == 0) {
+      record[HEAD_DIM] = largest;
+      record[HEAD_DIM + 1] = total;
+    }
+  }
+}

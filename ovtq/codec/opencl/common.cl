@@ -1,0 +1,141 @@
+// What the kernels share. A sub-group of 16 lanes holds a vector of HEAD_DIM coordinates, SHARE = HEAD_DIM / 16 of them
+// in each lane: lane l has those from SHARE·l on. Behind the generated constants, before each kernel.
+#pragma OPENCL EXTENSION cl_khr_fp16 : enable
+#define LANES 16
+#define SUB_GROUPS 8  // of a work-group
+#define SHARE (HEAD_DIM / LANES)
+#define SLOTS (WINDOW + 1)           // of the ring: while the new token is written, all of the window can be read
+#define RING_ROW (2 * HEAD_DIM + 2)  // its key, its value, whether it is shown
+#define NOWHERE -1e30f               // the score of what is not seen
+#define FOR_SHARE _Pragma("unroll") for (int i = 0; i < SHARE; i++)
+
+// The state of a layer: constants, packed rows of all tokens, the last tokens as they came. Offsets are in its elements.
+// Of a KV head: what queries, keys and values are multiplied with, and what turns keys and values back.
+inline const __global REAL* matrix(const __global REAL* state, int of, uint head) {
+  return state + of + (size_t)head * HEAD_DIM * HEAD_DIM;
+}
+
+inline const __global REAL* centre(const __global REAL* state, int of, uint head) {
+  return state + of + head * HEAD_DIM;
+}
+
+inline __global REAL* packed_row(__global REAL* state, uint head, uint token) {
+  return state + ROWS + ((size_t)head * CAPACITY + token) * ROW;
+}
+
+inline __global REAL* ring_row(__global REAL* state, uint head, uint token) {
+  return state + RING + ((size_t)head * SLOTS + token % SLOTS) * RING_ROW;
+}
+
+// A count that came as floats, 1024·high + low: exact in f16, too.
+inline int count_of(REAL high, REAL low) { return (int)high * 1024 + (int)low; }
+
+// x·matrix, the matrix by rows.
+inline void turn(float* x, const __global REAL* matrix) {
+  const uint lane = get_sub_group_local_id();
+  float y[SHARE];
+  FOR_SHARE y[i] = 0;
+  for (int from = 0; from < LANES; from++) {
+    _Pragma("unroll") for (int k = 0; k < SHARE; k++) {
+      const float value = sub_group_broadcast(x[k], from);
+      const __global REAL* row = matrix + (SHARE * from + k) * HEAD_DIM + SHARE * lane;
+      FOR_SHARE y[i] += value * (float)row[i];
+    }
+  }
+  FOR_SHARE x[i] = y[i];
+}
+
+inline void load(float* x, const __global REAL* source) {
+  const uint lane = get_sub_group_local_id();
+  FOR_SHARE x[i] = source[SHARE * lane + i];
+}
+
+// (scale·key − centre)·matrix and (value − centre)·matrix: as they are quantised.
+inline void load_key(float* x, const __global REAL* source, const __global REAL* state, uint head) {
+  const uint lane = get_sub_group_local_id();
+  const float scale = (float)state[SCALE] + (float)state[SCALE + 1];
+  const __global REAL* middle = centre(state, KEY_CENTRES, head);
+  FOR_SHARE x[i] = scale * (float)source[SHARE * lane + i] - (float)middle[SHARE * lane + i];
+  turn(x, matrix(state, KEY_BASES, head));
+}
+
+inline void load_value(float* x, const __global REAL* source, const __global REAL* state, uint head) {
+  const uint lane = get_sub_group_local_id();
+  const __global REAL* middle = centre(state, VALUE_CENTRES, head);
+  FOR_SHARE x[i] = (float)source[SHARE * lane + i] - (float)middle[SHARE * lane + i];
+  turn(x, matrix(state, VALUE_BASES, head));
+}
+
+// Codes less their middle, and the scale: ovtq.codec.AdaptiveUniform.
+inline float encode(const float* x, float* code, float middle, float peak, float spread) {
+  float top = 0, square = 0, sum = 0;
+  FOR_SHARE { top = fmax(top, fabs(x[i])); square += x[i] * x[i]; }
+  const float norm = sqrt(sub_group_reduce_add(square));
+  top = peak * sub_group_reduce_max(top) + spread * norm / sqrt((float)HEAD_DIM) + FLOOR;
+  FOR_SHARE {
+    code[i] = rint(clamp(x[i] / top, -1.0f, 1.0f) * middle + middle) - middle;
+    sum += code[i] * code[i];
+  }
+  return norm / sqrt(sub_group_reduce_add(sum));
+}
+
+// Some bits of every code lie together in a plane: coordinate n in bits width·n and up. A lane's share is one number.
+inline uint share_of(const __global uchar* plane, int width) {
+  const uint lane = get_sub_group_local_id(), bits = SHARE * width;
+  if (bits == 32) return ((const __global uint*)plane)[lane];
+  if (bits == 16) return ((const __global ushort*)plane)[lane];
+  if (bits == 8) return plane[lane];
+  return plane[lane / 2] >> (4 * (lane & 1));
+}
+
+inline void write_share(__global uchar* plane, int width, uint share) {
+  const uint lane = get_sub_group_local_id(), bits = SHARE * width;
+  if (bits == 32) ((__global uint*)plane)[lane] = share;
+  if (bits == 16) ((__global ushort*)plane)[lane] = (ushort)share;
+  if (bits == 8) plane[lane] = (uchar)share;
+  if (bits == 4) {
+    const uint other = intel_sub_group_shuffle_xor(share, 1);
+    if ((lane & 1) == 0) plane[lane / 2] = (uchar)(share | other << 4);
+  }
+}
+
+inline void write_plane(__global uchar* plane, int width, int shift, const float* code, float middle) {
+  uint share = 0;
+  FOR_SHARE share |= (((uint)(code[i] + middle) >> shift) & ((1u << width) - 1)) << (width * i);
+  write_share(plane, width, share);
+}
+
+// Codes of a lane's share, less their middle.
+inline void read_codes(const __global uchar* row, int first, int second, float middle, float* code) {
+  const uint high = share_of(row, first), low = second ? share_of(row + HEAD_DIM / 8 * first, second) : 0;
+  FOR_SHARE {
+    uint c = (high >> (first * i)) & ((1u << first) - 1);
+    if (second) c = c << second | ((low >> (second * i)) & ((1u << second) - 1));
+    code[i] = (float)c - middle;
+  }
+}
+
+// Write a token: packed, and as it came if `recent`. Its scale of the key is −1 if it is never to be seen.
+inline void store(__global REAL* state, uint head, uint token, float* key, float* value, bool shown, bool recent) {
+  const uint lane = get_sub_group_local_id();
+  __global REAL* row = packed_row(state, head, token);
+  __global uchar* bytes = (__global uchar*)row;
+  float code[SHARE];
+  const float key_scale = encode(key, code, KEY_MIDDLE, KEY_PEAK, KEY_SPREAD);
+  write_plane(bytes, KEY_FIRST, KEY_SECOND, code, KEY_MIDDLE);
+  if (KEY_SECOND) write_plane(bytes + HEAD_DIM / 8 * KEY_FIRST, KEY_SECOND, 0, code, KEY_MIDDLE);
+  bytes += HEAD_DIM / 8 * (KEY_FIRST + KEY_SECOND);
+  const float value_scale = encode(value, code, VALUE_MIDDLE, VALUE_PEAK, VALUE_SPREAD);
+  write_plane(bytes, VALUE_FIRST, VALUE_SECOND, code, VALUE_MIDDLE);
+  if (VALUE_SECOND) write_plane(bytes + HEAD_DIM / 8 * VALUE_FIRST, VALUE_SECOND, 0, code, VALUE_MIDDLE);
+  if (lane == 0) {
+    row[ROW - 2] = shown ? (REAL)key_scale : (REAL)-1;
+    row[ROW - 1] = (REAL)value_scale;
+  }
+  if (recent) {
+    __global REAL* entry = ring_row(state, head, token);
+    FOR_SHARE entry[SHARE * lane + i] = (REAL)key[i];
+    FOR_SHARE entry[HEAD_DIM + SHARE * lane + i] = (REAL)value[i];
+    if (lane == 0) entry[2 * HEAD_DIM] = shown ? (REAL)1 : (REAL)0;
+  }
+}

@@ -1,0 +1,155 @@
+"""One layer of the form with kernels on a GPU, call by call, as JSON: run by test_kernels.py on the emulated device.
+
+usage: tools/gpu/emulated python tests/kernels_on_gpu.py FOLDER PRECISION TEXTS K,V[,HEAD_DIM]…
+
+TEXTS are tokens of each call, such as 37,1x40,20/1,70: a stroke is a reset, 1x40 forty calls of one. Some tokens on the
+left of each longer call are padding. For each of the bits prints the largest error of any call's context, as a share of
+the largest element that numpy computes there. TEXTS - : what is said of calls that must be refused, instead.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import openvino as ov
+from openvino import opset15 as op
+
+from ovtq.codec.basis import HeadBasis
+from ovtq.codec.coding import codecs
+from ovtq.forms.attend import Plan
+from ovtq.forms.bases import LayerBases
+from ovtq.forms.gpu.kernels import Kernels
+from ovtq.ir.graph import Port, dim, i64
+from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.runtime.kernels import properties
+
+HEADS, GROUP, WINDOW, CAPACITY = 2, 4, 16, 1024
+SINKS = np.random.RandomState(1).standard_normal(HEADS * GROUP).astype(np.float32)
+
+
+def parameter(name: str, shape: list[int], kind: ov.Type) -> ov.Node:
+    node = op.parameter(shape, kind, name=name)
+    node.output(0).set_names({name})
+    return node
+
+
+def one_layer(bits: tuple[int, int], head_dim: int) -> tuple[ov.Model, AttentionLayer]:
+    """A model of nothing but a full layer; its context is the result."""
+    ids, mask = (parameter(name, [-1, -1], ov.Type.i64) for name in ("input_ids", "attention_mask"))
+    query, key, value = (
+        parameter(name, [-1, heads, -1, head_dim], ov.Type.f32)
+        for name, heads in (("query", HEADS * GROUP), ("key", HEADS), ("value", HEADS))
+    )
+    # tokens serve to let a refusal be seen: they are part of the result
+    tokens = op.reshape(op.multiply(op.convert(ids, "f32"), op.constant(np.float32(0))), i64([0, 1, -1, 1]), True)
+    entry, stand_in = op.concat([query, key, value], 1), op.add(query, tokens)
+    ports = (Port(entry, number) for number in range(3))
+    layer = AttentionLayer(
+        0, None, HEADS * GROUP, HEADS, head_dim, head_dim**-0.5, SINKS, None, None, *ports, stand_in.output(0), None
+    )
+    result = op.result(op.add(stand_in, op.multiply(tokens, tokens)))
+    centre = rounded(0.3 * np.random.RandomState(2).standard_normal((HEADS, head_dim)))
+    middle = rounded(0.3 * np.random.RandomState(3).standard_normal((HEADS, head_dim)))
+    bases = LayerBases(skewed(head_dim, centre, 4), skewed(head_dim, middle, 5))
+    plan = Plan(*codecs(tuple(map(str, bits)), head_dim), (layer,), {0: bases}, WINDOW)
+    past = op.subtract(dim(mask, 1), dim(ids, 1))
+    form = Kernels(ModelDescription("none", ids, mask, None, (layer,), (), past), plan, CAPACITY)
+    made = form.rewrite(layer)
+    model = ov.Model([result], form.finish(), [ids, mask, query, key, value], "layer")
+    return model, made
+
+
+def rounded(x: np.ndarray) -> np.ndarray:
+    """To f16: else another rounding of the input would choose another code, which is no error of a kernel."""
+    return x.astype(np.float16).astype(np.float32)
+
+
+def inputs(rng: np.random.RandomState, tokens: int, shown: np.ndarray, head_dim: int, batch: int = 1) -> dict:
+    shapes = [(batch, heads, tokens, head_dim) for heads in (HEADS * GROUP, HEADS, HEADS)]
+    query, key, value = (rounded(rng.standard_normal(shape)) for shape in shapes)
+    ids = np.zeros((batch, tokens), np.int64)
+    return {"input_ids": ids, "attention_mask": shown, "query": query, "key": key, "value": value}
+
+
+def skewed(head_dim: int, centre: np.ndarray, seed: int) -> HeadBasis:
+    """A basis for each head that is no rotation, in numbers that f16 holds: a permutation, doubled here and there."""
+    random = np.random.RandomState(seed)
+    matrix = np.zeros((HEADS, head_dim, head_dim), np.float32)
+    for one in matrix:
+        one[np.arange(head_dim), random.permutation(head_dim)] = random.choice([-2, -1, 0.5, 1, 2], head_dim)
+    return HeadBasis(matrix, np.linalg.inv(matrix).astype(np.float32), centre)
+
+
+def calls(text: str) -> list[int]:
+    found: list[int] = []
+    for item in text.split(","):
+        tokens, _, times = item.partition("x")
+        found += [int(tokens)] * int(times or 1)
+    return found
+
+
+def worst(folder: Path, precision: str, texts: str, bits: tuple[int, int], head_dim: int) -> float:
+    model, layer = one_layer(bits, head_dim)
+    layer.cache.layout.write(folder)
+    config = {"INFERENCE_PRECISION_HINT": precision, **properties(folder)}
+    request = ov.Core().compile_model(model, "GPU", config).create_infer_request()
+    rng, largest, one = np.random.RandomState(0), 0.0, np.zeros(1, np.int32)
+    for text in texts.split("/"):
+        request.reset_state()
+        layer.packed.reset()
+        shown = np.ones((1, 0), np.int64)
+        for tokens in calls(text):
+            new = np.ones((1, tokens), np.int64)
+            new[:, : tokens // 6] = 0  # padding, on the left of each
+            shown = np.concatenate([shown, new], 1)
+            given = inputs(rng, tokens, shown, head_dim)
+            got = request.infer(given)[0].astype(np.float64)[:, :, tokens // 6 :]
+            expected = layer.packed.step(*(given[name] for name in ("query", "key", "value")), shown, one)
+            expected = expected[:, :, tokens // 6 :]
+            error = np.abs(got - expected).max() / np.abs(expected).max()
+            largest = max(largest, float(error) if np.isfinite(got).all() else float("inf"))
+    return largest
+
+
+def refused(folder: Path) -> dict[str, str]:
+    """What is said, by what is wrong; empty where something is computed."""
+    said: dict[str, str] = {}
+    model, layer = one_layer((6, 4), 64)
+    layer.cache.layout.write(folder)
+    rng, config = np.random.RandomState(0), {"INFERENCE_PRECISION_HINT": "f32"}
+
+    def attempt(what: str, device: str, given: dict[str, str], batch: int, tokens: int, past: int = 0) -> None:
+        try:
+            request = ov.Core().compile_model(model, device, {**config, **given}).create_infer_request()
+            request.infer(inputs(rng, tokens, np.ones((batch, past + tokens), np.int64), 64, batch))
+            said[what] = ""
+        except RuntimeError as error:
+            said[what] = str(error)
+
+    bound = properties(folder)
+    attempt("no property", "GPU", {}, 1, 3)
+    attempt("CPU", "CPU", {}, 1, 3)
+    attempt("batch", "GPU", bound, 2, 3)
+    attempt("capacity", "GPU", bound, 1, 1, CAPACITY)
+    attempt("full", "GPU", bound, 1, 1, CAPACITY - 1)
+    return said
+
+
+def main(folder: str, precision: str, texts: str, *bits: str) -> None:
+    """Print the errors, or what is refused."""
+    found: dict[str, object] = {}
+    if texts == "-":
+        found = dict(refused(Path(folder)))
+    for number, text in enumerate(bits):
+        key, value, *dims = map(int, text.split(","))
+        place = Path(folder) / str(number)
+        place.mkdir()
+        found[text] = worst(place, precision, texts, (key, value), *(dims or [64]))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,139 @@
+"""The form with OpenCL kernels: its files and refusals, and, on the emulated GPU, what it computes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import openvino as ov
+import pytest
+from conftest import GPU_TOOLS, ROOT, TINY
+from test_gpu import SLOW, emulated
+
+import ovtq
+from ovtq.codec.kernel_layout import KernelLayout
+from ovtq.errors import InputError, PreconditionFailed
+
+AT_20B = KernelLayout(8, 8, 64, (6, 4), 64, 32768)
+ALL = ["8,4", "6,4", "4,4", "5,3", "3,6", "2,2", "8,8", "6,4,128"]
+
+
+def on_gpu(folder: Path, precision: str, texts: str, *bits: str) -> dict:
+    command = [GPU_TOOLS / "emulated", sys.executable, ROOT / "tests" / "kernels_on_gpu.py", folder, precision, texts]
+    done = subprocess.run([*map(str, command), *bits], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("bits", "bytes_"), [((6, 4), 672), ((8, 4), 800), ((4, 4), 544)])
+def test_a_token_takes_its_codes_and_two_scales(bits: tuple[int, int], bytes_: int) -> None:
+    layout = KernelLayout(8, 8, 64, bits, 64, 32768)
+    assert layout.kv_heads * layout.row * 2 == bytes_
+    assert layout.offsets["RING"] - layout.offsets["ROWS"] == 32768 * bytes_ // 2
+
+
+@pytest.mark.parametrize("heads", [(8, 8, 64), (2, 8, 64), (2, 2, 64), (1, 16, 128), (4, 6, 128)])
+def test_what_a_kernel_is_given_has_room_for_what_it_gives(heads: tuple[int, int, int]) -> None:
+    layout = KernelLayout(*heads, (6, 4), 64, 4096)
+    needed = layout.query_heads * layout.parts * layout.record * 4  # floats
+    given = layout.step_rows * layout.head_dim
+    assert given == 5 * layout.kv_heads * layout.parts * layout.share
+    assert layout.step_rows > layout.query_heads + 2 * layout.kv_heads
+    assert given // 5 * layout.side**2 * 2 >= needed  # in f16
+    assert 5 * layout.fives > 2 * layout.kv_heads * layout.head_dim
+
+
+def test_the_files_of_other_kernels_have_another_digest() -> None:
+    """For a model cache keys a model by its graph, which may be the same: here a token takes as much."""
+    other = KernelLayout(8, 8, 64, (5, 5), 64, 32768)
+    assert other.shape == AT_20B.shape
+    assert other.digest != AT_20B.digest
+
+
+def test_a_conversion_writes_what_the_property_names(convert: Callable[..., Path]) -> None:
+    out = convert(TINY["5.5"], "--preset", "k6v4", "--kernels", "--capacity", "2048")
+    (name, path), *more = ovtq.properties(out).items()
+    assert (name, more) == ("CONFIG_FILE", [])
+    text = Path(path).read_text()
+    for source in ("attend", "join", "append", "read", "guard", "common", "constants"):
+        assert f'"{source}.cl"' in text
+        assert (Path(path).parent / f"{source}.cl").is_file()
+    record = json.loads((out / "ovtq.json").read_text())
+    assert record["config_file"] == "ovtq_kernels/kernels.xml"
+    packed = [state for state in record["states"] if state["holds"] == "packed"]
+    assert len(packed) == 2
+    assert record["state_bytes"]["after"]["per_token"] == 0  # all of it is there from the start
+    assert not ovtq.properties(TINY["5.5"])
+
+
+def test_a_cpu_refuses_them_by_the_propertys_name(convert: Callable[..., Path]) -> None:
+    out = convert(TINY["5.5"], "--preset", "k6v4", "--kernels", "--capacity", "2048")
+    with pytest.raises(RuntimeError, match="CONFIG_FILE"):
+        infer(ov.Core().compile_model(out / "openvino_model.xml", "CPU"))
+
+
+def infer(compiled: ov.CompiledModel) -> None:
+    given = {"input_ids": [[1, 2]], "attention_mask": [[1, 1]], "position_ids": [[0, 1]], "beam_idx": [0]}
+    request = compiled.create_infer_request()
+    request.infer({port.any_name: given[port.any_name] for port in compiled.inputs})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"target": "cpu"}, "kernels are for a GPU"),
+        ({"v_bits": "none"}, "kernels read packed keys and values alone"),
+        ({"budget": 512}, "don't go together"),
+        ({"capacity": 100}, "capacity must be from 1024"),
+        ({"kernels": None, "capacity": 2048}, "has no effect without kernels"),
+        ({"preset": "u8"}, "quantize-kv"),
+    ],
+)
+def test_what_does_not_go_with_them_is_refused(options: dict, said: str, tmp_path: Path) -> None:
+    with pytest.raises((InputError, PreconditionFailed), match=said):
+        ovtq.convert(TINY["5.5"], tmp_path / "out", **{"preset": "k6v4", "kernels": True, **options})
+
+
+def test_a_model_in_memory_is_refused() -> None:
+    with pytest.raises(InputError, match=r"use ovtq\.convert"):
+        ovtq.compress(ov.Core().read_model(TINY["5.5"] / "openvino_model.xml"), TINY["5.5"], kernels=True)
+
+
+@emulated
+def test_a_decode_step_is_that_of_numpy(tmp_path: Path) -> None:
+    """Across the window's edge, where tokens are read as packed."""
+    assert on_gpu(tmp_path, "f32", "1x40", "6,4")["6,4"] < 1e-5
+
+
+@emulated
+@SLOW
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("precision", "allowed"), [("f32", 1e-5), ("f16", 4e-3)])
+def test_every_call_is_that_of_numpy(precision: str, allowed: float, tmp_path: Path) -> None:
+    """Calls of many tokens and of one, padding, a reset; 300 steps. A code may be another at a tie: then no more."""
+    found = on_gpu(tmp_path, precision, "37,1x300,20,1,5,1,1/1,70,1,1", "6,4")
+    assert found["6,4"] < allowed
+
+
+@emulated
+@SLOW
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("bits", ALL)
+def test_any_bits(bits: str, tmp_path: Path) -> None:
+    assert on_gpu(tmp_path, "f32", "1x40,20,1", bits)[bits] < (1e-5 if "8,8" not in bits else 1e-3)
+
+
+@emulated
+@SLOW
+@pytest.mark.timeout(900)
+def test_calls_without_a_right_result_are_refused(tmp_path: Path) -> None:
+    said = on_gpu(tmp_path, "f32", "-")
+    assert "CONFIG_FILE" in said["no property"]
+    assert "not supported" in said["no property"]
+    assert "CONFIG_FILE" in said["CPU"]
+    assert "one sequence at a time" in said["batch"]
+    assert "1024 tokens" in said["capacity"]
+    assert said["full"] == ""
