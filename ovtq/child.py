@@ -216,7 +216,12 @@ def watch(module: str, function: str, *arguments: Any) -> int:
     codes: list[int] = []
     work = pickle.dumps((module, function, arguments, sys.argv))
     child.answer(len(work).to_bytes(8, "little") + work)
-    child.messages(lambda message: codes.append(message[1]))
+
+    def heard(message: tuple[Any, ...]) -> None:
+        codes.append(message[1])
+        child.say.close()  # its thread that listens ends, too: Windows lets no process end before
+
+    child.messages(heard)
     child.process.wait()
     child.tidy()
     if not codes:
@@ -302,8 +307,8 @@ def serve_command() -> None:
     link.listen()
     whereabouts.watched(link.tell)
     code = getattr(importlib.import_module(module), function)(*arguments)
-    link.tell(("done", code))
     signals.ignore()
+    link.tell(("done", code))
     with contextlib.suppress(OSError, ValueError):
         sys.stdout.flush()
     sys.exit(code)

@@ -435,7 +435,7 @@ def test_of_two_runs_at_once_one_says_that_it_wrote(options: list[str], tmp_path
 
     def second() -> None:
         with staging.staged(tmp_path / "out") as folder:
-            assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--no-verify", *options]) == 0
+            assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--no-verify", "--preset", "k6v4", *options]) == 0
             assert folder.is_dir()
 
     with pytest.raises(InputError, match="changed meanwhile, by another run"):
