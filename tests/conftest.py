@@ -55,7 +55,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         with FileLock(f"{folder}.lock"):
             if not folder.exists():
                 with tarfile.open(FAMILIES / f"{name}.tar.xz") as archive:
-                    archive.extractall(folder)
+                    archive.extractall(folder, filter="data")
         return folder
 
     return unpacked

@@ -26,7 +26,7 @@ from ovtq.cli.convert import main
 from ovtq.ir import io, weights
 from ovtq.runtime.runner import Runner
 
-SOURCES = [path for folder in ("ovtq", "passes", "models") for path in sorted((ROOT / folder).glob("*.py"))]
+SOURCES = [path for folder in ("ovtq", "passes", "models") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
 # ------------------------------------------------------------------------------------------ gates
