@@ -92,12 +92,14 @@ class _Rows:
         self.joined: dict[tuple[int, int], Node] = {}
         self.skipped = 0  # rows before what was held
 
-    def join(self, layer: AttentionLayer, which: int, new: Node | Output, first: Node | None = None) -> Node:
-        """What a layer reads, `new` behind it, and maybe one more row before all of them."""
+    def join(
+        self, layer: AttentionLayer, which: int, new: Node | Output, first: Node | None = None, last: Node | None = None
+    ) -> Node:
+        """What a layer reads, `new` behind it, and maybe one more row before or after all of them."""
         part = layer.index, which
         self.news[part] = new
         self.skipped = 0 if first is None else 1
-        rows = [first, self.parts[part], new]
+        rows = [first, self.parts[part], new, last]
         self.joined[part] = op.concat([some for some in rows if some is not None], 2)
         return self.joined[part]
 

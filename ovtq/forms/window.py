@@ -140,7 +140,7 @@ class WindowBlocks:
     """For the GPU plugin: the nodes that all sliding layers share, and the rewrite of one layer.
 
     Names of axes: m queries a block, nb blocks, w = 1 + (window − 1 + m) key rows a block, the sink's first.
-    Rows of a layer's keys: one row of zeros, which is the sink's, then the state, then the new tokens.
+    Rows of a layer's keys: the state, then the new tokens, then one row of zeros, which is the sink's.
     Tables are constants for a block of `window` queries, cut to m.
     """
 
@@ -154,27 +154,23 @@ class WindowBlocks:
         w = op.add(m, i64([window]))
         nb = op.divide(op.add(self.new, op.subtract(m, one)), m)
         self.by_block = op.concat([i64([0, 0]), nb, i64([-1, 0])], 0)  # (batch, H, nb·m, G, w) to (…, nb, m·G, w)
-        self.rows_by_block = op.concat([i64([0, 0]), nb, i64([-1, layer.head_dim])], 0)
-        last_row = op.add(self.new, i64([rows]))
+        zero_row = op.add(self.new, i64([rows]))
         start = op.unsqueeze(op.range(i64(0), scalar(self.new), scalar(m), "i64"), one)  # (nb, 1)
 
-        # Rows past the end, of the last block, are the last row again. In one line: where indices are all rows
-        # in order, as in a decode step, the GPU plugin leaves a Gather out.
+        # Rows past the end are the zero row: the sink's, and those of the last block's padding.
         queries = op.slice(i64(range(window)), origin, m, one, origin)
-        queries = op.minimum(op.add(start, queries), op.subtract(self.new, one))  # (nb, m)
-        self.query_rows = op.reshape(queries, i64([-1]), False)
-        keys = op.slice(i64([-FAR, *range(slack + 1, slack + 2 * window)]), origin, w, one, origin)
-        keys = op.maximum(op.minimum(op.add(start, keys), last_row), origin)  # (nb, w)
-        self.key_rows = op.reshape(keys, i64([-1]), False)
+        self.query_rows = op.minimum(op.add(start, queries), op.subtract(self.new, one))  # (nb, m)
+        keys = op.slice(i64([FAR, *range(slack, slack + 2 * window - 1)]), origin, w, one, origin)
+        self.key_rows = op.minimum(op.add(start, keys), zero_row)  # (nb, w)
 
         # Query i of a block sees key rows i … i + window − 1 of it, and always the sink.
         # Counted in ones, which every inference precision holds exactly: two masks that cancel might be rounded apart.
         hidden = np.where(_seen(window, 2 * window - 1, window), 0, 1)
         hidden = np.concatenate([np.full((window, 1), -1), hidden], 1)  # outweighs that the sink's row is no token
         band = op.slice(f32(hidden), i64([0, 0]), op.concat([m, w], 0), i64([1, 1]), i64([0, 1]))
-        shown = op.pad(description.attention_mask, i64([0, rows + 1]), i64([0, 0]), "constant", i64(0))
-        shown = op.slice(shown, op.negative(op.add(last_row, one)), i64([FAR]), one, one)  # (batch, 1 + rows + new)
-        shown = op.unsqueeze(op.gather(shown, keys, i64(1)), i64(2))  # (batch, nb, 1, w)
+        shown = op.pad(description.attention_mask, i64([0, rows]), i64([0, 1]), "constant", i64(0))
+        shown = op.slice(shown, op.negative(op.add(zero_row, one)), i64([FAR]), one, one)  # (batch, rows + new + 1)
+        shown = op.unsqueeze(op.gather(shown, self.key_rows, i64(1)), i64(2))  # (batch, nb, 1, w)
         padding = op.select(op.equal(shown, i64(0)), f32(1), f32(0))
         mask = op.multiply(op.clamp(op.add(padding, band), 0, 1), f32(MASKED))  # (batch, nb, m, w)
         self.mask = op.reshape(mask, op.concat([i64([0, 1, -1, 1]), w], 0), True)  # (batch, 1, nb·m, 1, w)
@@ -193,13 +189,12 @@ class WindowBlocks:
         """The layer with a window for its cache; shapes are noted with H = kv_heads, d = head_dim."""
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
         new = op.concat([layer.key.source, layer.value.source], 1)  # (batch, 2H, new, d)
-        tokens = self.ring.join(layer, 0, new, first=self.zero_rows)
-        tokens = op.reshape(op.gather(tokens, self.key_rows, i64(2)), self.rows_by_block, True)
-        keys, values = op.split(tokens, i64(1), 2).outputs()  # (batch, H, nb, w, d)
+        tokens = self.ring.join(layer, 0, new, last=self.zero_rows)
+        keys, values = op.split(op.gather(tokens, self.key_rows, i64(2)), i64(1), 2).outputs()  # (batch, H, nb, w, d)
 
         entry = op.reshape(layer.query.source, i64([0, H, G, -1, d]), True)
         query = op.transpose(entry, i64([0, 1, 3, 2, 4]))  # (batch, H, new, G, d)
-        query = op.reshape(op.gather(query, self.query_rows, i64(2)), self.by_block, True)  # (batch, H, nb, m·G, d)
+        query = op.reshape(op.gather(query, self.query_rows, i64(2)), i64([0, 0, 0, -1, d]), True)
         # The Reshape keeps the GPU plugin from fusing the sums into a product of rank 5, which then adds the wrong
         # blocks' masks.
         scores = op.reshape(op.matmul(query, keys, False, True), i64([0, 0, -1, G, 0]), True)  # (batch, H, nb·m, G, w)
