@@ -63,11 +63,16 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 @pytest.fixture(scope="session")
 def convert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Convert a model folder with `ovtq-convert` options, once for the same options, whichever worker asks first."""
+    """Convert a model folder with `ovtq-convert` options, once for the same options, whichever worker asks first.
+
+    Verified if asked for: what verification finds is the matter of a few tests, most look at what was written.
+    """
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    def run(model_dir: Path, *options: str) -> Path:
+    def run(model_dir: Path, *options: str, verified: bool = False) -> Path:
+        if not (verified or any(option.startswith(("--verify", "--no-verify")) for option in options)):
+            options = (*options, "--no-verify")
         name = hashlib.sha256(repr((model_dir, options)).encode()).hexdigest()[:16]
         out = shared / f"converted-{name}" / model_dir.name
         with FileLock(shared / f"converted-{name}.lock"):
@@ -82,7 +87,7 @@ def convert(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def exact(convert: Callable[..., Path]) -> Path:
     """The bundled model, converted with the preset `exact` for a CPU."""
-    return convert(MINI, "--preset", "exact", "--target", "cpu")
+    return convert(MINI, "--preset", "exact", "--target", "cpu", verified=True)
 
 
 @pytest.fixture(scope="session")

@@ -36,6 +36,7 @@ PUBLIC = [
     "describe",
     "errors",
     "load_state",
+    "properties",
     "pruning_counts",
     "read_prompt",
     "save_state",

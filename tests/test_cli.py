@@ -117,7 +117,7 @@ def test_infer_says_from_where_on_a_packed_cache_pays(convert: Callable[..., Pat
 
 def test_help_has_examples_and_words_and_fits_on_two_screens() -> None:
     said = ovtq("convert", "--help").stdout
-    assert said.index("examples:") < said.index("options:") < said.index("presets:") < said.index("words:")
+    assert said.index("examples:") < said.index("options:") < said.index("presets (a pass") < said.index("words:")
     assert "centre" in said
     passes = ovtq("convert", "--help-passes")
     assert (passes.returncode, passes.stdout.startswith("passes and their options:")) == (0, True)

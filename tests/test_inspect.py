@@ -70,7 +70,7 @@ def test_a_converted_models_bytes_and_those_foretold(
 
 
 def test_what_is_printed(convert: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    exact = convert(TINY["5.5"], "--preset", "exact")
+    exact = convert(TINY["5.5"], "--preset", "exact", verified=True)
     capsys.readouterr()
     assert main([str(MINI), "--context", "4k", "--json", str(tmp_path / "facts.json")]) == 0
     text = capsys.readouterr().out

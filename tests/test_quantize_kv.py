@@ -37,7 +37,7 @@ SCHEDULES = {
         Call(1, 4, beams=(1, 1, 3, 0)),
         Call(9, 4, beams=(3, 2, 1, 0)),
     ],
-    "from one token": [*[Call(1)] * 30, Call(120), Call(1), Call(1)],
+    "from one token": [*[Call(1)] * 18, Call(120), Call(1)],
 }
 FORMS: dict[str, QuantizeKv] = {
     f"{target}, {name}": QuantizeKv(target=target, residual_window=window, **options)

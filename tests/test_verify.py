@@ -22,6 +22,7 @@ import ovtq.forms.cpu.full
 import ovtq.forms.ring
 import ovtq.forms.window
 import ovtq.passes.rotate_heads
+import ovtq.verification.verify
 from ovtq import pipeline
 from ovtq.cli.convert import main
 from ovtq.errors import VerificationFailed
@@ -36,6 +37,12 @@ from ovtq.verification.extent import Scope, cut, scope
 from ovtq.verification.routers import undecided
 from ovtq.verification.schedule import PASTED, STEPS, Call, calls_for, edges, lengths_of
 from ovtq.verification.verify import TOLERANCE, compare, verify
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pasted text of 129 tokens: what is planted here shows in it. `test_verify_host.py` plants what does not."""
+    monkeypatch.setattr(ovtq.verification.verify, "PASTED", 129)
 
 
 def _not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +334,7 @@ def test_packed_windows_of_the_first_layers_alone(layers: int, packed: int, tmp_
 
 
 def test_packed_layers_are_held_to_numpy_where_they_read_codes(convert: Callable[..., Path]) -> None:
-    found = json.loads((convert(TINY["5.5"], "--preset", "k6v4") / io.RECORD).read_text())["verified"]
+    found = json.loads((convert(TINY["5.5"], "--preset", "k6v4", verified=True) / io.RECORD).read_text())["verified"]
     assert found["packed"]["layers"] == 2
     assert found["packed"]["positions"] > 50
     assert 0 < found["packed"]["relative"] <= TOLERANCE

@@ -1,5 +1,29 @@
-"""How vectors are coded, in numpy: what is right. The public names are those of TurboQuant's quantiser."""
+"""How vectors are coded, in numpy: what is right. The public names are those of TurboQuant's quantisers."""
 
-from ovtq.codec.turboquant import FLOOR, STEPS, AdaptiveUniform, TurboQuantMSE
+from ovtq.codec.turboquant import (
+    FLOOR,
+    STEPS,
+    AdaptiveUniform,
+    RotatedQuantizer,
+    TurboQuantMSE,
+    TurboQuantProd,
+    dequantize,
+    gaussian_projection,
+    qjl_decode,
+    qjl_encode,
+    quantize,
+)
 
-__all__ = ["FLOOR", "STEPS", "AdaptiveUniform", "TurboQuantMSE"]
+__all__ = [
+    "FLOOR",
+    "STEPS",
+    "AdaptiveUniform",
+    "RotatedQuantizer",
+    "TurboQuantMSE",
+    "TurboQuantProd",
+    "dequantize",
+    "gaussian_projection",
+    "qjl_decode",
+    "qjl_encode",
+    "quantize",
+]
