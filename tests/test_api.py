@@ -81,7 +81,7 @@ def written(convert: Callable[..., Path], capfd: pytest.CaptureFixture[str]) -> 
     """A folder that the command line made, which does print."""
 
     def run(*flags: str) -> Path:
-        folder = convert(SMALL, *flags)
+        folder = convert(SMALL, *flags, verified="--no-verify" not in flags)
         capfd.readouterr()
         return folder
 

@@ -208,7 +208,7 @@ def test_infer_reads_stdin(exact: Path) -> None:
     [
         (["--prompt", ""], "--prompt: empty"),
         (["--prompt", "x", "--device", "NPU9"], "device NPU9 is not there"),
-        (["--prompt", "x", "--temperature", "-1"], "--temperature: at least 0"),
+        (["--prompt", "x", "--temperature", "-1"], "--temperature: a number from 0"),
         (["--prompt", "x", "--property", "A"], "write KEY=VALUE"),
     ],
 )

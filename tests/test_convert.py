@@ -111,7 +111,9 @@ def test_verifying_the_first_layers_only(capsys: pytest.CaptureFixture[str], tmp
 @pytest.mark.parametrize(("target", "row"), [("gpu", 80 // 2 + 2 + 2), ("cpu", 64 // 2 + 4 + 4)])
 def test_a_cache_of_the_plugin(target: str, row: int, convert: Callable[..., Path]) -> None:
     """What the record says of it: bytes a token, and that the compiled model really keeps it so."""
-    record = json.loads((convert(TINY["5.5"], "--preset", "u4", "--target", target) / "ovtq.json").read_text())
+    record = json.loads(
+        (convert(TINY["5.5"], "--preset", "u4", "--target", target, verified=True) / "ovtq.json").read_text()
+    )
     assert record["state_bytes"]["after"]["per_token"] == 2 * 2 * 2 * row  # layers, K and V, heads
     assert record["verified"]["cache_precision"] == "u4"
     assert "sink-row" in [step["name"] for step in record["passes"]] or target == "cpu"

@@ -39,12 +39,6 @@ from ovtq.verification.schedule import PASTED, STEPS, Call, calls_for, edges, le
 from ovtq.verification.verify import TOLERANCE, compare, verify
 
 
-@pytest.fixture(autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pasted text of 129 tokens: what is planted here shows in it. `test_verify_host.py` plants what does not."""
-    monkeypatch.setattr(ovtq.verification.verify, "PASTED", 129)
-
-
 def _not_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ovtq.passes.rotate_heads, "insert_after", lambda old, make: old)
     monkeypatch.setattr(RotateHeads, "ensures", lambda self, rewrite: None)
