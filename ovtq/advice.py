@@ -1,6 +1,7 @@
-"""Which preset to take: decided here alone, by what a model's attention is and by what was measured.
+"""Which preset to take: decided here alone, by what a model's attention is.
 
-docs/families.md has the figures and their commands.
+With sinks by what was measured of GPT-OSS (docs/benchmarks, docs/evidence.md). Without, by what each plugin fuses, and
+quality by one model (docs/evidence.md): no times were taken there.
 """
 
 from __future__ import annotations

@@ -428,7 +428,7 @@ def copy_whole(source: Path, target: Path, stop: threading.Event) -> None:
             code = ctypes.get_last_error()
             raise OSError(None, ctypes.FormatError(code).strip(), str(target), code)
     else:
-        raise NotImplementedError
+        raise OSError(errno.ENOSYS, "this way to copy is Windows' own", str(target))
 
 
 def temporary(folder: Path) -> tempfile.TemporaryDirectory[str]:

@@ -173,6 +173,13 @@ def test_a_fault_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_cpu_is_no_proof_for_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ["--preset", "u8", "--set", "sink-row.window=16"]
+    assert main([str(TINY["5.5"]), str(tmp_path / "out"), *options]) == 2
+    assert "verify it where it is to run, with --verify-device GPU; nothing was written" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
 def test_it_refuses_what_it_cannot_keep() -> None:
     rewrite, _ = recent()
     with pytest.raises(PreconditionFailed, match="sink-row"):
