@@ -10,7 +10,7 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.codec.kernel_layout import KernelLayout
-from ovtq.codec.packed_attention import PackedAttention, Place
+from ovtq.codec.packed_attention import PackedAttention, StateSlice
 from ovtq.ir.graph import MASKED, Port, consumers, dim, i64, redirect
 from ovtq.states import StateSpec
 
@@ -104,7 +104,7 @@ class Packed:
     """Packed codes, of a window or all tokens: `definition` is what the layer computes, `places` where they are."""
 
     definition: PackedAttention
-    places: tuple[Place, ...]
+    places: tuple[StateSlice, ...]
     rows: TokenRows | None
     lengths: tuple[int, ...]
 
@@ -191,7 +191,7 @@ class AttentionLayer:
         return self.cache.definition if isinstance(self.cache, Packed) else None
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def places(self) -> tuple[StateSlice, ...]:
         """Where its keys and values then are."""
         return self.cache.places if isinstance(self.cache, Packed) else ()
 

@@ -9,7 +9,7 @@ import openvino as ov
 from openvino import opset15 as op
 
 from ovtq.errors import VerificationFailed
-from ovtq.forms.table import TARGETS
+from ovtq.forms.table import TARGET, TARGETS
 from ovtq.ir.graph import ancestors, dim, i32, i64, id_of, new_variable, rebuild, redirect
 from ovtq.models.description import ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
@@ -68,7 +68,7 @@ class CheckCall(Pass):
         beam_count, one = dim(beams, 0), i64([1])
         rows = next((layer.token_rows for layer in description.layers if layer.token_rows), None)
         assigns, first, last, held, made = [], [], [], [], []
-        if self.target == "cpu":
+        if TARGET[self.target].counts:
             made = [StateSpec.fixed(PAST, "i32", [1], "past", rows=1)]
             variable = new_variable(made[0])
             read = op.read_value(op.broadcast(i32(0), op.concat([batch, one], 0)), variable)

@@ -12,11 +12,11 @@ import openvino as ov
 from ovtq.codec.coding import codecs, unfit
 from ovtq.codec.kernel_layout import HEAD_DIMS, MOST_HEADS
 from ovtq.codec.rotation import orthogonal
-from ovtq.forms.attend import Plan
+from ovtq.forms.attend import FullCacheSpec
 from ovtq.forms.bases import Choice, LayerBases, told
 from ovtq.forms.gpu.kernels import Kernels
 from ovtq.forms.pruning import Pruning
-from ovtq.forms.table import FULL
+from ovtq.forms.table import TARGET, TARGETS
 from ovtq.ir.graph import rebuild
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.passes.checks import coupled, not_exported, taken, unequal
@@ -80,8 +80,9 @@ class FullCache:
         )
 
     def _without_kernels(self, layer: AttentionLayer) -> str:
-        if self.target != "gpu":
-            return "kernels are for a GPU; add --target gpu, or leave them out"
+        if not TARGET[self.target].kernels:
+            able = " or ".join(name for name in TARGETS if TARGET[name].kernels)
+            return f"a {self.target.upper()} runs no kernels; add --target {able}, or leave them out"
         if "none" in self.bits:
             return "kernels read packed keys and values alone; give k-bits and v-bits numbers"
         if layer.head_dim not in HEAD_DIMS or layer.group > MOST_HEADS:
@@ -96,12 +97,12 @@ class FullCache:
         """How its bases are made."""
         return Choice(self.basis, self.centre, self.calibration)
 
-    def plan(self, model: ov.Model, layers: tuple[AttentionLayer, ...]) -> Plan:
+    def plan(self, model: ov.Model, layers: tuple[AttentionLayer, ...]) -> FullCacheSpec:
         """The same with what it needs of the model."""
         spread = orthogonal(layers[0].head_dim, self.seed)
         bases = self.choice.of(model, layers, (spread, spread))
         scaled = {x.index: LayerBases(bases[x.index].key.scaled(x.scale), bases[x.index].value) for x in layers}
-        return Plan(*codecs(self.bits, layers[0].head_dim), layers, scaled, self.window, self.pruning)
+        return FullCacheSpec(*codecs(self.bits, layers[0].head_dim), layers, scaled, self.window, self.pruning)
 
     def give(
         self, model: ov.Model, description: ModelDescription
@@ -110,7 +111,9 @@ class FullCache:
         layers = self.chosen(description)
         plan = self.plan(model, layers)
         form = (
-            FULL[self.target](description, plan) if self.capacity is None else Kernels(description, plan, self.capacity)
+            TARGET[self.target].full(description, plan)
+            if self.capacity is None
+            else Kernels(description, plan, self.capacity)
         )
         changed = {layer.index: form.rewrite(layer) for layer in layers}
         model = rebuild(model, drop=[path.assign for layer in layers for path in layer.paths], add=form.finish())

@@ -15,14 +15,13 @@ from ovtq.forms import triattention
 from ovtq.forms.bases import Choice
 from ovtq.forms.pruning import MODES, Pruning
 from ovtq.forms.scores import SCORES
-from ovtq.forms.table import TARGETS
+from ovtq.forms.table import TARGET, TARGETS
 from ovtq.models.description import AttentionLayer, ModelDescription
 from ovtq.passes.base import BasisPass, Pass, Rewrite, basis_option, calibration_option, centre_option, option
 from ovtq.passes.full_cache import FullCache
 from ovtq.passes.quantize_kv import QuantizeKv
 
 AUTO = -1  # as a slack
-SLACK = {"gpu": 0, "cpu": 127}
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class PruneKv(BasisPass):
     score: str = option("keydiff", "score that tokens are kept by", choices=tuple(SCORES))
     mode: str = option("evict", "what becomes of tokens that are not kept", choices=MODES)
     slack: int = option(
-        AUTO, f"tokens over the budget before any leaves; {AUTO}: {SLACK['cpu']} for a CPU, none for a GPU"
+        AUTO, f"tokens over the budget before any leaves; {AUTO}: {TARGET['cpu'].batch} for a CPU, none for a GPU"
     )
     heads: str = option(
         "each", "whether each KV head keeps tokens of its own, or all the same", choices=("each", "shared")
@@ -143,7 +142,7 @@ class PruneKv(BasisPass):
         """The rule in the terms of its numpy definition."""
         return Pruning(
             self.budget, self.window, self.prefix, self.score, self.mode, self.heads == "shared",
-            (SLACK[self.target] if self.slack == AUTO else self.slack) + 1, self.score_seed,
+            (TARGET[self.target].batch if self.slack == AUTO else self.slack) + 1, self.score_seed,
             triattention.load(Path(self.stats)) if self.stats else None,
         )  # fmt: skip
 
@@ -179,12 +178,7 @@ class PruneKv(BasisPass):
 
     def requires(self, description: ModelDescription) -> None:
         """Refuses what quantize-kv refuses, and a slack for a GPU."""
-        if self.target == "gpu" and self.slack > 0:
-            raise self.refuse(
-                f"slack {self.slack}: for a GPU tokens leave one by one; leave it out, or use --target cpu"
-            )
-        if self.target == "cpu" and self.window + self.pruning.flush == 1:
-            raise self.refuse("recent-window 0 with slack 0: a CPU's states need a row; give either 1 or more")
+        self.refuse_if(TARGET[self.target].unfit(self.pruning))
         self.refuse_if(self.packed.unfit(description))
         if self.score == "triattention" and not self.stats:
             raise self.refuse("the score triattention needs stats, a file of tools/calibrate_triattention.py")

@@ -9,10 +9,8 @@ import openvino as ov
 
 from ovtq.codec.coding import BITS, coding, unfit
 from ovtq.errors import VerificationFailed
-from ovtq.forms.beams import Beams
-from ovtq.forms.ring import PackedRing, Ring
-from ovtq.forms.table import TARGETS
-from ovtq.forms.table import WINDOW as WINDOW_FORMS
+from ovtq.forms.table import TARGET, TARGETS
+from ovtq.forms.window_state import PackedWindowState, WindowState
 from ovtq.ir.graph import rebuild
 from ovtq.models.description import ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
@@ -90,15 +88,16 @@ class TruncateWindow(Pass):
         layers = description.sliding
         rows = layers[0].reach - 1 + self.slack
         facts = {"window": layers[0].window, "rows": rows, "layers": [layer.index for layer in layers]}
-        beams = Beams(description, self.target)
-        ring: Ring | PackedRing
+        target = TARGET[self.target]
+        beams = target.beams(description)
+        tokens: WindowState | PackedWindowState
         if self.exact:
-            ring = Ring(description, WINDOW, layers, rows, beams)
+            tokens = target.window_state(description, WINDOW, layers, rows, beams)
         else:
             how = coding((self.k_bits, self.v_bits), layers[0].head_dim, self.seed)
-            ring = PackedRing(description, WINDOW, layers, rows, how, beams)
+            tokens = PackedWindowState(description, WINDOW, layers, rows, how, beams)
             facts |= how.digests
-        form = WINDOW_FORMS[self.target](description, self.slack, ring)
+        form = target.window(description, self.slack, tokens)
         changed = {layer.index: form.rewrite(layer) for layer in layers}
         old = [path.assign for layer in layers for path in layer.paths]
         model = rebuild(model, drop=old, add=form.finish())

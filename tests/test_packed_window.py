@@ -43,7 +43,7 @@ def tapped(form: str) -> Tapped:
 
 
 class States:
-    """What a compiled model's window holds now, by the layout that PackedRing tells of."""
+    """What a compiled model's window holds now, by the layout that PackedWindowState tells of."""
 
     def __init__(self, model: Tapped, item: TruncateWindow) -> None:
         states = {state.name: np.array(state.state.data) for state in model.request.query_state()}

@@ -310,16 +310,16 @@ def _one_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _mask_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    masks = ovtq.forms.cpu.prune.Survivors._masks
+    masks = ovtq.forms.cpu.prune.CpuEviction._masks
 
-    def shifted(self: ovtq.forms.cpu.prune.Survivors) -> dict[int, Far]:
+    def shifted(self: ovtq.forms.cpu.prune.CpuEviction) -> dict[int, Far]:
         op, by_one = ov.opset15, ov.opset15.constant(np.int64([-1]))
         return {
             index: far.filled([op.roll(x, by_one, op.constant(np.int64([3]))).output(0) for x in far.flatten()])
             for index, far in masks(self).items()
         }
 
-    monkeypatch.setattr(ovtq.forms.cpu.prune.Survivors, "_masks", shifted)
+    monkeypatch.setattr(ovtq.forms.cpu.prune.CpuEviction, "_masks", shifted)
 
 
 def _before(row: ov.Output) -> ov.Output:
@@ -329,20 +329,20 @@ def _before(row: ov.Output) -> ov.Output:
 
 def _rows_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Evicting takes the neighbour of each row that should stay, but for the scores."""
-    finish = ovtq.forms.cpu.prune.Survivors.finish
+    finish = ovtq.forms.cpu.prune.CpuEviction.finish
 
-    def shifted(self: ovtq.forms.cpu.prune.Survivors) -> tuple:
+    def shifted(self: ovtq.forms.cpu.prune.CpuEviction) -> tuple:
         rows, assigns = finish(self)
         return {index: _before(row) for index, row in rows.items()}, assigns
 
-    monkeypatch.setattr(ovtq.forms.cpu.prune.Survivors, "finish", shifted)
+    monkeypatch.setattr(ovtq.forms.cpu.prune.CpuEviction, "finish", shifted)
 
 
 def _beams_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores stay with their row of the batch when the tokens move."""
-    init = ovtq.forms.cpu.prune.Held.__init__
+    init = ovtq.forms.cpu.prune.GrowingState.__init__
 
-    def deaf(self: ovtq.forms.cpu.prune.Held, beams: Beams, state: StateSpec) -> None:
+    def deaf(self: ovtq.forms.cpu.prune.GrowingState, beams: Beams, state: StateSpec) -> None:
         if state.name == SCORE:
             op, beams = ov.opset15, copy.copy(beams)
             count = op.squeeze(op.shape_of(beams.index, "i32"), op.constant(np.int64([0])))
@@ -350,17 +350,18 @@ def _beams_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
             beams._pairs = {}
         init(self, beams, state)
 
-    monkeypatch.setattr(ovtq.forms.cpu.prune, "Held", type("Held", (ovtq.forms.cpu.prune.Held,), {"__init__": deaf}))
+    form = ovtq.forms.cpu.prune
+    monkeypatch.setattr(form, "GrowingState", type("GrowingState", (form.GrowingState,), {"__init__": deaf}))
 
 
 def _best_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the GPU's form a step evicts the best token, not the worst."""
-    but_one = ovtq.forms.gpu.prune.Residents._but_one
+    but_one = ovtq.forms.gpu.prune.GpuEviction._but_one
 
-    def wrong(self: ovtq.forms.gpu.prune.Residents, rivals: ov.Output) -> ov.Node:
+    def wrong(self: ovtq.forms.gpu.prune.GpuEviction, rivals: ov.Output) -> ov.Node:
         return but_one(self, ov.opset15.negative(rivals).output(0))
 
-    monkeypatch.setattr(ovtq.forms.gpu.prune.Residents, "_but_one", wrong)
+    monkeypatch.setattr(ovtq.forms.gpu.prune.GpuEviction, "_but_one", wrong)
 
 
 def _worst_sorted(monkeypatch: pytest.MonkeyPatch) -> None:

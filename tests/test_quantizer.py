@@ -10,7 +10,7 @@ from openvino import opset15 as op
 from ovtq.codec import STEPS, AdaptiveUniform
 from ovtq.codec.packing import Layout, layout, pack, unpack
 from ovtq.codec.rotation import randomized_hadamard
-from ovtq.forms.quantizer import encode, interleaved, look_up, residues
+from ovtq.forms.quantizer import encode, features_lut, low_bits_matrix, lut_matrix
 from ovtq.forms.quantizer import pack as pack_nodes
 from ovtq.forms.quantizer import unpack as unpack_nodes
 from ovtq.runtime.runner import EXACT_PROPERTIES
@@ -79,7 +79,7 @@ def test_unpacking_is_the_inverse(bits: int, head_dim: int) -> None:
     source = op.parameter([-1, 2, -1, where.bytes], np.int8)
     (features,) = run(ov.Model([op.result(unpack_nodes(source.output(0), where))], [source]), packed)
     middle = (2**bits - 1) / 2
-    assert np.array_equal(features.astype(np.float64) @ residues(where) + middle, unpack(packed, bits))
+    assert np.array_equal(features.astype(np.float64) @ low_bits_matrix(where) + middle, unpack(packed, bits))
     # each exactly a bf16: 8 bits of which the last are 0 or 1 halves
     assert np.abs(features).max() <= 127.5
 
@@ -93,7 +93,7 @@ def test_looking_up_is_the_inverse(bits: int, head_dim: int) -> None:
     packed[0, 0, :256] = np.arange(-128, 128, dtype=np.int8)[:, None]
     source, factor = op.parameter([-1, 2, -1, where.bytes], np.int8), op.parameter([-1, 2, -1, 1], np.float32)
     scale = np.random.RandomState(1).uniform(0.1, 2, (1, 2, 300, 1)).astype(np.float32)
-    nodes = look_up(source.output(0), where, factor.output(0))
+    nodes = features_lut(source.output(0), where, factor.output(0))
     got = run(ov.Model([op.result(nodes)], [source, factor]), packed, scale)[0]
     expected = scale * (unpack(packed, bits) - np.float32((2**bits - 1) / 2))
-    assert np.allclose(got @ interleaved(where), expected, rtol=4 * EPS, atol=4 * EPS * np.abs(expected).max())
+    assert np.allclose(got @ lut_matrix(where), expected, rtol=4 * EPS, atol=4 * EPS * np.abs(expected).max())

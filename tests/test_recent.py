@@ -14,7 +14,7 @@ from ovtq.cli.convert import main
 from ovtq.codec.rotation import randomized_frame, spread_width
 from ovtq.errors import PreconditionFailed
 from ovtq.forms.gpu.recent import ANCHOR, MARK, PADDING, SINK, RecentRows
-from ovtq.forms.ring import MOST, PARTS, UNITS
+from ovtq.forms.window_state import MOST, PARTS, UNITS
 from ovtq.ir.graph import f32
 from ovtq.passes import DecoupleLength, Rewrite, SimplifyMask, SinkRow, TruncateWindow
 from ovtq.runtime.gpu_cache import restored

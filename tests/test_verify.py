@@ -19,16 +19,21 @@ from conftest import MINI, TINY, load
 import ovtq.codec.packing
 import ovtq.forms.attend
 import ovtq.forms.cpu.full
-import ovtq.forms.ring
 import ovtq.forms.window
+import ovtq.forms.window_state
 import ovtq.passes.rotate_heads
 import ovtq.verification.verify
 from ovtq import pipeline
 from ovtq.cli.convert import main
+from ovtq.codec.packing import Layout
 from ovtq.errors import VerificationFailed
-from ovtq.forms.attend import Columns, Held, Plan
+from ovtq.forms.attend import Columns, FullCacheSpec, GrowingState
 from ovtq.forms.basis_nodes import Matrices
 from ovtq.forms.beams import Beams
+from ovtq.forms.cpu import window as cpu_window
+from ovtq.forms.cpu.beams import CpuBeams
+from ovtq.forms.gpu import window as gpu_window
+from ovtq.forms.gpu.beams import GpuBeams
 from ovtq.ir import io
 from ovtq.passes import DecoupleLength, RotateHeads, TruncateWindow
 from ovtq.states import StateSpec
@@ -50,14 +55,15 @@ def _not_orthogonal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _band_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, between = ovtq.forms.window._seen, ovtq.forms.window._between
+    seen, between = ovtq.forms.window.seen, cpu_window._between
 
     def shifted(queries: int, keys: int, window: int) -> np.ndarray:
         right = seen(queries, keys, window)
         return np.roll(right, 1, axis=1) & right
 
-    monkeypatch.setattr(ovtq.forms.window, "_seen", shifted)
-    monkeypatch.setattr(ovtq.forms.window, "_between", lambda a, b, above, last: between(a, b, above + 1, last))
+    for form in (cpu_window, gpu_window):
+        monkeypatch.setattr(form, "seen", shifted)
+    monkeypatch.setattr(cpu_window, "_between", lambda a, b, above, last: between(a, b, above + 1, last))
 
 
 def _window_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +83,7 @@ def _padding_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
         is_mask = padded.get_output_element_type(0) == ov.Type.i64 if isinstance(padded, ov.Node) else True
         return pad(op.maximum(padded, op.constant(np.int64(1))) if is_mask else padded, *rest)
 
-    monkeypatch.setattr(ovtq.forms.window.op, "pad", all_shown)
+    monkeypatch.setattr(cpu_window.op, "pad", all_shown)
 
 
 EXACT = "decouple-length,truncate-window,simplify-mask,rotate-heads:tensors=v:layers=full,check-call"
@@ -162,7 +168,7 @@ def _not_causal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _sink_not_centred(monkeypatch: pytest.MonkeyPatch) -> None:
     zeros = property(lambda self: np.concatenate([0 * self.centre(layer) for layer in self.layers]))
-    monkeypatch.setattr(Plan, "sink_rows", zeros)
+    monkeypatch.setattr(FullCacheSpec, "sink_rows", zeros)
 
 
 WRONG = "the converted model is wrong on CPU: "
@@ -192,19 +198,19 @@ def test_a_broken_packed_cache_is_refused(
 
 def _scales_stay_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes follow their beams, what layers read of the scales does not."""
-    groups = Beams.in_groups
+    groups = CpuBeams.in_groups
 
-    def deaf(self: Beams, *some: object) -> list[ov.Output]:
+    def deaf(self: CpuBeams, *some: object) -> list[ov.Output]:
         other = copy.copy(self)
         other.index, other._pairs = ov.opset15.multiply(self.index, np.int32(0)), {}
         return groups(other, *some)
 
-    monkeypatch.setattr(Beams, "in_groups", deaf)
+    monkeypatch.setattr(CpuBeams, "in_groups", deaf)
 
 
 def _scales_of_another_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    groups = Beams.in_groups
-    monkeypatch.setattr(Beams, "in_groups", lambda self, *some: groups(self, *some)[::-1])
+    groups = CpuBeams.in_groups
+    monkeypatch.setattr(CpuBeams, "in_groups", lambda self, *some: groups(self, *some)[::-1])
 
 
 def _scales_joined_in_another_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,56 +249,66 @@ def test_rows_that_outlive_a_reset_are_refused(
 ) -> None:
     """As they do if nothing but ReadValue reads what a growing state starts from."""
 
-    def append(self: Held, new: ov.Output) -> None:
+    def append(self: GrowingState, new: ov.Output) -> None:
         self.appended = ov.opset15.concat([self.past, new], 2).output(0)
 
-    monkeypatch.setattr(Held, "append", append)
+    monkeypatch.setattr(GrowingState, "append", append)
     said = refusal(tmp_path, capsys, "--preset", "k6v4", "--residual-window", "16", "--target", "cpu")
     assert re.search(rf"a step of \d+ tokens failed|{WRONG}", said)
 
 
 def _window_scales_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    restore = ovtq.forms.ring.restore
+    for beams in (CpuBeams, GpuBeams):
 
-    def louder(packed: ov.Output, layout: object, scales: ov.Output, *rest: object) -> ov.Node:
-        return restore(packed, layout, ov.opset15.multiply(scales, np.float32(1.1)).output(0), *rest)
+        def louder(
+            self: Beams, packed: ov.Output, layout: Layout, scales: ov.Output, rotation: np.ndarray,
+            dequantize: Callable[..., ov.Node] = beams.dequantize,
+        ) -> ov.Node:  # fmt: skip
+            return dequantize(self, packed, layout, ov.opset15.multiply(scales, np.float32(1.1)).output(0), rotation)
 
-    monkeypatch.setattr(ovtq.forms.ring, "restore", louder)
+        monkeypatch.setattr(beams, "dequantize", louder)
 
 
 def _window_not_turned_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    restore = ovtq.forms.ring.restore
     eye = np.eye(64, dtype=np.float32)
-    monkeypatch.setattr(ovtq.forms.ring, "restore", lambda a, b, c, rotation, target: restore(a, b, c, eye, target))
+    for beams in (CpuBeams, GpuBeams):
+
+        def crooked(
+            self: Beams, packed: ov.Output, layout: Layout, scales: ov.Output, rotation: np.ndarray,
+            dequantize: Callable[..., ov.Node] = beams.dequantize,
+        ) -> ov.Node:  # fmt: skip
+            return dequantize(self, packed, layout, scales, eye)
+
+        monkeypatch.setattr(beams, "dequantize", crooked)
 
 
 def _window_lags(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows kept are those of one token before."""
-    store = ovtq.forms.ring.State.store
+    store = ovtq.forms.window_state.FixedState.store
 
-    def late(self: ovtq.forms.ring.State, new: ov.Node) -> ov.Node:
+    def late(self: ovtq.forms.window_state.FixedState, new: ov.Node) -> ov.Node:
         self.kept = ov.opset15.maximum(self.kept - 1, self.kept * 0)
         return store(self, new)
 
-    monkeypatch.setattr(ovtq.forms.ring.State, "store", late)
+    monkeypatch.setattr(ovtq.forms.window_state.FixedState, "store", late)
 
 
 def _heads_in_the_wrong_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read, not stored, as if keys and values of a layer stood side by side."""
-    monkeypatch.setattr(ovtq.forms.ring.np, "argsort", lambda order: np.arange(len(order)))
+    monkeypatch.setattr(ovtq.forms.window_state.np, "argsort", lambda order: np.arange(len(order)))
 
 
 def _beams_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes follow their beams, scales do not."""
-    init = ovtq.forms.ring.State.__init__
+    init = ovtq.forms.window_state.FixedState.__init__
 
-    def deaf(self: ovtq.forms.ring.State, beams: Beams, state: StateSpec, *rest: object) -> None:
+    def deaf(self: ovtq.forms.window_state.FixedState, beams: Beams, state: StateSpec, *rest: object) -> None:
         if state.holds == "scale":
             beams = copy.copy(beams)
             beams.index, beams._pairs = ov.opset15.multiply(beams.index, np.int32(0)), {}
         init(self, beams, state, *rest)
 
-    monkeypatch.setattr(ovtq.forms.ring.State, "__init__", deaf)
+    monkeypatch.setattr(ovtq.forms.window_state.FixedState, "__init__", deaf)
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,11 @@ from conftest import TINY
 from openvino import opset15 as op
 
 import ovtq.forms.cpu.full
-import ovtq.forms.window
 import ovtq.passes.check_call
 import ovtq.states
 from ovtq.cli.convert import main
 from ovtq.errors import VerificationFailed
-from ovtq.forms.window import BLOCK, WindowRows
+from ovtq.forms.cpu.window import BLOCK, CpuWindow
 from ovtq.ir.graph import MASKED, f32, i64, new_variable
 from ovtq.states import StateSpec
 from ovtq.verification.closeness import Loss, divergence, loss, lost, played, relative, scale_of, too_lossy
@@ -34,14 +33,14 @@ def needs_bf16() -> None:
         pytest.skip("this CPU does not compute in bf16 by itself")
 
 
-def after_init(monkeypatch: pytest.MonkeyPatch, change: Callable[[WindowRows], None]) -> None:
-    init = WindowRows.__init__
+def after_init(monkeypatch: pytest.MonkeyPatch, change: Callable[[CpuWindow], None]) -> None:
+    init = CpuWindow.__init__
 
-    def changed(self: WindowRows, *args: object) -> None:
+    def changed(self: CpuWindow, *args: object) -> None:
         init(self, *args)
         change(self)
 
-    monkeypatch.setattr(WindowRows, "__init__", changed)
+    monkeypatch.setattr(CpuWindow, "__init__", changed)
 
 
 def _masks_that_cancel(monkeypatch: pytest.MonkeyPatch, block: int | None = None) -> None:
@@ -51,7 +50,7 @@ def _masks_that_cancel(monkeypatch: pytest.MonkeyPatch, block: int | None = None
     computing both in one node, at f32.
     """
 
-    def change(rows: WindowRows) -> None:
+    def change(rows: CpuWindow) -> None:
         sink = np.arange(rows.width) == 0
         number = op.reshape(
             op.range(i64(0), op.squeeze(rows.trips, i64([0])), i64(1), "i64"), i64([1, -1, 1, 1]), False
@@ -73,7 +72,7 @@ def _masks_that_cancel_in_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
 def _scores_that_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores carry an offset that softmax does not see at f32, and that they drown in at bf16."""
 
-    def change(rows: WindowRows) -> None:
+    def change(rows: CpuWindow) -> None:
         rows.mask, rows.block_mask = (op.add(mask, f32(1024)) for mask in (rows.mask, rows.block_mask))
 
     after_init(monkeypatch, change)
@@ -82,15 +81,15 @@ def _scores_that_round(monkeypatch: pytest.MonkeyPatch) -> None:
 def _second_of_equal_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call of more than a block, as long as the call before, weighs the sink of its last queries otherwise."""
 
-    def change(rows: WindowRows) -> None:
-        variable, store = new_variable(StateSpec.fixed("fault", "i32", [1], "past", rows=1)), rows.ring.store
+    def change(rows: CpuWindow) -> None:
+        variable, store = new_variable(StateSpec.fixed("fault", "i32", [1], "past", rows=1)), rows.tokens.store
         new = op.convert(op.reshape(rows.columns, i64([1, 1]), False), "i32")
         before = op.read_value(op.multiply(new, op.constant(np.int32(0))), variable)
         again = op.logical_and(op.equal(before, new), op.greater(rows.trips, i64([0])))
         column = op.range(i64(0), op.squeeze(rows.columns, i64([0])), i64(1), "i64")
         raised = op.select(op.logical_and(op.squeeze(again, i64([0])), op.equal(column, i64(0))), f32(100), f32(0))
         rows.sinks = {index: op.add(sinks, raised) for index, sinks in rows.sinks.items()}
-        monkeypatch.setattr(rows.ring, "store", lambda: [*store(), op.assign(new, variable)])
+        monkeypatch.setattr(rows.tokens, "store", lambda: [*store(), op.assign(new, variable)])
 
     after_init(monkeypatch, change)
     monkeypatch.setattr(ovtq.states, "other_than", lambda specs, infos: "")
@@ -99,7 +98,7 @@ def _second_of_equal_calls(monkeypatch: pytest.MonkeyPatch) -> None:
 def _later_blocks_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
     """All blocks but the first read keys one row late: calls of no more than two blocks are right."""
 
-    def change(rows: WindowRows) -> None:
+    def change(rows: CpuWindow) -> None:
         begin = op.slice(rows.index, i64([0]), i64([2**31 - 1]), i64([1]), i64([1]))
         late = op.greater(op.slice(begin, i64([1]), i64([2]), i64([1]), i64([1])), i64(BLOCK + 1))
         rows.index = op.subtract(rows.index, op.convert(late, "i64"))

@@ -13,7 +13,7 @@ from ovtq.codec.coding import UNIT, whole_scale
 from ovtq.states import scale_name
 
 
-class Place(NamedTuple):
+class StateSlice(NamedTuple):
     """Where a layer's packed keys or values are in the states: codes in one, scales in another, or in `….scale`."""
 
     state: str

@@ -17,12 +17,12 @@ from openvino import opset15 as op
 
 from ovtq.codec import AdaptiveUniform
 from ovtq.codec.coding import Codecs
-from ovtq.codec.packed_attention import PackedAttention, Place
+from ovtq.codec.packed_attention import PackedAttention, StateSlice
 from ovtq.forms.bases import LayerBases
 from ovtq.forms.beams import Beams
 from ovtq.forms.pruning import PrunedAttention, Pruning
 from ovtq.forms.quantizer import encode, pack
-from ovtq.ir.graph import ALL, MASKED, cut_heads, dim, f32, i64, numbers, precise, scalar
+from ovtq.ir.graph import ALL, MASKED, dim, f32, i64, numbers, scalar
 from ovtq.models.attention import projected
 from ovtq.models.description import AttentionLayer, ModelDescription, Packed, Pruned, TokenRows
 from ovtq.states import Growing, StateSpec, cache_name
@@ -31,7 +31,7 @@ NEVER = 2**30  # no query is so late
 
 
 @dataclass(frozen=True, eq=False)
-class Plan(Codecs):
+class FullCacheSpec(Codecs):
     """What becomes of the tokens of some layers.
 
     `bases` are those of each layer's keys, times the scale of its attention, and of its values; `window` is how many
@@ -54,7 +54,7 @@ class Plan(Codecs):
         return PrunedAttention(*args, pruning=self.pruning, layer=layer.index, first=first, beside=beside)
 
     def cache(
-        self, layer: AttentionLayer, flush: int, places: tuple[Place, Place], rows: TokenRows | None,
+        self, layer: AttentionLayer, flush: int, places: tuple[StateSlice, StateSlice], rows: TokenRows | None,
         lengths: tuple[int, ...],
     ) -> Packed:  # fmt: skip
         """What a layer's cache then is."""
@@ -101,7 +101,7 @@ class Plan(Codecs):
         return np.concatenate([np.broadcast_to(b.matrix, (len(b.centre), *b.matrix.shape[1:])) for b in some])
 
 
-class Held:
+class GrowingState:
     """A growing state (batch, heads, tokens, width).
 
     Once `append` was called, `appended` is what it held, with this call's rows behind it.
@@ -111,7 +111,7 @@ class Held:
         self.beams, self.state, self.kind = beams, state, state.element_type
         _, self.heads, _, self.width = state.shape
         self.variable = beams.variable(state)
-        self.none = self._nothing()
+        self.none = beams.no_rows(self.heads, self.width, self.kind)
         self.read = op.read_value(self.none, self.variable)
         self.appended: Output
 
@@ -120,23 +120,9 @@ class Held:
         """What it held, beams in order."""
         return self.beams.in_order(self.read)
 
-    def _nothing(self) -> Node:
-        """No rows, (batch, heads, 0, width)."""
-        batch, zero = self.beams.batch, op.constant(np.zeros((), self.kind.to_dtype()))
-        if self.beams.target == "gpu":
-            return op.broadcast(zero, op.concat([batch, i64([self.heads, 0, self.width])], 0))
-        # None of one row: a length that is known, be it 0, is not the Assign's, and the CPU plugin would copy the state
-        row = op.broadcast(zero, op.concat([batch, i64([self.heads * self.width])], 0))
-        row = op.reshape(row, i64([-1, self.heads, 1, self.width]), False)
-        return op.gather(row, op.range(i64(0), scalar(op.subtract(batch, batch)), i64(1), "i64"), i64(2))
-
     def append(self, new: Node | Output) -> None:
         """(batch, heads, new, width)."""
-        if self.beams.target == "gpu":
-            self.appended = op.concat([self.past, new], 2).output(0)
-            return
-        # What only ReadValue reads, the CPU plugin takes into it, and then a reset leaves the rows where they are
-        self.appended = precise(op.concat([self.past, self.none, new], 2)).output(0)
+        self.appended = self.beams.appended(self.past, self.none, new)
 
     def assign(self, rows: Node | Output | None = None) -> Node:
         """The Assign of all it now holds, or, with `rows` (batch, heads, ·), of these rows of each head."""
@@ -144,16 +130,16 @@ class Held:
         return op.assign(kept, self.variable)
 
 
-class Store:
+class LayerEncoder:
     """The history of one layer but for its scales, and what becomes of tokens that join it.
 
     `held` are bytes (batch, kv_heads, tokens, ·) i8 of keys and of values; what is not packed is there as it is.
     """
 
-    def __init__(self, beams: Beams, plan: Plan, layer: AttentionLayer, rule: Growing) -> None:
-        self.plan, self.layer, self.target = plan, layer, beams.target
+    def __init__(self, beams: Beams, plan: FullCacheSpec, layer: AttentionLayer, rule: Growing) -> None:
+        self.plan, self.layer, self.beams = plan, layer, beams
         self.held = [
-            Held(
+            GrowingState(
                 beams,
                 StateSpec.growing(
                     cache_name(layer.index, what), "i8" if where else "f32", layer.kv_heads,
@@ -168,7 +154,7 @@ class Store:
 
         And the scales of those that are packed, (batch, ·kv_heads, tokens, 1) in one tensor, if there are any.
         """
-        halves = cut_heads(tokens, 2, self.target)
+        halves = self.beams.cut_heads(tokens, 2)
         triples = list(zip(halves, (self.plan.key, self.plan.value), self.plan.layouts, strict=True))
         chosen = [(half, codec, where) for half, codec, where in triples if codec and where]
         if not chosen:

@@ -1,68 +1,68 @@
-"""The rows of states in the order of the beams that go on."""
+"""The rows of states in the order of the beams that go on, read and kept as a plugin does it without copies."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
 import numpy as np
 from openvino import Node, Output
-from openvino import opset15 as op
+from openvino import Type as ElementType
 from openvino.op.util import Variable
 
-from ovtq.ir.graph import dim, i64, new_variable, precise
+from ovtq.codec.packing import Layout
+from ovtq.ir.graph import dim, new_variable
 from ovtq.models.description import ModelDescription
 from ovtq.states import StateSpec
 
 
-class Beams:
-    """beam_idx, and what reading states in its order needs, once for all of them; `target` is gpu or cpu.
+class Beams(ABC):
+    """beam_idx, and what reading states in its order needs, once for all of them.
 
-    `states` are those that were made with it.
+    `states` are those that were made with it. A subclass per plugin knows how it reads and keeps them.
     """
 
-    def __init__(self, description: ModelDescription, target: str) -> None:
-        self.index, self.target = description.beam_idx, target
+    def __init__(self, description: ModelDescription) -> None:
+        self.index = description.beam_idx
         self.batch = dim(description.input_ids, 0)
         self.states: list[StateSpec] = []
-        self._pairs: dict[tuple[int, int | None], Node] = {}
 
     def variable(self, state: StateSpec) -> Variable:
         """A new variable for that state."""
         self.states.append(state)
         return new_variable(state)
 
+    @abstractmethod
     def in_order(self, state: Node, exact: bool = True) -> Output:
         """(batch, heads, tokens, width): what the state holds for beam_idx[i] in place i.
 
-        `exact`: as it is declared, whatever the CPU plugin computes in; else it keeps and hands it out in that.
-
-        The GPU plugin appends in place behind one Gather of the batch and nothing else. The CPU's Gather copies what
-        belongs to an index in one thread, which in a batch of one is everything: there each head is an index.
+        `exact`: as it is declared, whatever the plugin computes in; else it may keep and hand it out in that.
         """
-        if self.target == "gpu":
-            return op.gather(state, self.index, i64(0)).output(0)
-        heads = state.get_output_partial_shape(0)[1].get_length()
-        found = op.gather_nd(state, self._beam_and_head(heads), 0)
-        return (precise(found) if exact else found).output(0)
 
-    def in_parts(self, state: Node, count: int) -> list[Output]:
-        """What `in_order` is for a CPU, not `exact`: `count` parts (batch, heads/count, tokens, width) of its heads.
+    @abstractmethod
+    def kept(self, rows: Node, exact: bool) -> Node:
+        """`rows` as an Assign takes them; `exact`: in the type that the state is declared in."""
 
-        One copy of all of them: the parts of the first axis are where they are.
-        """
-        heads = state.get_output_partial_shape(0)[1].get_length()
-        found = op.gather_nd(state, self._beam_and_head(heads, count), 0)  # (count, batch, heads/count, tokens, width)
-        return [op.squeeze(part, i64([0])).output(0) for part in op.split(found, i64(0), count).outputs()]
+    @abstractmethod
+    def start(self, value: np.ndarray, shape: Sequence[int]) -> Node:
+        """What a state of that shape (without the batch) holds at first: `value`, of one number or of that shape."""
 
-    def in_groups(self, state: Node, groups: int, parts: int) -> list[Output]:
-        """What `in_order` is for a CPU, `groups` times (parts, batch, heads/groups/parts, tokens, width)."""
-        heads = state.get_output_partial_shape(0)[1].get_length()
-        index = op.split(self._beam_and_head(heads, groups * parts), i64(0), groups)
-        return [precise(op.gather_nd(state, some, 0)).output(0) for some in index.outputs()]
+    @abstractmethod
+    def no_rows(self, heads: int, width: int, kind: ElementType) -> Node:
+        """(batch, heads, 0, width): what a growing state holds at first."""
 
-    def _beam_and_head(self, heads: int, parts: int | None = None) -> Node:
-        """(batch, heads, 2), or (parts, batch, heads/parts, 2)."""
-        if (heads, parts) not in self._pairs:
-            beam = op.unsqueeze(op.convert(self.index, "i64"), i64([1, 2]))
-            head = np.stack([np.zeros(heads), np.arange(heads)], 1)
-            head = head[None] if parts is None else head.reshape(parts, 1, -1, 2)
-            self._pairs[heads, parts] = op.add(op.multiply(beam, i64([[[1, 0]]])), i64(head))
-        return self._pairs[heads, parts]
+    @abstractmethod
+    def appended(self, past: Output, nothing: Node, new: Node | Output) -> Output:
+        """What a growing state holds with `new` behind it; `nothing` is its `no_rows`."""
+
+    @abstractmethod
+    def cut_heads(self, tensor: Node | Output, count: int) -> list[Output]:
+        """Axis 1 in `count` equal parts."""
+
+    @abstractmethod
+    def per_layer(self, tensor: Node, layers: int) -> list[Output]:
+        """Axis 1, keys then values of each of `layers`, in the parts that a layer reads: one of both, or two."""
+
+    @abstractmethod
+    def dequantize(self, packed: Output, layout: Layout, scales: Output, rotation: np.ndarray) -> Node:
+        """Vectors again, turned back: (batch, heads, tokens, bytes) i8 and scales (…, 1) → (…, d) f32."""

@@ -126,11 +126,11 @@ def _rows(layout: Layout) -> list[list[Field]]:
 
 
 def unpack(packed: Output, layout: Layout) -> Node:
-    """The features of `residues`: (batch, heads, tokens, bytes) i8 → (…, features) f32.
+    """The features of `low_bits_matrix`: (batch, heads, tokens, bytes) i8 → (…, features) f32.
 
     The lowest t bits of every byte, for each t at which a field begins or ends, less their mean, (2^t − 1)/2, because
-    then features @ residues = code − mid. All in one formula, which is one node of the CPU plugin; no feature is above
-    127.5, so that bf16, which some CPUs compute in, holds each exactly.
+    then features @ low_bits_matrix = code − mid. All in one formula, which is one node of the CPU plugin; no feature is
+    above 127.5, so that bf16, which some CPUs compute in, holds each exactly.
     """
     edges = _edges(layout)
     x = op.reshape(packed, i64([0, 0, -1, 1, layout.bytes]), True)
@@ -142,7 +142,7 @@ def unpack(packed: Output, layout: Layout) -> Node:
     return op.reshape(x, i64([0, 0, -1, len(edges) * layout.bytes]), True)
 
 
-def residues(layout: Layout) -> np.ndarray:
+def low_bits_matrix(layout: Layout) -> np.ndarray:
     """(features, head_dim) f32: what `layout.decode` is to fields, for `unpack`."""
     edges = _edges(layout)
     matrix = np.zeros((len(edges), layout.bytes, layout.head_dim), np.float32)
@@ -158,10 +158,10 @@ def _edges(layout: Layout) -> list[int]:
     return sorted({edge for f in layout.fields for edge in (f.shift, f.shift + f.width) if edge})
 
 
-def look_up(packed: Output, layout: Layout, scales: Output) -> Node:
+def features_lut(packed: Output, layout: Layout, scales: Output) -> Node:
     """scale·features, interleaved byte by byte: (batch, heads, tokens, bytes) i8 → (…, bytes·fields) f32.
 
-    By one Gather with the bytes themselves as indices, which suits a GPU. `interleaved` decodes the features.
+    By one Gather with the bytes themselves as indices, which suits a GPU. `lut_matrix` decodes the features.
     """
     byte = np.arange(256)
     byte = np.where(byte < 128, byte, byte - 256) + OFFSET  # row j is that of index j, or of index j − 256
@@ -170,16 +170,19 @@ def look_up(packed: Output, layout: Layout, scales: Output) -> Node:
     return op.reshape(features, i64([0, 0, -1, layout.bytes * table.shape[1]]), True)
 
 
-def restore(packed: Output, layout: Layout, scales: Output, rotation: np.ndarray, target: str) -> Node:
-    """Vectors again, turned back: (batch, heads, tokens, bytes) i8 and scales (…, 1) → (…, d) f32."""
-    if target == "gpu":
-        return op.matmul(look_up(packed, layout, scales), f32(rotation @ interleaved(layout).T), False, True)
-    vectors = op.matmul(unpack(packed, layout), f32(rotation @ residues(layout).T), False, True)
+def dequantize_lut(packed: Output, layout: Layout, scales: Output, rotation: np.ndarray) -> Node:
+    """Vectors again, turned back: (batch, heads, tokens, bytes) i8 and scales (…, 1) → (…, d) f32; for a GPU."""
+    return op.matmul(features_lut(packed, layout, scales), f32(rotation @ lut_matrix(layout).T), False, True)
+
+
+def dequantize_arithmetic(packed: Output, layout: Layout, scales: Output, rotation: np.ndarray) -> Node:
+    """The same for a CPU."""
+    vectors = op.matmul(unpack(packed, layout), f32(rotation @ low_bits_matrix(layout).T), False, True)
     return op.multiply(vectors, scales)
 
 
-def interleaved(layout: Layout) -> np.ndarray:
-    """(features, head_dim) f32: what `layout.decode` is to `unpack`, for `look_up`."""
+def lut_matrix(layout: Layout) -> np.ndarray:
+    """(features, head_dim) f32: what `layout.decode` is to `unpack`, for `dequantize_lut`."""
     kinds = _kinds(layout)
     matrix = np.zeros((layout.bytes, len(kinds), layout.head_dim), np.float32)
     for f in layout.fields:

@@ -1,19 +1,25 @@
-"""The forms that a layer's cache is given, by target: a row of each table is all that a new target needs here."""
+"""The targets: a folder of files and a row of this table is all that a new one needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from openvino import Node
 
-from ovtq.forms.attend import Plan
+from ovtq.forms.attend import FullCacheSpec
+from ovtq.forms.beams import Beams
 from ovtq.forms.cpu import full as cpu_full
 from ovtq.forms.cpu import prune as cpu_prune
+from ovtq.forms.cpu.beams import CpuBeams
+from ovtq.forms.cpu.window import CpuWindow, CpuWindowState
 from ovtq.forms.gpu import full as gpu_full
 from ovtq.forms.gpu import histories as gpu_histories
-from ovtq.forms.ring import PackedRing, Ring
-from ovtq.forms.window import WindowBlocks, WindowRows
+from ovtq.forms.gpu.beams import GpuBeams
+from ovtq.forms.gpu.window import GpuWindow
+from ovtq.forms.pruning import Pruning
+from ovtq.forms.window_state import PackedWindowState, WindowState
 from ovtq.models.description import AttentionLayer, ModelDescription, TokenRows
 from ovtq.states import StateSpec
 
@@ -42,29 +48,47 @@ class CacheForm(Protocol):
         """The Assigns of all states, once every layer is rewritten."""
 
 
-def _cpu(description: ModelDescription, plan: Plan) -> CacheForm:
+def _cpu(description: ModelDescription, plan: FullCacheSpec) -> CacheForm:
     nodes = cpu_full.Nodes(description, plan)
     kinds: dict[str | None, Callable[[cpu_full.Nodes], cpu_full.Keeping]] = {
         None: cpu_full.Appended,
         "evict": cpu_prune.Evicted, "mask": cpu_prune.Masked, "zero": cpu_prune.Masked,
     }  # fmt: skip
-    return cpu_full.Blocks(nodes, kinds[plan.mode](nodes))
+    return cpu_full.CpuFull(nodes, kinds[plan.mode](nodes))
 
 
-def _gpu(description: ModelDescription, plan: Plan) -> CacheForm:
+def _gpu(description: ModelDescription, plan: FullCacheSpec) -> CacheForm:
     nodes = gpu_full.Nodes(description, plan)
     kinds: dict[str | None, Callable[[gpu_full.Nodes], gpu_full.Keeping]] = {
         None: gpu_full.Appended,
         "evict": gpu_histories.Evicted, "mask": gpu_histories.Masked, "zero": gpu_histories.Masked,
     }  # fmt: skip
-    return gpu_full.Branches(nodes, kinds[plan.mode](nodes))
+    return gpu_full.GpuFull(nodes, kinds[plan.mode](nodes))
 
 
-# Each is made for its own plugin alone. The GPU's is verified on a CPU, too, but not to be run there: with a single
-# packed layer it can't be reset (P01, `extent.rooted`), and at many heads some long calls are wrong (P59).
-FULL: dict[str, Callable[[ModelDescription, Plan], CacheForm]] = {"gpu": _gpu, "cpu": _cpu}
-WINDOW: dict[str, Callable[[ModelDescription, int, Ring | PackedRing], CacheForm]] = {
-    "gpu": WindowBlocks,
-    "cpu": WindowRows,
+@dataclass(frozen=True)
+class Target:
+    """What a model for one plugin is made of. Each form is made for its own plugin alone.
+
+    `batch` is how many tokens over the budget are waited for before any is evicted, unless said; `unfit` why a rule of
+    pruning can't be carried out, empty if it can. `kernels`: the plugin runs those of ovtq. `counts`: past tokens are
+    counted in a state of their own, for no cache of ovtq holds a row for each of them.
+    """
+
+    beams: type[Beams]
+    full: Callable[[ModelDescription, FullCacheSpec], CacheForm]
+    window: Callable[[ModelDescription, int, WindowState | PackedWindowState], CacheForm]
+    window_state: type[WindowState]
+    batch: int
+    unfit: Callable[[Pruning], str]
+    kernels: bool
+    counts: bool
+
+
+# The GPU's is verified on a CPU, too, but not to be run there: with a single packed layer it can't be reset (P01,
+# `extent.rooted`), and at many heads some long calls are wrong (P59).
+TARGET = {
+    "gpu": Target(GpuBeams, _gpu, GpuWindow, WindowState, 0, gpu_histories.unfit, kernels=True, counts=False),
+    "cpu": Target(CpuBeams, _cpu, CpuWindow, CpuWindowState, 127, cpu_prune.unfit, kernels=False, counts=True),
 }
-TARGETS = tuple(FULL)
+TARGETS = tuple(TARGET)

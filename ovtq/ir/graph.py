@@ -87,19 +87,25 @@ def joined(parts: Sequence[Node | Output], axis: int) -> Node | Output:
     return op.concat(list(parts), axis) if len(parts) > 1 else parts[0]
 
 
-def cut_heads(tensor: Node | Output, count: int, target: str) -> list[Output]:
+def slice_heads(tensor: Node | Output, count: int) -> list[Output]:
     """Axis 1 in `count` equal parts, cut out one by one.
 
-    A Split would be one node. But of its outputs an If reads wrong ones, on both plugins; on the GPU's so does what
-    packs one of them and takes another as it is; and the CPU's lays out what it splits channels last, which is a copy
-    more. It makes a Split of Slices, too, but not of Gathers.
+    A Split would be one node. But of its outputs an If reads wrong ones, on both plugins; and on the GPU's so does what
+    packs one of them and takes another as it is.
     """
     value = tensor.output(0) if isinstance(tensor, Node) else tensor
+    return [op.slice(value, i64([a]), i64([b]), i64([1]), i64([1])).output(0) for a, b in _parts(value, count)]
+
+
+def gather_heads(tensor: Node | Output, count: int) -> list[Output]:
+    """The same for the CPU plugin: it makes a Split of Slices, and lays its outputs out channels last: a copy more."""
+    value = tensor.output(0) if isinstance(tensor, Node) else tensor
+    return [op.gather(value, i64(range(a, b)), i64(1)).output(0) for a, b in _parts(value, count)]
+
+
+def _parts(value: Output, count: int) -> list[tuple[int, int]]:
     each = value.get_partial_shape()[1].get_length() // count
-    ends = [(number * each, (number + 1) * each) for number in range(count)]
-    if target == "cpu":
-        return [op.gather(value, i64(range(a, b)), i64(1)).output(0) for a, b in ends]
-    return [op.slice(value, i64([a]), i64([b]), i64([1]), i64([1])).output(0) for a, b in ends]
+    return [(number * each, (number + 1) * each) for number in range(count)]
 
 
 def new_variable(state: StateSpec) -> Variable:
@@ -259,7 +265,9 @@ Left = TypeVar("Left", bound=Tensors)
 Branch = tuple[Read, Callable[[Read], Left]]  # what is read; what makes results of that
 
 
-def either(condition: Output, then: Branch[Read, Left], otherwise: Branch[Other, Left], names: tuple[str, str]) -> Left:
+def if_else(
+    condition: Output, then: Branch[Read, Left], otherwise: Branch[Other, Left], names: tuple[str, str]
+) -> Left:
     """What an If leaves, as `then` does; each branch is what it reads, and what makes its results of that.
 
     What only one branch reads costs the other nothing: plugins copy what they hand in. `condition` is an Output: given

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.forms.attend import Plan
-from ovtq.forms.quantizer import by_batch, residues, unpack
+from ovtq.forms.attend import FullCacheSpec
+from ovtq.forms.quantizer import by_batch, low_bits_matrix, unpack
 from ovtq.ir.graph import Tensors, f32, i64
 from ovtq.models.description import AttentionLayer
 
@@ -72,7 +72,7 @@ def flat(context: Node) -> Node:
 class BlockAttention:
     """The attention of some queries of one layer, in the Loop or outside of it."""
 
-    def __init__(self, layer: AttentionLayer, plan: Plan) -> None:
+    def __init__(self, layer: AttentionLayer, plan: FullCacheSpec) -> None:
         self.layer, self.bases = layer, plan.bases[layer.index]
         self.keys, self.values = plan.layouts
         self.parts = plan.packed
@@ -119,7 +119,7 @@ class BlockAttention:
         layout = self.keys
         if layout is None:
             return op.matmul(rows, keys, False, True)
-        rows = op.matmul(rows, f32(by_batch(residues(layout) @ self.bases.key.inverse)), False, True)
+        rows = op.matmul(rows, f32(by_batch(low_bits_matrix(layout) @ self.bases.key.inverse)), False, True)
         return op.matmul(rows, unpack(keys, layout), False, True)
 
     def _sums(self, weights: Output | Node, values: Output) -> Node:
@@ -128,4 +128,4 @@ class BlockAttention:
         if layout is None:
             return op.matmul(weights, values, False, False)
         sums = op.matmul(weights, unpack(values, layout), False, False)
-        return op.matmul(sums, f32(by_batch(self.bases.value.dual @ residues(layout).T)), False, True)
+        return op.matmul(sums, f32(by_batch(self.bases.value.dual @ low_bits_matrix(layout).T)), False, True)

@@ -19,12 +19,12 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.codec.packed_attention import Place
-from ovtq.forms.attend import Columns, Held, Plan, Store, sink_columns
-from ovtq.forms.beams import Beams
+from ovtq.codec.packed_attention import StateSlice
+from ovtq.forms.attend import Columns, FullCacheSpec, GrowingState, LayerEncoder, sink_columns
+from ovtq.forms.cpu.beams import CpuBeams
 from ovtq.forms.cpu.block import Block, BlockAttention, Far, History, Sizes, flat
-from ovtq.forms.ring import Ring
-from ovtq.ir.graph import ALL, Nothing, Port, Tensors, body, dim, either, f32, i64, precise, scalar
+from ovtq.forms.cpu.window import CpuWindowState
+from ovtq.ir.graph import ALL, Nothing, Port, Tensors, body, dim, f32, i64, if_else, precise, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription, TokenRows
 from ovtq.states import RECENT, SCALES, Growing, StateSpec, cache_name
 
@@ -40,12 +40,12 @@ class Nodes:
     tokens (the sink's row before them) that join the history: `joining` of them.
     """
 
-    def __init__(self, description: ModelDescription, plan: Plan) -> None:
+    def __init__(self, description: ModelDescription, plan: FullCacheSpec) -> None:
         self.plan, self.description = plan, description
         self.flush = plan.pruning.flush if plan.pruning else FLUSH
         self.recent = plan.window + self.flush - 1  # rows
         self.columns = columns = Columns(description, self.recent)
-        self.beams = Beams(description, "cpu")
+        self.beams = CpuBeams(description)
         self.older, self.later = (self._stored(past) for past in (columns.past, columns.total))
         held = op.subtract(columns.past, self.older)
         self.leave = op.subtract(i64([1 + self.recent]), held)
@@ -106,16 +106,16 @@ class Seldom(Tensors):
     scales: Node | None
 
 
-class Blocks:
+class CpuFull:
     """The nodes that all layers share, and the rewrite of one layer; `keeping` is what becomes of the history."""
 
     def __init__(self, nodes: Nodes, keeping: Keeping) -> None:
         self.nodes, self.keeping, self.plan = nodes, keeping, nodes.plan
         self.beams, self.columns, plan = nodes.beams, nodes.columns, nodes.plan
         columns, self.states = nodes.columns, nodes.beams.states
-        self.ring = Ring(nodes.description, RECENT, plan.layers, nodes.recent, self.beams, plan.sink_rows)
+        self.tokens = CpuWindowState(nodes.description, RECENT, plan.layers, nodes.recent, self.beams, plan.sink_rows)
         self.scales = _Scales(self.beams, plan, keeping.rule) if plan.packed else None
-        self.held: dict[int, list[Held]] = {}
+        self.held: dict[int, list[GrowingState]] = {}
 
         trips = op.divide(op.subtract(columns.new, i64([1])), i64([BLOCK]))
         self.lead = op.multiply(trips, i64([BLOCK]))  # queries in the Loop
@@ -138,7 +138,7 @@ class Blocks:
         centred = op.subtract(scaled, f32(key)) if key.any() else scaled
         moved = op.subtract(layer.value.source, f32(value)) if value.any() else layer.value.source
         # first the sink's row
-        keys, values = (self.ring.join(layer, which, some) for which, some in enumerate((centred, moved)))
+        keys, values = (self.tokens.join(layer, which, some) for which, some in enumerate((centred, moved)))
         context = self._attend(layer, keys, values)
         if value.any():
             context = op.add(context, f32(np.repeat(value, layer.group, 1)))
@@ -157,15 +157,15 @@ class Blocks:
             assigns += [held.assign(rows.get(layer.index)) for held in self.held[layer.index]]
         if self.scales:
             assigns.append(self.scales.store(self.nodes.joining, rows))
-        return [*assigns, *self.ring.store()]
+        return [*assigns, *self.tokens.store()]
 
-    def _places(self, layer: AttentionLayer) -> tuple[Place, Place]:
+    def _places(self, layer: AttentionLayer) -> tuple[StateSlice, StateSlice]:
         """Where keys and values of a layer are."""
         first = self.plan.indices.index(layer.index) * self.plan.packed
         found = []
         for what, where in zip(("key", "value"), self.plan.layouts, strict=True):
             heads = slice(first * layer.kv_heads, (first + 1) * layer.kv_heads)
-            found.append(Place(cache_name(layer.index, what), scale_heads=heads, scale_state=SCALES))
+            found.append(StateSlice(cache_name(layer.index, what), scale_heads=heads, scale_state=SCALES))
             first += where is not None
         key, value = found
         return key, value
@@ -175,7 +175,7 @@ class Blocks:
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
         columns = self.columns
         rows = op.reshape(layer.query.source, i64([0, H, G, -1, d]), True)
-        store = Store(self.beams, self.plan, layer, self.keeping.rule)
+        store = LayerEncoder(self.beams, self.plan, layer, self.keeping.rule)
         held_keys, held_values = (held.past for held in store.held)
         history = History(held_keys, held_values, self.scales.groups[layer.index] if self.scales else None)
         read = Block(rows, keys, values, self.sinks[layer.index], self.near, self.keeping.far(layer), history)
@@ -194,7 +194,7 @@ class Blocks:
         leading = op.reshape(found.context, op.concat([columns.batch, self.lead, i64([H * G, d])], 0), False)
         return op.transpose(op.concat([leading, direct], 1), i64([0, 2, 1, 3]))
 
-    def _seldom(self, store: Store, attention: BlockAttention, block: Block) -> Seldom:
+    def _seldom(self, store: LayerEncoder, attention: BlockAttention, block: Block) -> Seldom:
         """What in most decode steps there is nothing of, and nothing runs.
 
         The other branch then holds constants, which is why results are vectors. One If for both: with a second one for
@@ -219,7 +219,7 @@ class Blocks:
             return Seldom(context, keys, values, scales if self.scales else None)
 
         call = Call(self.lead, self.nodes.leave, self.nodes.left, block)
-        return either(self.seldom, (call, some), (Nothing(), none), ("seldom", "usually"))
+        return if_else(self.seldom, (call, some), (Nothing(), none), ("seldom", "usually"))
 
     def _loop(self, attention: BlockAttention, lead: Output, block: Block) -> Node:
         """The context of the leading blocks, as a vector, tokens first."""
@@ -263,10 +263,10 @@ class _Scales:
     (tensors, batch, kv_heads, tokens, 1); `joined` its new ones, (batch, tensors·kv_heads, joining, 1) as a vector.
     """
 
-    def __init__(self, beams: Beams, plan: Plan, rule: Growing) -> None:
+    def __init__(self, beams: CpuBeams, plan: FullCacheSpec, rule: Growing) -> None:
         self.indices, self.parts, self.kv_heads = plan.indices, plan.packed, plan.layers[0].kv_heads
         heads = len(self.indices) * self.parts * self.kv_heads
-        self.held = Held(beams, StateSpec.growing(SCALES, "f32", heads, 1, rule, "scale", plan.indices))
+        self.held = GrowingState(beams, StateSpec.growing(SCALES, "f32", heads, 1, rule, "scale", plan.indices))
         groups = beams.in_groups(self.held.read, len(self.indices), self.parts)
         self.groups = dict(zip(self.indices, groups, strict=True))
         self.joined: dict[int, Output] = {}

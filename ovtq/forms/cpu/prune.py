@@ -15,7 +15,7 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.forms.attend import Columns, Held
+from ovtq.forms.attend import Columns, GrowingState
 from ovtq.forms.beams import Beams
 from ovtq.forms.cpu.block import Far
 from ovtq.forms.cpu.full import Nodes
@@ -28,8 +28,8 @@ from ovtq.forms.pruning import (
     SHOWN,
     Pruning,
 )
-from ovtq.forms.ring import State
 from ovtq.forms.scores import Arriving
+from ovtq.forms.window_state import FixedState
 from ovtq.ir.graph import ALL, MASKED, body, dim, f32, i32, i64, scalar
 from ovtq.models.description import AttentionLayer
 from ovtq.states import POSITION, PRUNED, SCORE, Growing, StateSpec, recent_name
@@ -93,7 +93,14 @@ class Scores:
         return op.assign(op.concat([total, op.subtract(op.unsqueeze(self.ahead, i64([2])), total)], 2), variable)
 
 
-class Survivors(Scores, ABC):
+def unfit(pruning: Pruning) -> str:
+    """Why a rule can't be carried out by this form; empty if it can."""
+    if pruning.window + pruning.flush == 1:
+        return "recent-window 0 with slack 0: a CPU's states need a row; give either 1 or more"
+    return ""
+
+
+class CpuEviction(Scores, ABC):
     """The history of the form for a CPU, of which some stays; (batch, heads, …) with the KV heads of all layers.
 
     `stay` is how many rows it has, `masks` what is done to each layer's scores of it.
@@ -110,7 +117,7 @@ class Survivors(Scores, ABC):
         kept = op.add(i64(range(rows)), columns.new)
         start = np.full(1, EMPTY, np.int32)
         recent = StateSpec.fixed(recent_name(SCORE), "i32", [self.heads, rows, 1], "score", self.indices)
-        self.recent = State(self.beams, recent, start, kept)
+        self.recent = FixedState(self.beams, recent, start, kept)
         leaving = op.slice(op.concat([self.recent.past, self.arrived], 2), *span, i64([1]), i64([2]))
         self.scores = self._held(SCORE, "score")
         self.scores.append(leaving)
@@ -139,8 +146,8 @@ class Survivors(Scores, ABC):
         Of `rows` rows `leaving` are new.
         """
 
-    def _held(self, name: str, holds: str) -> Held:
-        return Held(self.beams, StateSpec.growing(name, "i32", self.heads, 1, self.rule, holds, self.indices))
+    def _held(self, name: str, holds: str) -> GrowingState:
+        return GrowingState(self.beams, StateSpec.growing(name, "i32", self.heads, 1, self.rule, holds, self.indices))
 
     def _masks(self) -> dict[int, Far]:
         scores = op.reshape(self.scores.past, i64([0, 0, 1, -1]), True)  # (batch, heads, 1, rows)
@@ -155,7 +162,7 @@ class Survivors(Scores, ABC):
         return {index: Far(*some) for index, some in zip(self.indices, split, strict=True)}
 
 
-class Masked(Survivors):
+class Masked(CpuEviction):
     """Tokens stay where they are, and are masked, or read as 0."""
 
     def __init__(self, nodes: Nodes) -> None:
@@ -167,7 +174,7 @@ class Masked(Survivors):
         return {}, [op.assign(dropped, self.scores.variable)]
 
 
-class Evicted(Survivors):
+class Evicted(CpuEviction):
     """Tokens leave the states."""
 
     def __init__(self, nodes: Nodes) -> None:

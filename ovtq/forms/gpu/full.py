@@ -19,13 +19,13 @@ from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
 from ovtq.codec.basis import HeadBasis
-from ovtq.codec.packed_attention import Place
+from ovtq.codec.packed_attention import StateSlice
 from ovtq.codec.packing import Layout
-from ovtq.forms.attend import NEVER, Columns, Held, Plan, Store
-from ovtq.forms.beams import Beams
-from ovtq.forms.quantizer import by_batch, interleaved, look_up
-from ovtq.forms.ring import Ring
-from ovtq.ir.graph import ALL, MASKED, One, Port, Tensors, either, f32, i64, joined, numbers
+from ovtq.forms.attend import NEVER, Columns, FullCacheSpec, GrowingState, LayerEncoder
+from ovtq.forms.gpu.beams import GpuBeams
+from ovtq.forms.quantizer import by_batch, features_lut, lut_matrix
+from ovtq.forms.window_state import WindowState
+from ovtq.ir.graph import ALL, MASKED, One, Port, Tensors, f32, i64, if_else, joined, numbers
 from ovtq.models.description import AttentionLayer, ModelDescription, TokenRows
 from ovtq.states import RECENT, Growing, StateSpec, cache_name, scale_name
 
@@ -35,12 +35,12 @@ FLUSH = 1  # tokens that join the history at a time
 class Nodes:
     """What all layers share: lengths, and `older`, how many past tokens are no longer among the recent ones."""
 
-    def __init__(self, description: ModelDescription, plan: Plan) -> None:
+    def __init__(self, description: ModelDescription, plan: FullCacheSpec) -> None:
         self.plan, self.description = plan, description
         self.columns = columns = Columns(description, plan.window)
         self.older = op.maximum(op.subtract(columns.past, i64([plan.window])), i64([0]))
         self.is_prefill = op.not_equal(columns.new, i64([1])).output(0)
-        self.beams = Beams(description, "gpu")
+        self.beams = GpuBeams(description)
 
 
 class Keeping(Protocol):
@@ -52,7 +52,7 @@ class Keeping(Protocol):
     def read(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
         """Keys and values of the history, looked up; `recent` are the sink's row, recent tokens and the new ones."""
 
-    def places(self, layer: AttentionLayer) -> tuple[Place, Place]:
+    def places(self, layer: AttentionLayer) -> tuple[StateSlice, StateSlice]:
         """Where keys and values of a layer are."""
 
     def rows(self, layer: AttentionLayer) -> TokenRows | None:
@@ -80,7 +80,7 @@ class Appended:
 
     def read(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
         """Of past and new tokens."""
-        store = Store(self.nodes.beams, self.plan, layer, Growing())
+        store = LayerEncoder(self.nodes.beams, self.plan, layer, Growing())
         self.histories[layer.index] = store.held[0].past
         rows, scales = store.packed(new)
         parts = iter(op.split(scales[0], i64(1), self.plan.packed).outputs() if self.plan.packed > 1 else scales)
@@ -88,7 +88,7 @@ class Appended:
         return keys, values
 
     def _dense(
-        self, codes: Held, rows: Node | Output, layout: Layout | None, scales: Iterator[Node | Output]
+        self, codes: GrowingState, rows: Node | Output, layout: Layout | None, scales: Iterator[Node | Output]
     ) -> Output:
         """What is held, `rows` behind it, looked up.
 
@@ -100,16 +100,16 @@ class Appended:
         if layout:
             name, these = scale_name(codes.state.name), codes.state.layers
             spec = StateSpec.growing(name, "f32", codes.heads, 1, Growing(), "scale", these)
-            held = Held(self.nodes.beams, spec)
+            held = GrowingState(self.nodes.beams, spec)
             held.append(next(scales))
             self.assigns.append(held.assign())
             return looked_up(layout, codes.appended, held.appended)
         shown = op.unsqueeze(op.greater(self.nodes.columns.shown, i64([0])), i64([1, 3]))
         return op.multiply(codes.appended, op.select(shown, f32(1), f32(0))).output(0)
 
-    def places(self, layer: AttentionLayer) -> tuple[Place, Place]:
+    def places(self, layer: AttentionLayer) -> tuple[StateSlice, StateSlice]:
         """States of its own."""
-        key, value = (Place(cache_name(layer.index, what)) for what in ("key", "value"))
+        key, value = (StateSlice(cache_name(layer.index, what)) for what in ("key", "value"))
         return key, value
 
     def rows(self, layer: AttentionLayer) -> TokenRows | None:
@@ -153,7 +153,7 @@ class Decode(Tensors):
     near: Output
 
 
-class Branches:
+class GpuFull:
     """The nodes that all layers share, and the rewrite of one layer; `keeping` is its history."""
 
     def __init__(self, nodes: Nodes, keeping: Keeping) -> None:
@@ -163,7 +163,7 @@ class Branches:
         self.query = numbers(self.columns.new, 2).output(0)
         # A window of none still has the sink's row, and a state that tells GenAI not to cut the others.
         plan = self.plan
-        self.ring = Ring(nodes.description, RECENT, plan.layers, plan.window, nodes.beams, plan.sink_rows)
+        self.tokens = WindowState(nodes.description, RECENT, plan.layers, plan.window, nodes.beams, plan.sink_rows)
         self.near: Output | None = None
 
     @property
@@ -193,16 +193,16 @@ class Branches:
 
     def finish(self) -> list[Node]:
         """The Assigns of all states, once every layer is rewritten."""
-        return [*self.keeping.finish(), *self.ring.store()]
+        return [*self.keeping.finish(), *self.tokens.store()]
 
     def _attend(self, layer: AttentionLayer, new: Node) -> Node:
         """The context, (batch, query_heads, new, d); `new` are keys and values, (batch, 2·kv_heads, new, d)."""
-        recent = self.ring.join(layer, 0, new)  # first the sink's row
+        recent = self.tokens.join(layer, 0, new)  # first the sink's row
         # recent as a whole: of a Split's outputs the plugin's If reads the wrong half
         shared = layer.query.source, *self.keeping.read(layer, new, recent), recent.output(0)
         far = self.keeping.far(layer)
         near, seen = self._masks(far)
-        context = either(
+        context = if_else(
             self.nodes.is_prefill,
             (Prefill(*shared, seen), lambda read: One(self._prefill(layer, read))),
             (Decode(*shared, far, near), lambda read: One(self._decode(layer, read))),
@@ -218,7 +218,7 @@ class Branches:
         alike = far.get_partial_shape()[1] == 1
         if self.near is None:
             if alike:  # of several tokens it is their mask
-                self.near = either(
+                self.near = if_else(
                     self.nodes.is_prefill,
                     (Limits(self.limits, self.query, far), lambda read: One(_mask(read, read.far))),
                     (Limits(self.limits), lambda read: One(_near(read.limits))),
@@ -310,18 +310,18 @@ def looked_up(layout: Layout | None, tokens: Output, scales: Output | None = Non
     """Of a history (batch, kv_heads, tokens, ·), what attention reads: (batch, kv_heads, tokens, features)."""
     if layout is None or scales is None:
         return tokens
-    return look_up(tokens, layout, scales).output(0)
+    return features_lut(tokens, layout, scales).output(0)
 
 
 def _into(rows: Node, layout: Layout | None, basis: HeadBasis) -> Node:
     """Rows (…, d) as they meet looked-up keys: in the dual basis, and decoded on this side."""
     if layout is None:
         return rows
-    return op.matmul(rows, f32(by_batch(interleaved(layout) @ basis.inverse)), False, True)
+    return op.matmul(rows, f32(by_batch(lut_matrix(layout) @ basis.inverse)), False, True)
 
 
 def _out_of(features: Node | Output, layout: Layout | None, dual: np.ndarray) -> Node | Output:
     """Looked-up features, or a sum of them, as vectors (…, d) of the model; `dual` (heads, d, d) of their basis."""
     if layout is None:
         return features
-    return op.matmul(features, f32(by_batch(dual @ interleaved(layout).T)), False, True)
+    return op.matmul(features, f32(by_batch(dual @ lut_matrix(layout).T)), False, True)

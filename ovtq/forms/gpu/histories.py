@@ -9,17 +9,25 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.codec import AdaptiveUniform
-from ovtq.codec.packed_attention import Place
+from ovtq.codec.packed_attention import StateSlice
 from ovtq.codec.packing import Layout
-from ovtq.forms.attend import Plan
+from ovtq.forms.attend import FullCacheSpec
 from ovtq.forms.beams import Beams
 from ovtq.forms.gpu.full import Appended, Nodes, looked_up
-from ovtq.forms.gpu.prune import Marked, Residents
+from ovtq.forms.gpu.prune import GpuEviction, GpuMask
+from ovtq.forms.pruning import Pruning
 from ovtq.forms.quantizer import encode, pack
-from ovtq.forms.ring import State
-from ovtq.ir.graph import cut_heads, i64, joined
+from ovtq.forms.window_state import FixedState
+from ovtq.ir.graph import i64, joined, slice_heads
 from ovtq.models.description import AttentionLayer, TokenRows
 from ovtq.states import StateSpec, cache_name, scale_name
+
+
+def unfit(pruning: Pruning) -> str:
+    """Why a rule can't be carried out by this form; empty if it can."""
+    if pruning.flush > 1:
+        return f"slack {pruning.flush - 1}: for a GPU tokens leave one by one; leave it out, or use --target cpu"
+    return ""
 
 
 class Masked:
@@ -27,7 +35,7 @@ class Masked:
 
     def __init__(self, nodes: Nodes) -> None:
         self.appended, plan = Appended(nodes), nodes.plan
-        self.marked = Marked(nodes.beams, plan.layers, plan.pruned_by, nodes.columns, nodes.is_prefill)
+        self.marked = GpuMask(nodes.beams, plan.layers, plan.pruned_by, nodes.columns, nodes.is_prefill)
 
     def far(self, layer: AttentionLayer) -> Output:
         """One of its own for every layer."""
@@ -41,7 +49,7 @@ class Masked:
             return keys, values
         return op.multiply(keys, factor).output(0), op.multiply(values, factor).output(0)
 
-    def places(self, layer: AttentionLayer) -> tuple[Place, Place]:
+    def places(self, layer: AttentionLayer) -> tuple[StateSlice, StateSlice]:
         """States of its own."""
         return self.appended.places(layer)
 
@@ -63,7 +71,7 @@ class Evicted:
     def __init__(self, nodes: Nodes) -> None:
         self.nodes, self.plan = nodes, nodes.plan
         plan = nodes.plan
-        self.residents = Residents(nodes.beams, plan.layers, plan.pruned_by, nodes.columns, nodes.is_prefill)
+        self.residents = GpuEviction(nodes.beams, plan.layers, plan.pruned_by, nodes.columns, nodes.is_prefill)
         self.stacks = [
             _Stack(nodes.beams, plan, what, codec, layout)
             for what, codec, layout in zip(("key", "value"), (plan.key, plan.value), plan.layouts, strict=True)
@@ -83,12 +91,12 @@ class Evicted:
         self.leaving[layer.index] = op.split(leaving, i64(1), 2).outputs()
         return self.pasts[layer.index]
 
-    def places(self, layer: AttentionLayer) -> tuple[Place, Place]:
+    def places(self, layer: AttentionLayer) -> tuple[StateSlice, StateSlice]:
         """Its heads in the states of all."""
         number = self.plan.indices.index(layer.index)
         heads = slice(number * layer.kv_heads, (number + 1) * layer.kv_heads)
         names = (cache_name(self.plan.indices, what) for what in ("key", "value"))
-        key, value = (Place(name, heads, slice(None), heads) for name in names)
+        key, value = (StateSlice(name, heads, slice(None), heads) for name in names)
         return key, value
 
     def rows(self, layer: AttentionLayer) -> None:
@@ -111,7 +119,7 @@ class Evicted:
         codecs, layouts = zip(*((stack.codec, stack.layout) for stack, _ in some), strict=True)
         matrix = self.plan.encoder(self.plan.layers, codecs)
         centred, scales = encode(joined([tokens for _, tokens in some], 1), codecs, matrix)
-        parts = cut_heads(scales, len(some), "gpu")
+        parts = slice_heads(scales, len(some))
         for tensors in zip(pack(centred, codecs, layouts), parts, strict=True):
             yield list(tensors)
 
@@ -122,7 +130,7 @@ class _Stack:
     def __init__(
         self,
         beams: Beams,
-        plan: Plan,
+        plan: FullCacheSpec,
         what: str,
         codec: AdaptiveUniform | None,
         layout: Layout | None,
@@ -133,14 +141,14 @@ class _Stack:
         width, kind = (layout.bytes, np.int8) if layout else (layer.head_dim, np.float32)
         name, these = cache_name(plan.indices, what), plan.indices
         spec = StateSpec.fixed(name, "i8" if layout else "f32", [self.heads, room, width], what, these)
-        self.states = [State(beams, spec, np.zeros(1, kind))]
+        self.states = [FixedState(beams, spec, np.zeros(1, kind))]
         if layout:
             spec = StateSpec.fixed(scale_name(name), "f32", [self.heads, room, 1], "scale", these)
-            self.states.append(State(beams, spec, np.zeros(1, np.float32)))
+            self.states.append(FixedState(beams, spec, np.zeros(1, np.float32)))
 
     def pasts(self) -> list[Output]:
         """What each layer reads, looked up."""
-        parts = [cut_heads(state.past, len(self.plan.layers), "gpu") for state in self.states]
+        parts = [slice_heads(state.past, len(self.plan.layers)) for state in self.states]
         return [looked_up(self.layout, *part) for part in zip(*parts, strict=True)]
 
     def store(self, tensors: Sequence[Node | Output], rows: Node) -> list[Node]:

@@ -18,7 +18,7 @@ from openvino import opset15 as op
 from openvino.utils.node_factory import NodeFactory
 
 from ovtq.codec.kernel_layout import READ_ROWS, KernelLayout, in_two
-from ovtq.forms.attend import NEVER, Plan
+from ovtq.forms.attend import NEVER, FullCacheSpec
 from ovtq.ir.graph import (
     ALL,
     MASKED,
@@ -27,10 +27,10 @@ from ovtq.ir.graph import (
     Tensors,
     ancestors,
     dim,
-    either,
     f32,
     i64,
     id_of,
+    if_else,
     joined,
     new_variable,
     numbers,
@@ -91,7 +91,7 @@ class Seen(Tensors):
 class Kernels:
     """What all layers share, and the rewrite of one layer."""
 
-    def __init__(self, description: ModelDescription, plan: Plan, capacity: int) -> None:
+    def __init__(self, description: ModelDescription, plan: FullCacheSpec, capacity: int) -> None:
         if description.past is None:
             raise ValueError("lengths come from a state still; decouple-length comes first")
         first, ((key, _), (value, _)) = plan.layers[0], plan.pairs
@@ -105,7 +105,7 @@ class Kernels:
         self.is_prefill = op.not_equal(self.new, i64([1])).output(0)
         self.facts = self._facts().output(0)
         seen = Seen(self.shown, numbers(self.new, 2).output(0))
-        self.mask = either(
+        self.mask = if_else(
             self.is_prefill,
             (seen, lambda read: One(_mask(read, capacity))),
             (seen, lambda read: One(f32(np.zeros((1, 1, 1, 1))))),
@@ -123,7 +123,7 @@ class Kernels:
         """The layer with its cache in one state."""
         state = self._state(layer)
         ports = layer.query.source, layer.key.source, layer.value.source
-        context = either(
+        context = if_else(
             self.is_prefill,
             (
                 Text(state, *ports, self.mask, self.shown),

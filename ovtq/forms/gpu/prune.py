@@ -12,19 +12,19 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.forms.attend import Columns, Held
+from ovtq.forms.attend import Columns, GrowingState
 from ovtq.forms.beams import Beams
 from ovtq.forms.cpu.prune import Scores, filled
 from ovtq.forms.pruning import DROPPED, EMPTY, SHOWN, Pruning
-from ovtq.forms.ring import State
-from ovtq.ir.graph import ALL, MASKED, One, cut_heads, dim, either, f32, i32, i64, scalar
+from ovtq.forms.window_state import FixedState
+from ovtq.ir.graph import ALL, MASKED, One, dim, f32, i32, i64, if_else, scalar, slice_heads
 from ovtq.models.description import AttentionLayer
 from ovtq.states import POSITION, SCORE, Growing, StateSpec
 
 SORTED = -(2**23)  # below minus any row number, in place of those that need not be sorted
 
 
-class Residents(Scores):
+class GpuEviction(Scores):
     """`room` rows for each head: the tokens that stay, in order, behind rows that are empty yet.
 
     In every call as many rows leave the recent ones as there are new tokens; before the recent ones are full, empty
@@ -46,11 +46,11 @@ class Residents(Scores):
         # one state for residents and recent tokens: each state costs a wait
         length = self.room + self.window
         spec = StateSpec.fixed(SCORE, "i32", [self.heads, length, 1], "score", self.indices)
-        self.scores = State(beams, spec, np.full(1, EMPTY, np.int32))
+        self.scores = FixedState(beams, spec, np.full(1, EMPTY, np.int32))
         every = op.concat([self.scores.past, self.arrived], 2)
         self.rivals = op.slice(every, i64([0]), op.add(columns.new, i64([self.room])), i64([1]), i64([2]))
         rivals = op.reshape(self.rivals, i64([0, self.heads, -1]), True)
-        found = either(
+        found = if_else(
             is_prefill,
             (One(rivals), lambda read: One(self._sorted(read.value))),
             (One(rivals), lambda read: One(self._but_one(read.value))),
@@ -71,7 +71,7 @@ class Residents(Scores):
             for some in (self.rivals, op.gather(self.rivals, self.rows, i64(2), 2))
         )
         spec = StateSpec.fixed(POSITION, "i32", [self.heads, room, 1], "position", self.indices)
-        positions = State(self.beams, spec, np.full(1, -1, np.int32))
+        positions = FixedState(self.beams, spec, np.full(1, -1, np.int32))
         first = op.subtract(columns.past, i64([window]))
         number = op.range(scalar(first), scalar(op.add(first, columns.new)), i64(1), "i64")
         shape = op.concat([columns.batch, i64([self.heads]), columns.new, i64([1])], 0)
@@ -105,7 +105,7 @@ def _numbers(count: int) -> Node:
     return op.constant(np.arange(count, dtype=np.int32)[None, None])
 
 
-class Marked(Scores):
+class GpuMask(Scores):
     """All tokens in order, those that are pruned with the score DROPPED.
 
     `masks`, (batch, kv_heads, 1, past + new) of each layer, are added to the scores of the history, in which the recent
@@ -126,7 +126,7 @@ class Marked(Scores):
         # Masks read what was there before, for new scores depend on what layers make of the masks. One row more stands
         # before all others, so that there is always one.
         ahead = op.broadcast(i32(EMPTY), op.concat([columns.batch, i64([self.heads, 1, 1])], 0))
-        held = Held(beams, StateSpec.growing(SCORE, "i32", self.heads, 1, Growing(), "score", self.indices))
+        held = GrowingState(beams, StateSpec.growing(SCORE, "i32", self.heads, 1, Growing(), "score", self.indices))
         self.variable = held.variable
         # After reset_state the CPU plugin goes on to read this one with its old rows: the last ones are those meant
         start = op.subtract(i64([-1]), columns.past)
@@ -142,11 +142,11 @@ class Marked(Scores):
         readable = op.slice(readable, i64([1]), i64([ALL]), i64([1]), i64([2]))
         self.factors: dict[int, Output] = {}
         if pruning.mode == "zero":
-            parts = cut_heads(op.unsqueeze(readable, i64([3])), self.count, "gpu")
+            parts = slice_heads(op.unsqueeze(readable, i64([3])), self.count)
             factors = [op.select(op.equal(x, i32(DROPPED)), f32(0), f32(1)).output(0) for x in parts]
             self.factors = dict(zip(self.indices, factors, strict=True))
             readable = op.select(op.equal(readable, i32(DROPPED)), i32(0), readable)
-        parts = cut_heads(op.unsqueeze(readable, i64([2])), self.count, "gpu")
+        parts = slice_heads(op.unsqueeze(readable, i64([2])), self.count)
         masks = [op.select(op.less_equal(x, i32(SHOWN)), f32(MASKED), f32(0)).output(0) for x in parts]
         self.masks = dict(zip(self.indices, masks, strict=True))
 
@@ -163,7 +163,7 @@ class Marked(Scores):
         rivals = op.select(op.less(self._numbers(columns.total), later), every, i32(EMPTY))
         # (batch, heads, 1 + past + new), 1 where a token is pruned now. From one branch two of them, so that the shape
         # changes with the branch, as for residents: after a reset a text may be as long as the last one was.
-        found = either(
+        found = if_else(
             self.is_prefill,
             (One(rivals), lambda read: One(op.concat([op.unsqueeze(self._beyond(read.value), i64([0]))] * 2, 0))),
             (One(rivals), lambda read: One(op.unsqueeze(self._worst(read.value), i64([0])))),

@@ -34,10 +34,10 @@ from openvino import Node, Output
 from openvino import opset15 as op
 
 from ovtq.codec.rotation import digest, randomized_frame, spread_width
-from ovtq.forms.attend import Held
-from ovtq.forms.beams import Beams
-from ovtq.forms.ring import WholeRing
-from ovtq.forms.window import FAR
+from ovtq.forms.attend import GrowingState
+from ovtq.forms.gpu.beams import GpuBeams
+from ovtq.forms.gpu.window import FAR
+from ovtq.forms.window_state import WholeWindowState
 from ovtq.ir.graph import ALL, MASKED, dim, f32, i64, redirect, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription, SinkRow, TokenRows
 from ovtq.states import RECENT, Growing, StateSpec, cache_name
@@ -72,9 +72,9 @@ class RecentRows:
         # Each in a layout of its own: see rotate-heads for what sharing one does
         self.into, self.back = f32(np.ascontiguousarray(self.frame.T)), f32(self.frame)
         self.batch, self.new = (dim(description.input_ids, axis) for axis in (0, 1))
-        self.beams = Beams(description, "gpu")
+        self.beams = GpuBeams(description)
         self.moved = {layer.index: -centres[layer.index] @ self.frame for layer in layers}  # (H, D)
-        self.ring = WholeRing(description, RECENT, layers, window, self._start(layer.kv_heads), self.beams)
+        self.tokens = WholeWindowState(description, RECENT, layers, window, self._start(layer.kv_heads), self.beams)
         self.states = self.beams.states
         self.assigns: list[Node] = []
         self._blocks(description, layer.kv_heads, layer.group)
@@ -87,7 +87,7 @@ class RecentRows:
         moved[:H, 0] = self.moved[layer.index]
         tokens = op.concat([layer.key.source, layer.value.source], 1)
         rows = op.add(op.matmul(tokens, self.into, False, True), f32(moved[None]))  # (batch, 2H, new, D)
-        every = self.ring.join(layer, 0, rows)
+        every = self.tokens.join(layer, 0, rows)
         near = op.reshape(op.gather(every, self.key_rows, i64(2)), self.rows_by_block, True)  # (batch, 2H, nb, w, D)
         keys, values = op.split(near, i64(1), 2).outputs()
 
@@ -115,7 +115,7 @@ class RecentRows:
 
     def finish(self) -> list[Node]:
         """The Assigns, once every layer is rewritten."""
-        return [*self.assigns, *self.ring.store()]
+        return [*self.assigns, *self.tokens.store()]
 
     def _start(self, heads: int) -> np.ndarray:
         """(layers·2·heads, 1 + window, D): before the text there are the sink's row and the anchor's."""
@@ -201,7 +201,7 @@ class RecentRows:
         state = StateSpec.growing(
             cache_name(layer.index, what), "f32", H, D, Growing(), what, [layer.index], native=True
         )
-        held = Held(self.beams, state)
+        held = GrowingState(self.beams, state)
         held.append(rows)
         self.assigns.append(held.assign())
         return held.appended.get_node(), held.past

@@ -8,8 +8,8 @@ import numpy as np
 from openvino import Node
 from openvino import opset15 as op
 
-from ovtq.forms.ring import State
 from ovtq.forms.scores.base import Arriving, Score, Tokens
+from ovtq.forms.window_state import FixedState
 from ovtq.ir.graph import f32, i64
 from ovtq.states import KEY_SUM, StateSpec
 
@@ -44,7 +44,7 @@ class KeyDiff(Score):
         d, part = call.layers[0].head_dim, f32(1 / WHOLE)
         unit = op.divide(keys, op.maximum(op.reduce_l2(keys, i64([3]), True), f32(1e-12)))
         spec = StateSpec.fixed(KEY_SUM, "f32", [call.heads, 2, d], "sum", call.indices)
-        state = State(call.beams, spec, np.zeros(1, np.float32))
+        state = FixedState(call.beams, spec, np.zeros(1, np.float32))
         whole, rest = (op.slice(state.past, i64([k]), i64([k + 1]), i64([1]), i64([2])) for k in (0, 1))
         counted = op.multiply(unit, op.convert(call.shown, "f32"))
         total = op.add(op.multiply(op.add(op.cum_sum(counted, i64(2)), rest), part), whole)

@@ -6,7 +6,6 @@ chat that no tokens can be cut from their end: it resets and prefills again inst
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
@@ -16,18 +15,18 @@ from openvino import opset15 as op
 
 from ovtq.codec.basis import rotated
 from ovtq.codec.coding import UNIT, Coding
-from ovtq.codec.packed_attention import PackedAttention, Place
+from ovtq.codec.packed_attention import PackedAttention, StateSlice
 from ovtq.forms.beams import Beams
-from ovtq.forms.quantizer import encode, pack, restore
-from ovtq.ir.graph import ALL, cut_heads, dim, f32, i64, joined, precise
+from ovtq.forms.quantizer import encode, pack
+from ovtq.ir.graph import ALL, dim, f32, i64, joined
 from ovtq.models.description import AttentionLayer, ModelDescription, Packed, Window
 from ovtq.states import StateSpec, scale_name
 
-# Of a WholeRing: with them no number leaves f16's range, nor do 1/PARTS and its multiples fall below its normal ones
+# Of a WholeWindowState: with them no number leaves f16's range, nor do multiples of 1/PARTS fall below its normal ones
 UNITS, PARTS, MOST = 2.0**5, 2.0**14, 1023.5
 
 
-class State:
+class FixedState:
     """(batch, heads, length, width), `start` before the text begins; `kept` are the rows of it and of what is new.
 
     Not `exact`, a CPU that computes in bf16 keeps it in bf16, too: right for what comes from a bf16 and goes to one.
@@ -42,11 +41,9 @@ class State:
         exact: bool = True,
     ) -> None:
         self.kept = kept
-        # Written in another type than the state's, it would be converted in every step
-        self.mark = precise if beams.target == "cpu" and exact else lambda node: node
         self.variable = beams.variable(state)
         self.beams, self.exact = beams, exact
-        self.read = op.read_value(_start(start, beams, state.shape[1:]), self.variable)
+        self.read = op.read_value(beams.start(start, state.shape[1:]), self.variable)
 
     @cached_property
     def past(self) -> Output:
@@ -58,28 +55,16 @@ class State:
 
         With `rows`, (batch, heads, length), it keeps these of each head instead.
         """
-        every = self.mark(op.concat([self.past, new], 2))
+        every = self.beams.kept(op.concat([self.past, new], 2), self.exact)
         return self.keep(op.gather(every, self.kept, i64(2)) if rows is None else op.gather(every, rows, i64(2), 2))
 
     def keep(self, rows: Node) -> Node:
         """The Assign of all its rows."""
-        return op.assign(self.mark(rows), self.variable)
-
-
-def _start(start: np.ndarray, beams: Beams, shape: Sequence[int]) -> Node:
-    """What a state of that shape holds at first, for each of the batch."""
-    if beams.target == "gpu":
-        return op.broadcast(op.constant(start), op.concat([beams.batch, i64(shape)], 0))
-    # The Reshape tells the shape: where ReadValue's is another than the Assign's, the CPU plugin copies the state
-    length = math.prod(shape)
-    flat = start.reshape(1, -1) if start.size > 1 else start
-    return op.reshape(
-        op.broadcast(op.constant(flat), op.concat([beams.batch, i64([length])], 0)), i64([-1, *shape]), False
-    )
+        return op.assign(self.beams.kept(rows, self.exact), self.variable)
 
 
 class _Rows:
-    """What layers read of a ring, and what they put behind it; a part is a layer's index, and which of its tensors.
+    """What layers read of a window state, and what they put behind it; a part is a layer's index, which of its tensors.
 
     Keys and values of a layer in one (batch, 2·kv_heads, rows, d), which is number 0; for a CPU, which splits nothing
     for free, apart: 0 and 1.
@@ -108,7 +93,7 @@ class _Rows:
         return op.concat([some[part] for part in self.parts], 1)
 
 
-class Ring(_Rows):
+class WindowState(_Rows):
     """The last `rows` tokens of `layers`, keys then values of each, in one state (batch, layers·2·kv_heads, rows, d).
 
     Zero before the text begins. `head`, (layers·2·kv_heads, d), becomes a row before all others that stays where it is.
@@ -132,28 +117,24 @@ class Ring(_Rows):
             start[0, :, 0] = head
         these = [layer.index for layer in layers]
         state = StateSpec.fixed(name, "f32", [heads, length, d], "tokens", these)
-        self.state = State(beams, state, start, kept, exact=False)
-        self.on_cpu, self.states = beams.target == "cpu", beams.states
-        super().__init__(
-            layers,
-            beams.in_parts(self.state.read, 2 * len(layers))
-            if self.on_cpu
-            else op.split(self.state.past, i64(1), len(layers)).outputs(),
-        )
+        self.beams, self.states = beams, beams.states
+        self.state = FixedState(beams, state, start, kept, exact=False)
+        super().__init__(layers, self._parts(len(layers)))
+
+    def _parts(self, layers: int) -> list[Output]:
+        """What each of as many layers reads of it, in one part or in two."""
+        return op.split(self.state.past, i64(1), layers).outputs()
 
     def store(self) -> list[Node]:
         """The Assign that keeps the last tokens, once every layer has joined its own."""
-        if not self.on_cpu:
-            return [self.state.store(self.in_turn(self.news))]
-        kept = op.add(self.state.kept, i64([self.skipped]))
-        return [self.state.keep(op.gather(self.in_turn(self.joined), kept, i64(2)))]
+        return [self.state.store(self.in_turn(self.news))]
 
     def cache(self, layer: AttentionLayer, lengths: tuple[int, ...]) -> Window:
         """What it is to a sliding layer."""
         return Window(lengths)
 
 
-class WholeRing(_Rows):
+class WholeWindowState(_Rows):
     """The last `rows` tokens of `layers`, in one state (batch, layers·2·kv_heads, 1 + rows, 2·width) of whole numbers.
 
     Keys then values of each layer. `start`, (layers·2·kv_heads, 1 + rows, width), is what there is before the text
@@ -178,7 +159,7 @@ class WholeRing(_Rows):
         whole = np.round(UNITS * start)
         numbers = np.concatenate([whole, np.round(PARTS * (UNITS * start - whole))], 2).astype(np.int32)
         state = StateSpec.fixed(name, "i32", numbers.shape, "tokens", [layer.index for layer in layers])
-        self.state = State(beams, state, numbers[None], kept)
+        self.state = FixedState(beams, state, numbers[None], kept)
         units, parts = op.split(op.convert(self.state.past, "f32"), i64(3), 2).outputs()
         past = op.multiply(op.add(units, op.multiply(parts, f32(1 / PARTS))), f32(1 / UNITS))
         super().__init__(layers, op.split(past, i64(1), len(layers)).outputs())
@@ -192,18 +173,18 @@ class WholeRing(_Rows):
         return [self.state.store(op.convert(op.concat([whole, parts], 3), "i32"))]
 
 
-class PackedRing(_Rows):
-    """A Ring whose tokens are packed when they leave the call they came in, and then moved as they are.
+class PackedWindowState(_Rows):
+    """A WindowState whose tokens are packed when they leave the call they came in, and then moved as they are.
 
     Bytes (batch, layers·kv_heads, rows, bytes of a key and a value) i8 and scales (batch, layers·2·kv_heads, rows, 1)
     i32, keys of all layers first; with codecs that are equal (batch, layers·2·kv_heads, rows, bytes) and keys then
-    values of each layer, as in a Ring. Zero before the text begins, so that those rows are read as zeros.
+    values of each layer, as in a WindowState. Zero before the text begins, so that those rows are read as zeros.
 
     Scales are whole numbers (see `coding.UNIT`), for the GPU plugin compresses no KV cache of its own in a model with
     a floating-point state that is not one: not knowing what it is, it takes the model for a hybrid one.
 
     What is kept is decoded whole, for all layers in one stream of nodes: they are few rows, and nodes are what costs.
-    So for the time of a call it takes what a Ring does besides.
+    So for the time of a call it takes what a WindowState does besides.
     """
 
     def __init__(
@@ -222,29 +203,26 @@ class PackedRing(_Rows):
         coded = coding.pairs[:1] if same else coding.pairs
         self.codecs, self.layouts = [codec for codec, _ in coded], [layout for _, layout in coded]
         heads = np.arange(count * 2 * H).reshape(count, 2, H)
-        self.order = None if same else heads.swapaxes(0, 1).reshape(-1)  # of heads in the states, in those of a Ring
+        self.order = None if same else heads.swapaxes(0, 1).reshape(-1)  # of heads, in a WindowState's
         self.widths = [layout.bytes for layout in self.layouts]
 
         kept = op.add(i64(range(rows)), op.minimum(dim(description.input_ids, 1), i64([rows])))
         shape = [heads.size // len(self.codecs), rows, sum(self.widths)]
         these = [layer.index for layer in layers]
         codes = StateSpec.fixed(name, "i8", shape, "tokens", these)
-        self.codes = State(beams, codes, np.zeros(1, np.int8), kept)
+        self.codes = FixedState(beams, codes, np.zeros(1, np.int8), kept)
         scale = StateSpec.fixed(scale_name(name), "i32", [heads.size, rows, 1], "scale", these)
-        self.scales = State(beams, scale, np.zeros(1, np.int32), kept)
+        self.scales = FixedState(beams, scale, np.zeros(1, np.int32), kept)
         root = op.multiply(op.convert(self.scales.past, "f32"), f32(1 / UNIT))
         bytes_, scales = [self.codes.past], [op.multiply(root, root).output(0)]
         if not same:
             bytes_ = op.variadic_split(self.codes.past, i64(3), i64(self.widths)).outputs()
             scales = op.split(scales[0], i64(1), 2).outputs()
         packed = zip(bytes_, self.layouts, scales, strict=True)
-        past = joined([restore(*some, coding.rotation, beams.target) for some in packed], 1)
+        past = joined([beams.dequantize(*some, coding.rotation) for some in packed], 1)
         if self.order is not None:
             past = op.gather(past, i64(np.argsort(self.order)), i64(1))
-        if beams.target == "cpu":
-            super().__init__(layers, cut_heads(past, 2 * count, beams.target))
-        else:
-            super().__init__(layers, op.split(past, i64(1), count).outputs())
+        super().__init__(layers, beams.per_layer(past, count))
 
     def store(self) -> list[Node]:
         """The Assigns that keep the last tokens, once every layer has joined its own."""
@@ -264,17 +242,17 @@ class PackedRing(_Rows):
         )  # fmt: skip
         return Packed(definition, self.places(layer), None, lengths)
 
-    def places(self, layer: AttentionLayer) -> tuple[Place, Place]:
+    def places(self, layer: AttentionLayer) -> tuple[StateSlice, StateSlice]:
         """Where the codes of its keys and values are."""
         H, widths = self.kv_heads, self.widths
         number = [index for index, which in self.parts if which == 0].index(layer.index)
         if self.order is None:
             spans = [slice(first, first + H) for first in (2 * number * H, (2 * number + 1) * H)]
-            keys, values = (Place(self.name, span, slice(None), span) for span in spans)
+            keys, values = (StateSlice(self.name, span, slice(None), span) for span in spans)
             return keys, values
         key, value = (np.flatnonzero(self.order == head)[0] for head in (2 * number * H, (2 * number + 1) * H))
         heads = slice(key, key + H)
         return (
-            Place(self.name, heads, slice(widths[0]), heads),
-            Place(self.name, heads, slice(widths[0], None), slice(value, value + H)),
+            StateSlice(self.name, heads, slice(widths[0]), heads),
+            StateSlice(self.name, heads, slice(widths[0], None), slice(value, value + H)),
         )
