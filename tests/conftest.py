@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,9 @@ FAMILIES = ROOT / "tests" / "data" / "families"
 GPU_TOOLS = ROOT / "tools" / "gpu"
 GPU_INSTALLED = Path(os.environ.get("OVTQ_GPU_DIR", Path.home() / ".cache" / "ovtq-gpu"))
 
+
+# A conversion in a process of its own
+COMMAND = [sys.executable, "-c", "import sys; from ovtq.cli.entry import convert; sys.exit(convert())"]
 
 # Cases that a shorter one of the same test stands for in the default suite
 SLOW = re.compile(
@@ -57,6 +61,8 @@ SLOW = re.compile(
     re.VERBOSE,
 )
 
+UNSHORTENED = ("test_api", "test_prune_faults", "test_prune_kv", "test_verify_host", "test_windows")
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -64,6 +70,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if SLOW.search(item.nodeid):
             item.add_marker(pytest.mark.slow)
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """The digest of each file in a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in io.files_of(folder)
+    }
 
 
 def needs(*tools: str) -> pytest.MarkDecorator:
@@ -105,7 +118,7 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 @pytest.fixture(autouse=True)
 def _short_verification(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process a verification pastes 129 tokens, but where it is what lies beyond them that matters."""
-    if request.module.__name__ not in ("test_api", "test_prune_kv", "test_verify_host", "test_windows"):
+    if request.module.__name__ not in UNSHORTENED:
         monkeypatch.setattr(ovtq.verification.verify, "PASTED", 129)
 
 

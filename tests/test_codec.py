@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.integrate import quad
-from scipy.stats import beta
 
 from ovtq.codec import (
     STEPS,
@@ -20,7 +18,6 @@ from ovtq.codec import (
     quantize,
 )
 from ovtq.codec.codebook import Codebook, lloyd_max, uniform
-from ovtq.codec.packing import layout, pack, packed_bytes, unpack
 from ovtq.codec.rotation import random_orthogonal, randomized_hadamard
 
 BITS = range(1, 9)
@@ -67,143 +64,6 @@ def test_random_orthogonal_is_haar() -> None:
     traces = np.array([np.trace(random_orthogonal(6, seed)) for seed in range(4000)])
     assert within(traces, 0, 0.1)
     assert within(traces**2, 1, 0.1)
-
-
-# ------------------------------------------------------------------------------------------ codebooks
-
-
-def density(y: np.ndarray, head_dim: int) -> np.ndarray:
-    """Of √d times a coordinate of a random unit vector, by way of scipy's Beta distribution."""
-    a, end = (head_dim - 1) / 2, np.sqrt(head_dim)
-    return beta.pdf((1 + y / end) / 2, a, a) / (2 * end)
-
-
-def integral_over_cells(codebook: Codebook, value) -> np.ndarray:
-    d = codebook.head_dim
-    end = min(np.sqrt(d), 12)
-    edges = [-end, *codebook.boundaries.astype(float), end]
-    return np.array(
-        [
-            quad(lambda y, c=c: value(y, c) * density(y, d), low, high, epsabs=1e-14)[0]
-            for c, low, high in zip(codebook.centroids.astype(float), edges, edges[1:], strict=False)
-        ]
-    )
-
-
-@both
-@pytest.mark.parametrize("head_dim", [4, 64, 128])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6])
-def test_distortion_is_the_integral(make, bits: int, head_dim: int) -> None:
-    codebook = make(bits, head_dim)
-    error = integral_over_cells(codebook, lambda y, c: (y - c) ** 2).sum()
-    assert codebook.distortion == pytest.approx(error, rel=1e-9)
-
-
-@pytest.mark.parametrize("head_dim", [4, 64, 128])
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
-def test_each_centroid_is_the_mean_of_its_cell(bits: int, head_dim: int) -> None:
-    codebook = lloyd_max(bits, head_dim)
-    mass = integral_over_cells(codebook, lambda y, c: 1)
-    mean = integral_over_cells(codebook, lambda y, c: y) / mass
-    assert mass.sum() == pytest.approx(1, abs=1e-9)
-    # the boundaries, rounded to f32, move the mean of a cell by up to an ulp of theirs
-    assert np.abs(codebook.centroids - mean).max() < EPS * np.abs(codebook.centroids).max()
-
-
-@pytest.mark.parametrize(
-    ("bits", "expected"), [(1, 0.3584), (2, 0.1145), (3, 0.0334), (4, 0.00913), (5, 0.00240), (6, 0.000616)]
-)
-def test_distortion_at_head_dim_64(bits: int, expected: float) -> None:
-    assert lloyd_max(bits, 64).distortion == pytest.approx(expected, rel=0.01)
-
-
-@pytest.mark.parametrize(("bits", "digits"), [(1, "0.36"), (2, "0.117"), (3, "0.03"), (4, "0.009")])
-def test_distortion_of_theorem_1(bits: int, digits: str) -> None:
-    """At large d, to the digits that the paper prints."""
-    assert f"{lloyd_max(bits, 4096).distortion:.{len(digits) - 2}f}" == digits
-
-
-MAX_1960 = {  # the optimal quantisers of a normal distribution, tables I and II there
-    lloyd_max: [0.3634, 0.1175, 0.03454, 0.009497, 0.002499],
-    uniform: [0.3634, 0.1188, 0.03744, 0.01154, 0.003495],
-}
-
-
-@both
-def test_large_head_dim_is_gaussian(make) -> None:
-    found = [make(bits, 4096).distortion for bits in range(1, 6)]
-    assert found == pytest.approx(MAX_1960[make], rel=0.005)
-
-
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256, 4096])
-def test_distortion_falls_as_four_to_the_bits(head_dim: int) -> None:
-    found = np.array([lloyd_max(bits, head_dim).distortion for bits in BITS])
-    bound = 4.0 ** -np.array(BITS)
-    assert (found > bound).all()
-    assert (found < np.sqrt(3) * np.pi / 2 * bound).all()
-    ratios = found[:-1] / found[1:]
-    assert (np.diff(ratios) > 0).all()
-    assert ratios[0] > 3
-    assert 3.9 < ratios[-1] < 4
-
-
-def test_codebooks_known_in_closed_form() -> None:
-    """d = 3: y is uniform on ±√3 (Archimedes). 1 bit: the centroid is E|y|, the error 1 − E|y|²."""
-    for make in (lloyd_max, uniform):
-        for bits in BITS:
-            n = 2**bits
-            assert make(bits, 3).centroids == pytest.approx(np.sqrt(3) * (2 * np.arange(n) + 1 - n) / n, rel=EPS)
-            assert make(bits, 3).distortion == pytest.approx(4.0**-bits, rel=1e-6)
-        assert make(1, 2).centroids[1] == pytest.approx(np.sqrt(8) / np.pi, rel=EPS)
-        assert make(1, 2).distortion == pytest.approx(1 - 8 / np.pi**2, rel=1e-9)  # below 4^-1: see TurboQuantMSE
-        assert make(1, 5).centroids[1] == pytest.approx(np.sqrt(5) * 3 / 8, rel=EPS)
-        assert make(1, 5).distortion == pytest.approx(19 / 64, rel=1e-9)
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_no_codebook_near_is_better(bits: int) -> None:
-    best, affine = lloyd_max(bits, 64), uniform(bits, 64)
-    assert best.distortion <= affine.distortion
-    for factor in (0.99, 1.01):
-        scaled = Codebook(bits, 64, (affine.centroids * factor).astype(np.float32))
-        assert scaled.distortion > affine.distortion
-    half = best.centroids[2 ** (bits - 1) :]
-    for seed in range(10):
-        moved = half + 0.1 * half[0] * np.random.RandomState(seed).uniform(-1, 1, len(half))
-        near = Codebook(bits, 64, np.concatenate([-moved[::-1], moved]).astype(np.float32))
-        assert near.distortion > best.distortion
-
-
-@both
-@pytest.mark.parametrize("head_dim", [2, 3, 5, 64, 96, 128, 4096])
-@pytest.mark.parametrize("bits", BITS)
-def test_codebook_is_well_formed(make, bits: int, head_dim: int) -> None:
-    codebook = make(bits, head_dim)
-    centroids, boundaries = codebook.centroids, codebook.boundaries
-    assert centroids.dtype == boundaries.dtype == np.float32
-    assert len(centroids) == len(boundaries) + 1 == 2**bits
-    assert np.array_equal(centroids, -centroids[::-1])
-    assert np.array_equal(boundaries, -boundaries[::-1])
-    assert (centroids[:-1] < boundaries).all()
-    assert (boundaries < centroids[1:]).all()
-    assert make(bits, head_dim) is codebook
-    for array in (centroids, boundaries):
-        with pytest.raises(ValueError, match="read-only"):
-            array[0] = 0
-
-
-@both
-def test_codebooks_do_not_drift(make) -> None:
-    assert [make(bits, 64).digest for bits in range(1, 8)] == DIGESTS[make].split()
-
-
-@both
-def test_codebook_refusals(make) -> None:
-    for bits in (0, 9, -1):
-        with pytest.raises(ValueError, match=f"bits must be 1 to 8, got {bits}"):
-            make(bits, 64)
-    with pytest.raises(ValueError, match="head_dim must be at least 2, got 1"):
-        make(4, 1)
 
 
 # ------------------------------------------------------------------------------------------ quantising
@@ -351,91 +211,6 @@ def test_adaptive_refusals() -> None:
         AdaptiveUniform(4, 64).encode(np.zeros((2, 32)))
     assert len({AdaptiveUniform(bits, d).digest for bits in STEPS for d in (64, 128)}) == 2 * len(STEPS)
     assert AdaptiveUniform(6, 64).digest == "eeb1307a1a7c739f"  # the same on every platform
-
-
-# ------------------------------------------------------------------------------------------ packing
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("shape", [(8,), (24,), (3, 64), (2, 4, 5, 80), (1, 128), (0, 64)])
-def test_packing_round_trip(shape: tuple[int, ...], bits: int) -> None:
-    codes = np.random.RandomState(bits).randint(0, 2**bits, shape).astype(np.uint8)
-    packed = pack(codes, bits)
-    assert packed.dtype == np.int8
-    assert packed.shape == (*shape[:-1], shape[-1] * bits // 8)
-    assert packed.shape[-1] == packed_bytes(bits, shape[-1]) == shape[-1] * bits / 8
-    back = unpack(packed, bits)
-    assert back.dtype == np.uint8
-    assert np.array_equal(back, codes)
-    assert np.array_equal(pack(codes.astype(np.int64), bits), packed)
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("head_dim", [8, 64, 80])
-def test_no_bit_is_left_over(bits: int, head_dim: int) -> None:
-    """Every bit of every byte and code is in exactly one field; so any bytes unpack to codes that pack to them."""
-    where = layout(bits, head_dim)
-    in_bytes, in_codes = np.zeros((where.bytes, 8), int), np.zeros((head_dim, bits), int)
-    for f in where.fields:
-        in_bytes[f.first : f.first + f.count, f.shift : f.shift + f.width] += 1
-        in_codes[f.code : f.code + f.count, f.low : f.low + f.width] += 1
-    assert (in_bytes == 1).all()
-    assert (in_codes == 1).all()
-    packed = np.random.RandomState(bits).randint(-128, 128, (5000, where.bytes)).astype(np.int8)
-    assert packed.min() == -128
-    assert packed.max() == 127
-    assert np.array_equal(pack(unpack(packed, bits), bits), packed)
-
-
-def test_packing_layout() -> None:
-    c = {bits: np.random.RandomState(bits).randint(0, 2**bits, 8) for bits in BITS}
-    low, high = c[6][6:] % 4, c[6][6:] // 16
-    layouts = {
-        1: [sum(2**k * c[1][k] for k in range(8))],
-        2: c[2][:2] + 4 * c[2][2:4] + 16 * c[2][4:6] + 64 * c[2][6:],
-        # whole codes, and above them codes 6 and 7: their low two bits in two bytes, their third bits in the last
-        3: c[3][:3] + 8 * c[3][3:6] + 64 * np.array([*(c[3][6:] % 4), c[3][6] // 4 + 2 * (c[3][7] // 4)]),
-        4: c[4][:4] + 16 * c[4][4:],
-        5: c[5][:5]
-        + 32 * np.array([*(c[5][5:] // 4), *(c[5][5:7] % 4)])
-        + 128 * np.array([0, 0, 0, c[5][7] % 2, c[5][7] // 2 % 2]),
-        6: c[6][:6] + 64 * np.array([*low, *(c[6][6:] // 4 % 4), *high]),
-        7: c[7][:7] + 128 * np.array([c[7][7] >> k & 1 for k in range(7)]),
-        8: c[8],
-    }
-    for bits, expected in layouts.items():
-        assert (pack(c[bits], bits).astype(int) + 128).tolist() == list(expected)
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_codes_are_linear_in_the_groups(bits: int) -> None:
-    """What a graph unpacks by: one formula a group, then one matrix."""
-    where = layout(bits, 64)
-    codes = np.random.RandomState(bits).randint(0, 2**bits, (500, 64)).astype(np.uint8)
-    raw = pack(codes, bits).astype(np.float32) + 128
-    features = [np.floor(raw[:, g.first : g.first + g.count] / 2**g.shift) % 2**g.width for g in where.groups]
-    assert np.array_equal(np.concatenate(features, 1) @ where.decode, codes)
-    assert len(where.groups) == {1: 8, 2: 4, 3: 5, 4: 2, 5: 4, 6: 2, 7: 2, 8: 1}[bits]
-
-
-def test_packing_refusals() -> None:
-    for bits, head_dim, needs in ((1, 60, 8), (2, 30, 4), (3, 60, 8), (4, 63, 2), (5, 12, 8), (6, 66, 4), (4, 0, 2)):
-        with pytest.raises(ValueError, match=f"{bits}-bit codes need a head_dim divisible by {needs}, got {head_dim}"):
-            pack(np.zeros((2, head_dim), np.uint8), bits)
-    for bits in (0, 9):
-        for call in (pack, unpack):
-            with pytest.raises(ValueError, match=f"bits must be 1 to 8, got {bits}"):
-                call(np.zeros(64, np.int8), bits)
-    for code in (-1, 16):
-        with pytest.raises(ValueError, match=f"4-bit codes must be 0 to 15, got {min(code, 0)} to {max(code, 0)}"):
-            pack(np.array([0, 0, 0, code]), 4)
-    with pytest.raises(TypeError, match="codes must be integers, got float32"):
-        pack(np.zeros(64, np.float32), 4)
-    with pytest.raises(TypeError, match="must be int8, got uint8"):
-        unpack(np.zeros(32, np.uint8), 4)
-    for length, bits in ((47, 6), (0, 4), (1, 3), (5, 3)):
-        with pytest.raises(ValueError, match=f"{length} bytes are no packed vector of {bits}-bit codes"):
-            unpack(np.zeros(length, np.int8), bits)
 
 
 # ------------------------------------------------------------------------------------------ algorithm 1
