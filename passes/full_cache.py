@@ -82,7 +82,7 @@ class FullCache:
     def _without_kernels(self, layer: AttentionLayer) -> str:
         if not TARGET[self.target].kernels:
             able = " or ".join(name for name in TARGETS if TARGET[name].kernels)
-            return f"a {self.target.upper()} runs no kernels; add --target {able}, or leave them out"
+            return f"kernels are for a {able.upper()}; add --target {able}, or leave them out"
         if "none" in self.bits:
             return "kernels read packed keys and values alone; give k-bits and v-bits numbers"
         if layer.head_dim not in HEAD_DIMS or layer.group > MOST_HEADS:

@@ -31,16 +31,16 @@ def run(*options: str | Path) -> int:
 
 def test_the_table(exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = tmp_path / "eval.json"
-    asked = ["--lengths", "600", "--depths", "0.5", "--trials", "2", "--greedy", "2", "--greedy-tokens", "8"]
+    asked = ["--lengths", "400", "--depths", "0.5", "--trials", "1", "--greedy", "1", "--greedy-tokens", "6"]
     options = [exact, "stock:KV_CACHE_PRECISION=u4", "host:prune128", *SHORT[:4], *asked, "--json", found]
     assert run(*options) == 0
     results = json.loads(found.read_text())
     reference, floor, same, u4, pruned = results["rows"]
     assert reference["mean_kld"] == 0
-    assert reference["needles"] == [{"needles": 1, "length": 600, "depth": 0.5, "right": 2, "of": 2}]
+    assert reference["needles"] == [{"needles": 1, "length": 400, "depth": 0.5, "right": 1, "of": 1}]
     assert 0 < floor["mean_kld"] < 1e-10
     assert same["verdict"] == "equal"
-    assert same["greedy"] == {"prompts": 2, "tokens": 8, "same": 8.0, "identical": 2}
+    assert same["greedy"] == {"prompts": 1, "tokens": 6, "same": 6.0, "identical": 1}
     assert u4["verdict"] == "ok"
     assert 1e-3 < u4["mean_kld"] < 1e-1
     assert np.mean(u4["kld_by_position"]) == pytest.approx(u4["mean_kld"], rel=0.1)
