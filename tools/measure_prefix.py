@@ -5,7 +5,6 @@ usage: measure_prefix.py MODEL_DIR [--tokens 4096] [--new 16] [--runs 5] [--pres
 
 Through plain OpenVINO and OVModelForCausalLM, on a CPU, in turn, from empty states, in calls of 512 tokens. Prints a
 table of medians.
-of medians.
 """
 
 from __future__ import annotations
