@@ -15,12 +15,12 @@ import ovtq.forms.cpu.full
 import ovtq.passes.check_call
 import ovtq.states
 from ovtq.cli.convert import main
-from ovtq.errors import VerificationFailed
+from ovtq.errors import InputError, VerificationFailed
 from ovtq.forms.cpu.window import BLOCK, CpuWindow
 from ovtq.ir.graph import MASKED, f32, i64, new_variable
 from ovtq.states import StateSpec
 from ovtq.verification.closeness import Loss, divergence, loss, lost, played, relative, scale_of, too_lossy
-from ovtq.verification.hosts import recurring
+from ovtq.verification.hosts import _refuse, recurring
 from ovtq.verification.schedule import Call
 from ovtq.verification.verify import compare
 
@@ -154,6 +154,36 @@ def test_a_call_that_must_be_refused_is_tried(
     assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--preset", "exact", "--target", target]) == 2
     said = capsys.readouterr().err
     assert "it takes a call whose attention_mask is too short" in said or "tokens failed" in said
+
+
+class Refusing:
+    """Stands for a Runner whose results behind a refused call are `apart` from those before, as a share."""
+
+    def __init__(self, apart: float) -> None:
+        self.results = np.random.RandomState(0).standard_normal((1, 65, 32)).astype(np.float32)
+        self.apart = apart
+
+    def reset(self) -> None:
+        self.mask = None
+
+    def step(self, ids: np.ndarray, shown: np.ndarray | None = None) -> np.ndarray:
+        if shown is not None:
+            raise InputError("refused")
+        self.results, before = self.results * np.float32(1 + self.apart), self.results
+        return before
+
+
+@pytest.mark.parametrize(
+    ("device", "apart", "accepted"),
+    [("CPU", 0, True), ("CPU", 1e-4, False), ("GPU", 1e-4, True), ("GPU.0", 1e-4, True), ("GPU", 0.1, False)],
+)
+def test_behind_a_refused_call_a_gpu_may_round_otherwise(device: str, apart: float, accepted: bool) -> None:
+    """It swaps kernels while it runs; a state that a refused call left changed is further away than rounding is."""
+    if accepted:
+        _refuse(Refusing(apart), 32, device, 1e-2)
+    else:
+        with pytest.raises(VerificationFailed, match="after a call that it refuses it says something else"):
+            _refuse(Refusing(apart), 32, device, 1e-2)
 
 
 def shifted(model: ov.Model) -> None:

@@ -63,7 +63,7 @@ def hosted(
         results = runner.step(ids, shown, np.asarray(call.beams, np.int32) if call.beams else None)
         losses.append(lost(exact.results, results if columns is None else results[..., columns]))
     if checked:
-        _refuse(runner, vocabulary, device)
+        _refuse(runner, vocabulary, device, max(float(loss.max()) for loss in losses))
     found = Hosted(losses, *runner.precisions())
     runner.close()
     return found
@@ -78,8 +78,12 @@ def recurring(runs: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
     return [np.sort(np.stack(call), axis=0)[(len(runs) - 1) // 2] for call in zip(*runs, strict=True)]
 
 
-def _refuse(runner: Runner, vocabulary: int, device: str) -> None:
-    """Make a call that check-call must refuse, twice, and see that what follows is as before."""
+def _refuse(runner: Runner, vocabulary: int, device: str, rounding: float) -> None:
+    """Make a call that check-call must refuse, twice, and see that what follows is as before.
+
+    On a CPU to the last bit. A GPU plugin swaps kernels while it runs: there to `rounding`, the most that a position of
+    other calls loses.
+    """
     ids = np.random.RandomState(1).randint(0, vocabulary, (1, 65)).astype(np.int64)
     said = []
     for _ in range(2):
@@ -95,7 +99,8 @@ def _refuse(runner: Runner, vocabulary: int, device: str) -> None:
             f"the converted model is wrong on {device}: it takes a call whose attention_mask is too short; "
             "nothing was written"
         )
-    if not np.array_equal(said[0], said[1]):
+    allowed = 0 if device == "CPU" else rounding
+    if not lost(*said).max() <= allowed:
         raise VerificationFailed(
             f"the converted model is wrong on {device}: after a call that it refuses it says something else; "
             "nothing was written"
