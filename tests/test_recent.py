@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +140,27 @@ def test_where_tokens_are() -> None:
                 np.testing.assert_allclose(cache[:, :, 1:], rows[kind][:, :, :-1], atol=2e-6)
 
 
+def test_no_product_of_rank_five_is_added_to_as_it_comes(convert: Callable[..., Path]) -> None:
+    """P34: the GPU plugin makes one kernel of both, which adds the wrong blocks' rows. Seen with this form's mask."""
+    packed = ov.Core().read_model(convert(TINY["5.5"], "--preset", "k6v4", "--no-verify") / "openvino_model.xml")
+    for model in (recent()[0].model, packed):
+        products = [node for node in nodes_of(model) if node.get_type_name() == "MatMul"]
+        ranks = [node.get_output_partial_shape(0).rank.get_length() for node in products]
+        large = [node for node, rank in zip(products, ranks, strict=True) if rank > 4]
+        assert large  # those of sliding layers
+        readers = {reader.get_node().get_type_name() for node in large for reader in node.output(0).get_target_inputs()}
+        assert readers == {"Reshape"}
+
+
+def nodes_of(model: ov.Model) -> Iterator[ov.Node]:
+    """All nodes, those of branches too."""
+    for node in model.get_ops():
+        yield node
+        if node.get_type_name() == "If":
+            for branch in (0, 1):
+                yield from nodes_of(node.get_function(branch))
+
+
 def _one_more_in_the_far_part(monkeypatch: pytest.MonkeyPatch) -> None:
     mask = RecentRows._far_mask
 
@@ -171,13 +193,6 @@ def test_a_fault_is_refused(
     assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--passes", passes]) == 2
     assert re.search("its results differ by", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
-
-
-def test_a_cpu_is_no_proof_for_a_gpu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    options = ["--preset", "u8", "--set", "sink-row.window=16"]
-    assert main([str(TINY["5.5"]), str(tmp_path / "out"), *options]) == 2
-    assert "verify it where it is to run, with --verify-device GPU; nothing was written" in capsys.readouterr().err
-    assert not any(tmp_path.iterdir())
 
 
 def test_it_refuses_what_it_cannot_keep() -> None:

@@ -71,6 +71,8 @@ class RecentRows:
         self.frame[:, :inner] = randomized_frame(d, inner, seed)[0] if rotate else np.eye(d)
         # Each in a layout of its own: see rotate-heads for what sharing one does
         self.into, self.back = f32(np.ascontiguousarray(self.frame.T)), f32(self.frame)
+        mark = np.eye(1, self.width, self.width + ANCHOR, dtype=np.float32) / MARK
+        self.mark, self.share = f32(mark[None, None]), f32(np.repeat(mark, self.width, 0))
         self.batch, self.new = (dim(description.input_ids, axis) for axis in (0, 1))
         self.beams = GpuBeams(description)
         self.moved = {layer.index: -centres[layer.index] @ self.frame for layer in layers}  # (H, D)
@@ -88,23 +90,26 @@ class RecentRows:
         tokens = op.concat([layer.key.source, layer.value.source], 1)
         rows = op.add(op.matmul(tokens, self.into, False, True), f32(moved[None]))  # (batch, 2H, new, D)
         every = self.tokens.join(layer, 0, rows)
-        near = op.reshape(op.gather(every, self.key_rows, i64(2)), self.rows_by_block, True)  # (batch, 2H, nb, w, D)
-        keys, values = op.split(near, i64(1), 2).outputs()
+        near = op.split(op.gather(every, self.key_rows, i64(2)), i64(1), 2).outputs()
+        keys, values = (op.reshape(x, self.rows_by_block, True) for x in near)  # (batch, H·nb, w, D)
 
         sinks = np.zeros((H * G, 1, D), np.float32)
         sinks[:, 0, SINK] = layer.own_sinks / MARK
         turned = f32(np.ascontiguousarray(layer.scale * self.frame.T))
         query = op.add(op.matmul(layer.query.source, turned, False, True), f32(sinks[None]))
-        context, logit = self._near(layer, query, keys, values)
-        mark = np.zeros((1, 1, 1, D), np.float32)
-        mark[..., ANCHOR] = 1 / MARK
-        query = op.add(query, op.multiply(logit, f32(mark)))
+        context, top, largest = self._near(layer, query, keys, values)
+        # Made as wide as a query first, all of this is one kernel
+        logit = op.subtract(op.multiply(top, f32(np.ones((1, 1, 1, D)))), op.log(largest))
+        query = op.add(op.multiply(logit, self.mark), query)
 
         late = [self._late(layer, what, every) for what in ("key", "value")]
         grouped = [self._to_query_heads(rows, H, G) for rows, _ in late]
         far = op.scaled_dot_product_attention(query, *grouped, self.far_mask, f32(1), False)
-        weight = op.matmul(far, f32(mark[0, 0]), False, True)  # p, in one kernel
-        both = op.add(far, op.multiply(weight, context))
+        # p in all coordinates, and a sum that reads the far part by a Reshape of its own: one kernel with the product
+        line, again = (op.reshape(far, i64([-1, D]), zeros_too) for zeros_too in (False, True))
+        near_part = op.multiply(op.matmul(line, self.share, False, True), op.reshape(context, i64([-1, D]), False))
+        both = op.concat([self.batch, i64([H * G]), self.new, i64([D])], 0)
+        both = op.reshape(op.add(near_part, again), both, False)
         redirect(layer.context, op.matmul(both, self.back, False, True))
         return replace(layer, context=far.output(0), cache=SinkRow(TokenRows(late[0][1])))
 
@@ -139,8 +144,8 @@ class RecentRows:
         keys = op.slice(i64([-FAR, *range(1, 2 * window + 1)]), origin, w, one, origin)
         keys = op.maximum(op.minimum(op.add(start, keys), op.add(last, i64([1 + window]))), origin)  # (nb, w)
         self.key_rows = op.reshape(keys, i64([-1]), False)
-        self.by_block = op.concat([i64([0, 0]), nb, i64([-1, 0])], 0)  # of what is (batch, ·, rows, ·, ·)
-        self.rows_by_block = op.concat([i64([0, 0]), nb, i64([-1, self.width])], 0)
+        blocks = op.multiply(nb, i64([heads]))
+        self.rows_by_block = op.concat([i64([0]), blocks, i64([-1, self.width])], 0)
 
         # In ones, which every precision holds exactly: a query sees its own token, the window before it, and the sink
         query, key = np.arange(window)[:, None], np.arange(2 * window)[None]
@@ -156,7 +161,7 @@ class RecentRows:
         mask = op.reshape(mask, op.concat([i64([0, 1, -1, 1]), w], 0), True)  # (batch, 1, nb·m, 1, w)
         # As large as the scores, for the GPU plugin makes one kernel of a product and such a sum
         mask = op.broadcast(mask, i64([1, heads, 1, group, 1]), broadcast_spec="BIDIRECTIONAL")
-        self.near_mask = op.reshape(mask, self.by_block, True)  # (batch, H, nb, m·G, w)
+        self.near_mask = op.reshape(mask, op.concat([i64([0]), blocks, i64([-1]), w], 0), True)  # (batch, H·nb, m·G, w)
 
     def _far_mask(self, description: ModelDescription) -> Node:
         """(batch, 1, new, rows), additive: every query sees the anchor and the tokens that are no longer near."""
@@ -170,21 +175,25 @@ class RecentRows:
         visible = op.logical_and(op.unsqueeze(old, i64([0])), op.unsqueeze(op.not_equal(shown, i64(0)), i64([1])))
         return op.unsqueeze(op.select(visible, f32(0), f32(MASKED)), i64([1]))
 
-    def _near(self, layer: AttentionLayer, query: Node, keys: Output, values: Output) -> tuple[Node, Node]:
-        """The near part's context, (batch, H·G, new, D), and log-sum-exp, (batch, H·G, new, 1)."""
+    def _near(self, layer: AttentionLayer, query: Node, keys: Node, values: Node) -> tuple[Node, Node, Node]:
+        """The near part's context, (batch, H·G, new, D), largest score and largest weight, (batch, H·G, new, 1).
+
+        Blocks are beside heads, for at rank 5 the GPU plugin takes a product and the sum with a mask for one kernel,
+        which adds other blocks' rows of it.
+        """
         H, G, D = layer.kv_heads, layer.group, self.width
         rows = op.transpose(op.reshape(query, i64([0, H, G, -1, D]), True), i64([0, 1, 3, 2, 4]))
-        rows = op.reshape(op.gather(rows, self.query_rows, i64(2)), self.by_block, True)  # (batch, H, nb, m·G, D)
-        scores = op.add(op.matmul(rows, keys, False, True), self.near_mask)  # (batch, H, nb, m·G, w)
-        weights = op.softmax(scores, 4)
-        context = op.matmul(weights, values, False, False)  # (batch, H, nb, m·G, D)
-        top, share = (self._in_order(layer, op.reduce_max(x, i64([4]), True), 1) for x in (scores, weights))
-        return self._in_order(layer, context, D), op.subtract(top, op.log(share))
+        rows = op.reshape(op.gather(rows, self.query_rows, i64(2)), self.rows_by_block, True)  # (batch, H·nb, m·G, D)
+        scores = op.add(op.matmul(rows, keys, False, True), self.near_mask)  # (batch, H·nb, m·G, w)
+        weights = op.softmax(scores, 3)
+        context = op.matmul(weights, values, False, False)  # (batch, H·nb, m·G, D)
+        top, largest = (self._in_order(layer, op.reduce_max(x, i64([3]), True), 1) for x in (scores, weights))
+        return self._in_order(layer, context, D), top, largest
 
     def _in_order(self, layer: AttentionLayer, x: Node, width: int) -> Node:
         """(batch, H·G, new, width) of what blocks of queries gave."""
         H, G = layer.kv_heads, layer.group
-        x = op.slice(op.reshape(x, i64([0, 0, -1, G, width]), True), i64([0]), self.new, i64([1]), i64([2]))
+        x = op.slice(op.reshape(x, i64([0, H, -1, G, width]), True), i64([0]), self.new, i64([1]), i64([2]))
         return op.reshape(op.transpose(x, i64([0, 1, 3, 2, 4])), i64([0, H * G, -1, width]), True)
 
     def _late(self, layer: AttentionLayer, what: str, every: Node) -> tuple[Node, Output]:
