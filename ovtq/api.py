@@ -6,6 +6,7 @@ Options are those of ovtq-convert, by the same names (`ovtq.options`).
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any, NamedTuple, Protocol, TypeVar, cast, runtime_checkable
 import numpy as np
 import openvino as ov
 
-from ovtq import child, conversion
+from ovtq import child, conversion, files
 from ovtq.conversion import Conversion, OnProgress, counted
-from ovtq.errors import InputError, OvtqError
+from ovtq.errors import InputError, OvtqError, foreseen, telling
 from ovtq.forms import pruning
 from ovtq.ir import cache, io
 from ovtq.models import ModelDescription
@@ -69,6 +70,7 @@ class PruningCounts(NamedTuple):
     kept: np.ndarray
 
 
+@telling
 def compress(
     model: M,
     config: Config | None = None,
@@ -178,8 +180,6 @@ def convert(
         calibration, budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     checks = Checks(verify, verify_device, verify_seed, verify_layers)
-    options.refuse_bad()  # said at once, before a process is started
-    checks.refuse_bad()
     raised: list[Exception] = []
 
     def told(stage: str, done: int, total: int) -> None:
@@ -190,10 +190,20 @@ def convert(
             raised.append(error)
             raise
 
-    given = Path(model_dir), _out(out_dir), options, checks, force, card
+    with foreseen(raised):
+        options.refuse_bad()  # said at once, before a process is started
+        checks.refuse_bad()
+        given = _path(model_dir, "model_dir"), _out(out_dir), options, checks, force, card
+        return _converted(given, told, raised)
+
+
+def _converted(
+    given: tuple[Path, Path | None, Options, Checks, bool, bool], told: OnProgress, raised: Sequence[Exception]
+) -> Conversion:
+    """In a process of its own, if what is given can be sent there. What `told` raised is raised here."""
     try:
         try:
-            return child.call("ovtq.conversion", "convert_as_given", *given, on_progress=told)
+            return cast(Conversion, child.call("ovtq.conversion", "convert_as_given", *given, on_progress=told))
         except child.Unsendable:  # a pass of the caller's own script
             return conversion.convert_as_given(*given, on_progress=told)
     except OvtqError:
@@ -202,6 +212,7 @@ def convert(
         raise
 
 
+@telling
 def describe(model: ov.Model | Host | Folder, config: Config | None = None) -> ModelDescription:
     """The attention layers and states of a model as exported, in memory or in a folder.
 
@@ -216,6 +227,7 @@ def describe(model: ov.Model | Host | Folder, config: Config | None = None) -> M
     return described(graph, facts)
 
 
+@telling
 def verify(
     original: ov.Model | Folder,
     converted: ov.Model | Host | Folder,
@@ -235,7 +247,7 @@ def verify(
         else:
             first = _written(original, Path(scratch) / "original")
             text = json.dumps(dict(_config(original, config)))
-            (first / "config.json").write_text(text, encoding="utf-8")
+            files.write(first / "config.json", text)
         if isinstance(converted, str | Path):
             other = Path(converted)
         else:
@@ -247,6 +259,7 @@ def verify(
         return child.call("ovtq.verification.recheck", "recheck", first, other, device)
 
 
+@telling
 def state_bytes(model: ov.Model | Host | Folder, tokens: int, *, target: str | None = None, batch: int = 1) -> int:
     """Bytes of all states of a model, in memory or in a folder, after `tokens` tokens on a target.
 
@@ -261,6 +274,7 @@ def state_bytes(model: ov.Model | Host | Folder, tokens: int, *, target: str | N
     return counted(io.states_of(graph), tokens, target or known or "gpu", cache.marked(graph), batch)
 
 
+@telling
 def pruning_counts(request: ov.InferRequest) -> dict[int, PruningCounts]:
     """How many tokens each pruned layer of a running model has lost so far and still has, by layer.
 
@@ -288,10 +302,16 @@ def _written(model: ov.Model | Host, folder: Path) -> Path:
 
 
 def _out(out_dir: Folder | None) -> Path | None:
-    """OUT_DIR as a path. Raises InputError for an empty text, which would be the working directory."""
-    if out_dir == "":
-        raise InputError("out_dir is empty")
-    return None if out_dir is None else Path(out_dir)
+    return None if out_dir is None else _path(out_dir, "out_dir")
+
+
+def _path(given: Folder, name: str) -> Path:
+    """Raises InputError for what is no path, or an empty text, which would be the working directory."""
+    if not isinstance(given, str | os.PathLike) or "\0" in str(given):
+        raise InputError(f"{name}: expected a path, got {given!r}")
+    if not str(given).strip():
+        raise InputError(f"{name} is empty")
+    return Path(given)
 
 
 def _folder_of(config: Folder) -> Path:

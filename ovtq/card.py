@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ovtq import files
 from ovtq.errors import InputError
 from ovtq.ir import io
 from ovtq.staging import RECORD
@@ -18,11 +19,11 @@ FIELDS = ("base_model", "license", "license_name", "license_link", "language", "
 def leave(model_dir: Path, folder: Path, record: Mapping[str, Any]) -> None:
     """Write the card into a converted folder; the original's own card, if it was copied there, gets another name."""
     own = folder / NAME
-    facts = front_matter(own.read_text(encoding="utf-8", errors="replace")) if own.is_file() else {}
+    facts = front_matter(files.read(own).decode("utf-8", "replace")) if own.is_file() else {}
     if own.is_file():
         own.replace(folder / ORIGINAL)
     facts.setdefault("base_model", base_of(model_dir))
-    own.write_text(card(facts, record), encoding="utf-8", newline="\n")
+    files.write(own, card(facts, record))
 
 
 def front_matter(text: str) -> dict[str, str]:

@@ -17,13 +17,12 @@ import pickle
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from ovtq import signals, staging, system, whereabouts
 from ovtq.errors import InputError, OvtqError
@@ -31,7 +30,8 @@ from ovtq.errors import InputError, OvtqError
 PATIENCE = 60  # seconds that a child has to stop in
 TOLD = 300  # characters of what a dying process said itself
 BOOT = "import sys; sys.path[:] = {path!r}; from ovtq import child; child.{entry}()"
-NO_TELEMETRY = {"OVTQ_TELEMETRY": "off"}  # see ovtq/__init__.py
+# See ovtq/__init__.py; and no module of the working directory, in processes that this one starts, either.
+ENVIRONMENT = {"OVTQ_TELEMETRY": "off", "PYTHONSAFEPATH": "1"}
 # Of Windows, which has no signals: exit codes of a process that died.
 DEATHS = {0xC0000005: "an access violation", 0xC0000094: "a division by zero", 0xC00000FD: "a stack overflow"}
 DEATHS |= {0xC0000017: "a lack of memory", 0xC0000409: "an abort"}
@@ -58,9 +58,9 @@ class _Child:
     """Another Python, what it told last, and what it writes to stderr by other means than Python's."""
 
     def __init__(self, entry: str, stdin: int | None) -> None:
-        self.native = _scratch()
+        self.native = system.scratch_or_nothing()
         code = BOOT.format(path=[part or os.getcwd() for part in sys.path], entry=entry)
-        environment = {**os.environ, **NO_TELEMETRY}
+        environment = {**os.environ, **ENVIRONMENT}
         self.process, self.hear, self.say = system.start_python(code, self.native, stdin, environment)
         self.at = "starting"
         self.made: list[Path] = []
@@ -119,14 +119,6 @@ class _Child:
         last = next((line.strip() for line in reversed(native.splitlines()) if line.strip()), "")
         said = f" ({last[:TOLD]})" if last else ""
         return Died(f"{_cause(self.process.wait())} while {self.at}{said}", native)
-
-
-def _scratch() -> IO[bytes]:
-    """A file that vanishes; where there is no room for one, what is written to it is lost."""
-    try:
-        return tempfile.TemporaryFile()
-    except OSError:
-        return open(os.devnull, "w+b")
 
 
 def _cause(code: int) -> str:

@@ -152,8 +152,7 @@ def convert(
     options.refuse_bad(wording)
     checks.refuse_bad(wording)
     source = io.model_xml(model_dir)
-    if record_to:
-        io.check_json(record_to, model_dir, out_dir)
+    io.check_outputs({"--json": record_to}, (model_dir, out_dir), (options.stats, options.calibration))
     if out_dir is not None:
         staging.tidy_up(out_dir)  # a result that a killed run set aside is there again
         was = io.check_output(model_dir, out_dir, force, wording.option("force"))
@@ -221,7 +220,7 @@ def convert(
             whereabouts.at("copying its weights")
             written.wait()
             tick()
-        (folder / staging.RECORD).write_text(_text(record), encoding="utf-8", newline="\n")
+        files.write(folder / staging.RECORD, _text(record))
         if card:
             model_card.leave(model_dir, folder, record)
     _write_record(record_to, record)

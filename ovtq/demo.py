@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from ovtq.cli.command import Out, Parser, run
-from ovtq.cli.convert import main as convert
+from ovtq import files
+from ovtq.cli import convert
+from ovtq.cli.command import Out, Parser, path_of, run
 from ovtq.cli.entry import run_command
 from ovtq.errors import InputError
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
@@ -31,14 +32,14 @@ PROPERTIES = {**EXACT_PROPERTIES, "ATTENTION_BACKEND": "SDPA"}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    return run("ovtq-demo", lambda: demo(parser().parse_args(argv).out_dir, Out()))
+    return run("ovtq-demo", lambda: demo(parser().parse_args(argv).out_dir, Out()), argv=argv)
 
 
 def parser() -> Parser:
     """The command line."""
     p = Parser("python -m ovtq.demo", __doc__)
     p.add_argument(
-        "out_dir", type=Path, nargs="?", default=Path("demo-out"), help="where to write (default: %(default)s)"
+        "out_dir", type=path_of, nargs="?", default=Path("demo-out"), help="where to write (default: %(default)s)"
     )
     return p
 
@@ -48,10 +49,10 @@ def demo(out_dir: Path, console: Out) -> int:
     if not MODEL.is_dir() or not TEXT.is_file():
         raise InputError(f"{MODEL}: no such folder; the demo runs in a clone of the repository, with the package of it")
     model = Path(os.path.relpath(MODEL)) if MODEL.is_relative_to(Path.cwd()) else MODEL
-    if code := convert([str(model), str(out_dir), "--force", "--target", "cpu"]):
-        return code
+    asked = convert.parser().parse_args([str(model), str(out_dir), "--force", "--target", "cpu"])
+    convert.convert(asked, console, Out(stderr=True))
     folders = [model, out_dir]
-    story = TEXT.read_text(encoding="utf-8")
+    story = files.read_text(TEXT)
     written = [_written(folder, story, console) for folder in folders]
     (first, text), (second, other) = written
     parted = (index for index, pair in enumerate(zip(text, other, strict=False)) if pair[0] != pair[1])

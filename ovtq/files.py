@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ovtq import system
 from ovtq.errors import InputError
 
 MOST = 256 << 20  # bytes of a file that is read whole
+BLOCK = 1 << 20  # bytes that are copied at once
 
 
 def check_regular(path: Path) -> None:
@@ -21,10 +26,12 @@ def check_regular(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         try:
             mode = path.stat().st_mode
+        except FileNotFoundError:
+            raise
         except OSError as error:
-            if isinstance(error, FileNotFoundError):
-                raise
             raise InputError(f"{path}: can't be read ({system.reason(error)})") from None
+        except ValueError:  # a zero byte
+            raise InputError(f"{str(path)!r}: no path") from None
         if not stat.S_ISREG(mode):
             raise InputError(f"{path}: {kind(mode)}; a regular file is needed there")
 
@@ -43,19 +50,32 @@ def kind(mode: int) -> str:
     return "no regular file"
 
 
-def read(path: Path, missing: str = "", most: int = MOST) -> bytes:
-    """A whole file. Raises InputError if it is none, can't be read, or is longer than `most` bytes.
+@contextmanager
+def opened(path: Path, missing: str = "") -> Iterator[BinaryIO]:
+    """A regular file, open for reading. Raises InputError if it is none, or can't be read, within the block, too.
 
     `missing` is what to do about a file that is not there.
     """
     check_regular(path)
     try:
-        with path.open("rb") as file:
-            found = file.read(most + 1)
+        with system.open_now(path) as file:
+            if not stat.S_ISREG(mode := os.fstat(file.fileno()).st_mode):  # it became something else meanwhile
+                raise InputError(f"{path}: {kind(mode)}; a regular file is needed there")
+            yield file
     except FileNotFoundError:
         raise InputError(f"{path}: no such file{f'; {missing}' if missing else ''}") from None
     except OSError as error:
         raise InputError(f"{path}: can't be read ({system.reason(error)})") from None
+
+
+def read(path: Path, missing: str = "", most: int = MOST) -> bytes:
+    """A whole file. Raises InputError if it is none, can't be read, or is longer than `most` bytes.
+
+    `missing` is what to do about a file that is not there.
+    """
+    try:
+        with opened(path, missing) as file:
+            found = file.read(most + 1)
     except MemoryError:
         raise InputError(f"{path}: can't be read (out of memory)") from None
     if len(found) > most:
@@ -98,16 +118,37 @@ def check_writable(path: Path, option: str) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a text to `path`, or what it links to: beside it first, so that it is whole or not at all.
+    """Write a text to `path`, in UTF-8, as `replacing` does."""
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "replace"))
 
-    What else has its name (a hard link) keeps what it had. Raises InputError if it can't be written.
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a regular file's bytes, and nothing else of it, as `replacing` does."""
+    with opened(source) as read, replacing(target) as made:
+        shutil.copyfileobj(read, made, BLOCK)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes, in hex digits. Raises InputError if it can't be read."""
+    return hashlib.sha256(read(path)).hexdigest()
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """What is written to within the block takes the place of `path`, or of what it links to, when that ends well.
+
+    It is written beside it first, and on the disk before it gets its name, so that it is whole or not at all. What else
+    has its name (a hard link) keeps what it had. Raises InputError if it can't be written, or if what has the name is
+    no regular file.
     """
-    target = system.resolved(path)
+    check_regular(path)
+    target = system.long_path(system.resolved(path))
     new = target.with_name(f".ovtq-{secrets.token_hex(8)}.new")
     try:
         try:
-            with new.open("x", encoding="utf-8", newline="\n", errors="replace") as file:
-                file.write(text)
+            with new.open("xb") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             if target.exists():

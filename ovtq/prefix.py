@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,8 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import openvino as ov
 
-from ovtq import __version__
-from ovtq.errors import InputError
+from ovtq import __version__, archives, files
+from ovtq.errors import InputError, telling
 from ovtq.ir import io
 from ovtq.states import IN_PLACE
 
@@ -51,19 +48,20 @@ class Past(tuple[Any, ...]):
         return int(self.tokens.shape[1])
 
 
+@telling
 def read_prompt(host: Running, ids: Any, chunk: int = 1024) -> Past:
     """Let an OVModelForCausalLM read `ids` (batch, tokens), without padding, in calls of `chunk` tokens.
 
     A long prompt in one call takes memory that grows with its length. The last token is left for `generate`, which
     takes all ids again: `host.generate(ids, past_key_values=ovtq.read_prompt(host, ids))`. Raises InputError.
     """
-    import torch
-
     if isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1:
         raise InputError(f"chunk must be a whole number from 1, got {chunk!r}")
     whole = _tokens(ids)
     if whole.shape[1] < 2:
         raise InputError("nothing to read: the last token of a prompt is left for generate")
+    import torch
+
     read, past = torch.from_numpy(whole[:, :-1].copy()), None
     for start in range(0, read.shape[1], chunk):
         part = read[:, start : start + chunk]
@@ -72,6 +70,7 @@ def read_prompt(host: Running, ids: Any, chunk: int = 1024) -> Past:
     return Past(read.numpy())
 
 
+@telling
 def save_state(running: Running, path: str | Path, ids: Any, model_dir: str | Path | None = None) -> None:
     """Write the states of a model that has read `ids` (batch, tokens), without padding, to a file.
 
@@ -89,19 +88,10 @@ def save_state(running: Running, path: str | Path, ids: Any, model_dir: str | Pa
         raise InputError("the model has no states")
     header = {"schema": SCHEMA, "ovtq": __version__, "openvino": ov.__version__, **_identity(folder)}
     whole = {HEADER: np.frombuffer(json.dumps(header).encode(), np.uint8), TOKENS: tokens, **states}
-    path = Path(path)
-    fresh = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        try:
-            with fresh.open("wb") as file:
-                np.savez(file, allow_pickle=False, **whole)
-            os.replace(fresh, path)
-        finally:
-            fresh.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: can't be written ({error.strerror or error})") from None
+    archives.write(Path(path), whole)
 
 
+@telling
 def load_state(running: Running, path: str | Path, ids: Any = None, model_dir: str | Path | None = None) -> Past:
     """Give a model the states of a file; it has then read `.tokens` of what is returned.
 
@@ -169,7 +159,7 @@ def _identity(folder: Path) -> dict[str, Any]:
     xml = io.model_xml(folder)
     weights = xml.with_suffix(".bin")
     size, digest = weights.stat().st_size, hashlib.sha256()
-    with weights.open("rb") as file:
+    with files.opened(weights) as file:
         for block in _blocks(size):
             file.seek(block)
             digest.update(file.read(SAMPLE))
@@ -184,16 +174,13 @@ def _blocks(size: int) -> Iterator[int]:
 
 
 def _read(path: Path) -> tuple[dict[str, Any], np.ndarray, dict[str, np.ndarray]]:
-    try:
-        with np.load(path, allow_pickle=False) as whole:
-            header = json.loads(whole[HEADER].tobytes())
-            states = {name.removeprefix(STATE): whole[name] for name in whole.files if name.startswith(STATE)}
-            tokens = _tokens(whole[TOKENS])
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: no states written by ovtq ({io.last_line(error)})") from None
-    if header.get("schema") != SCHEMA:
+    def made(whole: archives.Arrays) -> tuple[dict[str, Any], np.ndarray, dict[str, np.ndarray]]:
+        header = {**dict.fromkeys(("schema", "preset", "graph", "weights")), **json.loads(whole[HEADER].tobytes())}
+        states = {name.removeprefix(STATE): some for name, some in whole.items() if name.startswith(STATE)}
+        return header, _tokens(whole[TOKENS]), states
+
+    header, tokens, states = archives.read(path, "states written by ovtq", "", made)
+    if header["schema"] != SCHEMA:
         raise InputError(f"{path}: written by another version of ovtq ({header.get('ovtq')}); save it anew")
     return header, tokens, states
 

@@ -113,8 +113,8 @@ class _Place:
         whereabouts.makes(self.target)
         self.take()
         if self.made:
-            with contextlib.suppress(OSError):  # Windows lets nobody write what is locked
-                self.lock.write_text(str(self.made), encoding="ascii")
+            with contextlib.suppress(OSError), system.opened(self.lock, os.O_WRONLY) as file:
+                os.write(file, str(self.made).encode())  # Windows lets nobody write what is locked
         self.folder.mkdir()
         system.flush(self.target.parent)
 
@@ -165,7 +165,8 @@ class _Place:
     def read_lock(self) -> None:
         """Take from the lock file how many folders were made."""
         with contextlib.suppress(OSError, ValueError):
-            text = self.lock.read_text(encoding="ascii")[:4]
+            with system.open_now(self.lock) as file:
+                text = file.read(4).decode("ascii")
             self.made = min(int(text), len(self.target.parents) - 1) if text.isdecimal() else 0
 
 

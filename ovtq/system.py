@@ -409,6 +409,11 @@ def opened(path: Path, flags: int) -> Iterator[int]:
         os.close(file)
 
 
+def open_now(path: Path) -> BinaryIO:
+    """A file for reading, open at once: one of which a pipe was made meanwhile would wait for someone who writes."""
+    return os.fdopen(os.open(path, os.O_RDONLY | BINARY | getattr(os, "O_NONBLOCK", 0)), "rb")
+
+
 def copy_whole(source: Path, target: Path, stop: threading.Event) -> None:
     """Copy a file by the system's own means (Windows), which share blocks where they can; raises OSError.
 
@@ -439,6 +444,14 @@ def temporary(folder: Path) -> tempfile.TemporaryDirectory[str]:
 def scratch(folder: Path) -> IO[bytes]:
     """A file in `folder` for reading and writing that vanishes with this process, however it ends, or when closed."""
     return tempfile.TemporaryFile(dir=folder)
+
+
+def scratch_or_nothing() -> IO[bytes]:
+    """The same among temporary files; where there is no room for one, what is written to it is lost."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError:
+        return open(os.devnull, "w+b")
 
 
 def scratch_name(file: IO[bytes]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any, ClassVar, get_type_hints
 
 import openvino as ov
 
-from ovtq import states
+from ovtq import files, states
 from ovtq.codec import moments
 from ovtq.errors import InputError, PreconditionFailed, VerificationFailed
 from ovtq.forms.bases import CENTRES, KINDS, Choice
@@ -183,7 +182,7 @@ class BasisPass(Pass):
     def leave(self, folder: Path) -> None:
         """The statistics, under the name that `at` knows."""
         if self.choice.stats and Path(self.choice.stats).resolve() != (folder / moments.NAME).resolve():
-            shutil.copyfile(self.choice.stats, folder / moments.NAME)
+            files.copy(Path(self.choice.stats), folder / moments.NAME)
 
 
 def basis_option() -> Any:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import openvino as ov
 
+from ovtq import files
 from ovtq.codec.coding import BITS
 from ovtq.errors import InputError, VerificationFailed
 from ovtq.forms import triattention
@@ -170,7 +170,7 @@ class PruneKv(BasisPass):
         """The statistics, under the name that `at` knows."""
         super().leave(folder)
         if self.stats:
-            shutil.copyfile(self.stats, folder / triattention.NAME)
+            files.copy(Path(self.stats), folder / triattention.NAME)
 
     def needless(self, description: ModelDescription) -> str:
         """In a model without full layers."""
@@ -194,7 +194,7 @@ class PruneKv(BasisPass):
         model, description, made = self.cache.give(model, description)
         if found is None:
             return Rewrite(model, description, sites, made)
-        facts = {"sha256": triattention.digest(Path(self.stats)), "tokens": int(found.tokens)}
+        facts = {"sha256": files.sha256(Path(self.stats)), "tokens": int(found.tokens)}
         facts |= {"text_sha256": str(found.text_sha256), "model_sha256": str(found.model_sha256)}
         return Rewrite(model, description, sites, {**made, "statistics": facts})
 

@@ -24,6 +24,7 @@ from ovtq.codec.packed_attention import PackedAttention
 from ovtq.codec.rotation import orthogonal, randomized_hadamard
 from ovtq.errors import InputError, PreconditionFailed
 from ovtq.evidence.calibration import CALL, calibrate
+from ovtq.files import sha256
 from ovtq.forms.bases import Choice
 from ovtq.forms.cpu.full import FLUSH
 from ovtq.models import projections
@@ -379,8 +380,8 @@ def test_convert_finds_the_statistics_verifies_and_records(stats: str, tmp_path:
     step = next(step for step in record["passes"] if step["name"] == "quantize-kv")
     assert step["options"]["basis"] == "calibrated"
     assert step["options"]["calibration"] == ""
-    assert step["facts"]["statistics"]["sha256"] == moments.digest(Path(stats))
-    assert moments.digest(tmp_path / "out" / moments.NAME) == moments.digest(Path(stats))
+    assert step["facts"]["statistics"]["sha256"] == sha256(Path(stats))
+    assert sha256(tmp_path / "out" / moments.NAME) == sha256(Path(stats))
 
 
 def test_calibrate_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,7 +68,7 @@ def test_what_takes_too_long_or_falls_is_a_line(tmp_path: Path, monkeypatch: pyt
     assert "- exact: verification: stopped after 1 s (--limit)" in page
 
     (tmp_path / "fall.py").write_text("import os; print('{\"compile_s\": 1.0}', flush=True); os.abort()")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
     options = doctor.parser().parse_args([str(TINY["5.5"])])
     code, out, said = doctor._run(options, ["fall"])
     assert (code < 0 or code > 2, out) == (True, '{"compile_s": 1.0}\n')

@@ -377,7 +377,7 @@ def test_files_are_on_the_disk_before_the_names_change(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     events = [text.split(maxsplit=1)[1] for text in log.read_text().splitlines()]
-    moves = [index for index, text in enumerate(events) if text.startswith("rename") and ".out.ovtq-" in text]
+    moves = [index for index, text in enumerate(events) if text.startswith("rename") and ".new" not in text]
     assert len(moves) == 3  # the old one aside, the new one in its place, the old one to be removed
     flushed = [re.search("<(.*)>", text)[1] for text in events[: moves[0]] if text.startswith("fsync")]
     names = {Path(name).name for name in flushed if ".out.ovtq-" in name}

@@ -35,6 +35,7 @@ models
 ir
 codec
 states __init__ child
+archives
 files staging
 errors wording signals system whereabouts
 """.strip().splitlines()
@@ -151,6 +152,66 @@ def test_the_tests_run_from_the_sdist(tmp_path: Path) -> None:
         cwd=unpacked, env={**os.environ, "PYTHONPATH": str(unpacked)}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
+
+
+# ------------------------------------------------------------------------------------------ files
+
+# Where files are opened: what reads others' and writes ours, the system's own, locks, and the weights of an IR.
+OWNERS = {"files.py", "archives.py", "system.py", "staging.py", "ir/weights.py", "ir/copying.py"}
+PLAIN = {
+    "open", "read_text", "write_text", "read_bytes", "write_bytes", "touch", "fdopen", "copyfile", "copy2", "copytree",
+    "copyfileobj", "mkstemp", "NamedTemporaryFile", "TemporaryFile", "memmap", "fromfile", "tofile", "savez",
+    "savez_compressed", "loadtxt", "savetxt", "genfromtxt",
+}  # fmt: skip
+OF_MODULES = {
+    ("np", "load"),
+    ("np", "save"),
+    ("json", "load"),
+    ("json", "dump"),
+    ("pickle", "load"),
+    ("shutil", "copy"),
+}
+# By file and call: why it may.
+FREE = {
+    ("ovtq/child.py", "load"): "messages of our own process, through a pipe",
+    ("ovtq/evidence/divergence.py", "memmap"): "of a file that vanishes, which system.scratch made",
+    ("ovtq/codec/kernel_layout.py", "read_text"): "a part of the package",
+}
+
+
+def _plain_calls(tree: ast.AST) -> list[str]:
+    """Calls that read or write files, whatever these are."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            call = node.func
+            if isinstance(call, ast.Name) and call.id in PLAIN:
+                found.append(call.id)
+            elif isinstance(call, ast.Attribute):
+                owner = call.value.id if isinstance(call.value, ast.Name) else ""
+                if (call.attr in PLAIN and owner not in ("files", "archives")) or (owner, call.attr) in OF_MODULES:
+                    found.append(call.attr)
+    return found
+
+
+def test_files_are_read_and_written_in_one_way() -> None:
+    """What is read is a regular file, what is written is whole or not there: `ovtq.files`, `ovtq.archives`."""
+    unused = set(FREE)
+    for folder in PACKAGES:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            name = path.relative_to(ROOT).as_posix()
+            if name.removeprefix("ovtq/") in OWNERS:
+                continue
+            for call in _plain_calls(ast.parse(path.read_text("utf-8"))):
+                assert (name, call) in FREE, f"{name} calls {call}; ovtq.files does that"
+                unused.discard((name, call))
+    assert not unused
+
+
+def test_a_plain_read_is_seen() -> None:
+    for text in ("open(x)", "x.open('w')", "Path(x).read_text()", "np.load(x)", "json.load(x)", "os.fdopen(1)"):
+        assert _plain_calls(ast.parse(text)), text
+    assert not _plain_calls(ast.parse("files.copy(x, y); archives.read(x); triattention.load(x)"))
 
 
 def test_versions_agree() -> None:

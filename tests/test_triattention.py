@@ -17,8 +17,9 @@ from test_prune_kv import EXACT, FLAGS, SMALL
 
 from ovtq.cli.convert import main
 from ovtq.errors import InputError, PreconditionFailed, UnsupportedModel, VerificationFailed
+from ovtq.files import sha256
 from ovtq.forms.pruning import SHOWN
-from ovtq.forms.triattention import NAME, Statistics, digest
+from ovtq.forms.triattention import NAME, Statistics
 from ovtq.forms.triattention import load as load_statistics
 from ovtq.ir import io
 from ovtq.models.rope import frequencies
@@ -176,7 +177,7 @@ def test_converting_takes_the_statistics_along(converted: Path) -> None:
     record = json.loads((converted / io.RECORD).read_text())
     step = next(step for step in record["passes"] if step["name"] == "prune-kv")
     assert step["options"]["stats"] == ""
-    assert step["facts"]["statistics"]["sha256"] == digest(converted / NAME) == digest(queries.folder() / NAME)
+    assert step["facts"]["statistics"]["sha256"] == sha256(converted / NAME) == sha256(queries.folder() / NAME)
     assert step["facts"]["statistics"]["tokens"] == 1200
     assert record["verified"]["packed"]["pruned"] > 48
 
@@ -195,7 +196,7 @@ def test_the_models_own_statistics_are_found(capsys: pytest.CaptureFixture[str])
     flags = ["--preset", "k6v4", "--target", "cpu", "--budget", "256", "--score", "triattention"]
     assert main([str(MINI), "--dry-run", *flags]) == 0
     found = load_statistics(MINI / NAME)
-    assert str(found.model_sha256) == digest(MINI / "openvino_model.xml")
+    assert str(found.model_sha256) == sha256(MINI / "openvino_model.xml")
     assert found.layers.tolist() == [1, 3, 5]
     assert np.array_equal(found.distances, 2 ** np.arange(17))
     # queries are concentrated, which is what the score lives by
@@ -251,9 +252,9 @@ def test_calibrating_from_a_text(
     for name in ("a.npz", "b.npz"):
         assert calibrated(MINI, text, tmp_path / name, *short) == 0
     assert "128 tokens, layers 1, 3, 5" in capsys.readouterr().out
-    assert digest(tmp_path / "a.npz") == digest(tmp_path / "b.npz")
+    assert sha256(tmp_path / "a.npz") == sha256(tmp_path / "b.npz")
     assert calibrated(MINI, text, tmp_path / "c.npz", *short, "--seed", "1") == 0
-    assert digest(tmp_path / "a.npz") != digest(tmp_path / "c.npz")
+    assert sha256(tmp_path / "a.npz") != sha256(tmp_path / "c.npz")
     for options, message in (
         ([MINI, text, tmp_path / "a.txt"], "name it ….npz"),
         ([MINI, text, tmp_path / "a.npz", "--windows", "99"], "are needed; give a longer text or fewer --windows"),

@@ -21,7 +21,7 @@ from rich.console import Console
 from ovtq.cli.command import Out, Parser, phase, positive, progress, run
 from ovtq.errors import InputError
 from ovtq.evidence.calibrate import calibrate
-from ovtq.forms.triattention import digest
+from ovtq.files import sha256
 from ovtq.runtime.text import SEPARATOR, Tokenizer
 
 
@@ -68,7 +68,7 @@ def main() -> int:
             found = calibrate(options.model, ids, tick)
         found.save(options.out)
         layers = ", ".join(map(str, found.layers))
-        Out().print(f"{ids.size:,} tokens, layers {layers}: {options.out}, sha256 {digest(options.out)}")
+        Out().print(f"{ids.size:,} tokens, layers {layers}: {options.out}, sha256 {sha256(options.out)}")
 
     return run("calibrate_triattention", work, errors)
 

@@ -182,11 +182,10 @@ def _check(options: argparse.Namespace, candidates: Sequence[Candidate], through
         raise InputError("--fill: belongs to --contexts")
     if options.max_new_tokens < 2:
         raise InputError("--max-new-tokens: at least 2, the first is TTFT's")
-    if options.output:
-        for candidate in candidates:
-            io.check_json(options.output, candidate.folder, None)
+    outputs = {"--output": options.output, "--report": options.report}
+    io.check_outputs(outputs, [candidate.folder for candidate in candidates])
     if options.report:
-        report.check(options.report)
+        report.check()
 
 
 def _in_turn(workers: Sequence[Worker | Here], turn: int) -> Sequence[int]:

@@ -17,11 +17,14 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from ovtq.cli.command import Out, Parser, phase, positive, progress, run
-from ovtq.codec.moments import NAME, Calibration, digest
+from ovtq import files
+from ovtq.cli.command import Out, Parser, path_of, phase, positive, progress, run
+from ovtq.codec.moments import NAME, Calibration
 from ovtq.errors import InputError
 from ovtq.evidence import calibration
 from ovtq.evidence.calibration import calibrate, calls
+from ovtq.ir import io
+from ovtq.runtime.runner import check_device
 from ovtq.runtime.text import Tokenizer
 
 TEXT = Path(calibration.__file__).with_name("calibration.txt")
@@ -37,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> Parser:
     """The command line."""
     p = Parser("ovtq-calibrate", __doc__)
-    p.add_argument("model_dir", type=Path, metavar="MODEL_DIR", help="the model as exported, with its tokenizer")
-    p.add_argument("--text", type=Path, metavar="FILE", default=TEXT, help="UTF-8; <|endoftext|> between documents")
+    p.add_argument("model_dir", type=path_of, metavar="MODEL_DIR", help="the model as exported, with its tokenizer")
+    p.add_argument("--text", type=path_of, metavar="FILE", default=TEXT, help="UTF-8; <|endoftext|> between documents")
     p.add_argument("--tokens", type=positive, default=1024, metavar="N", help="(default: %(default)s)")
     p.add_argument("--device", default="CPU", help="where to run it (default: %(default)s)")
-    p.add_argument("--output", type=Path, metavar="FILE", help=f"(default: {NAME} in MODEL_DIR)")
+    p.add_argument("--output", type=path_of, metavar="FILE", help=f"(default: {NAME} in MODEL_DIR)")
     return p
 
 
@@ -50,11 +53,15 @@ def work(options: argparse.Namespace, console: Console, errors: Console) -> None
     output = options.output or options.model_dir / NAME
     if output.suffix != ".npz":
         raise InputError(f"{output}: name it ….npz")
+    check_device(options.device)
+    io.model_xml(options.model_dir)
+    # the model's folder is where it is looked for; said before it takes minutes
+    io.check_outputs({"--output": output}, (), [options.text])
     ids, held = texts(options.model_dir, options.text, options.tokens)
     with progress(errors) as bars, phase(bars, "calls", calls(len(ids), len(held))) as tick:
         found = calibrate(options.model_dir, ids, held, options.device, tick)
     found.save(output)
-    console.print(f"{found.tokens:,} tokens, {found.held:,} more to compare: {output}, sha256 {digest(output)}")
+    console.print(f"{found.tokens:,} tokens, {found.held:,} more to compare: {output}, sha256 {files.sha256(output)}")
     show(console, found)
 
 

@@ -7,6 +7,7 @@ import contextlib
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ovtq import __version__, system
-from ovtq.errors import InputError, OvtqError
+from ovtq.errors import InputError, OvtqError, one_line
 from ovtq.ir.io import last_line
 
 T = TypeVar("T")
-LINE = 1000  # characters of an error, at most
+MOST, MANY = 1 << 24, 10_000  # tokens, steps and the like that may be asked for; and of what fills memory by itself
 
 
 # What people type who know other programs of this kind, or the flag of another command.
@@ -88,7 +89,10 @@ def run(
         return 2
 
     try:
-        return work() or 0
+        with warnings.catch_warnings():
+            if not debug:  # what numpy or a library warns of is nothing to the user, who reads one line
+                warnings.simplefilter("ignore")
+            return work() or 0
     except KeyboardInterrupt:
         return fail(interrupted)
     except OvtqError as error:
@@ -110,12 +114,6 @@ def unforeseen(error: Exception) -> str:
     return f"failed where nothing should, please report it: {type(error).__name__}: {last_line(error)} (--debug: where)"
 
 
-def one_line(text: str) -> str:
-    """A text in one line, its middle left out if it is long."""
-    line = " ".join(text.split()).encode("utf-8", "backslashreplace").decode("utf-8")  # names may be no text
-    return line if len(line) <= LINE else f"{line[: LINE // 2]} … {line[-LINE // 2 :]}"
-
-
 def positive(text: str) -> int:
     """A whole number of at least 1; `8k` and the like as in `tokens`."""
     value = tokens(text)
@@ -124,7 +122,15 @@ def positive(text: str) -> int:
     return value
 
 
-positive.__name__ = "number"  # argparse: "invalid number value: '0'"
+def count(text: str) -> int:
+    """A whole number from 0 to MANY: of what is there all at once."""
+    value = tokens(text)
+    if value > MANY:
+        raise argparse.ArgumentTypeError(f"{value:,} are too many; at most {MANY:,}")
+    return value
+
+
+positive.__name__ = count.__name__ = "number"  # argparse: "invalid number value: '0'"
 
 
 def tokens(text: str) -> int:
@@ -133,10 +139,12 @@ def tokens(text: str) -> int:
     if not found:
         raise ValueError
     number = int(found[1])
-    if not found[2]:
-        return number
-    power = 1 << (number * 1000).bit_length()  # 131k: the next power of two, 131,072, has 131 whole thousands
-    return power if number and power // 1000 == number else number * 1024
+    if found[2]:
+        power = 1 << (number * 1000).bit_length()  # 131k: the next power of two, 131,072, has 131 whole thousands
+        number = power if number and power // 1000 == number else number * 1024
+    if number > MOST:
+        raise argparse.ArgumentTypeError(f"{text.strip()[:20]} is too large; at most {MOST:,}")
+    return number
 
 
 def turns(per_token: int, flat: int, other_per_token: int, other_flat: int) -> int | None:

@@ -20,7 +20,6 @@ from ovtq.automatic import AUTO, caution
 from ovtq.cli.command import Out, Parser, path_of, progress, run
 from ovtq.conversion import CONTEXTS
 from ovtq.errors import InputError
-from ovtq.ir import io
 from ovtq.ir.dump import dump
 from ovtq.options import Checks, Options
 from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
@@ -197,8 +196,6 @@ def convert(options: argparse.Namespace, console: Console, errors: Console) -> N
     checks = Checks(**{field.name: given[field.name] for field in dataclasses.fields(Checks)})
     if options.out_dir is None and not options.dry_run:
         raise InputError("OUT_DIR is missing (only --dry-run does without)")
-    if options.json and options.out_dir:
-        io.check_json(options.json, options.model_dir, options.out_dir)
 
     def after(item: Pass, result: ov.Model) -> None:
         if item.name in options.dump_after:

@@ -24,8 +24,8 @@ import numpy as np
 import openvino as ov
 from rich.console import Console
 
-from ovtq import __version__, pipeline, system
-from ovtq.cli.command import Out, Parser, listed, positive, run
+from ovtq import __version__, archives, files, pipeline, system
+from ovtq.cli.command import Out, Parser, listed, path_of, positive, run
 from ovtq.cli.doctor_page import page
 from ovtq.errors import InputError
 from ovtq.ir import io
@@ -34,8 +34,10 @@ from ovtq.runtime.runner import EXACT_PROPERTIES, check_device
 
 BUNDLED = Path(__file__).resolve().parent.parent.parent / "models" / "gpt-oss-mini"
 STOCK = "as exported"
+# As `python -m`, but without modules of the working directory.
+MODULE = "import sys; sys.path[:] = {path!r}; import runpy; runpy.run_module(sys.argv.pop(1), None, '__main__', True)"
 SCHEMA = 1
-PAGE, FACTS, SCRATCH = "doctor.md", "doctor.json", "work"
+PAGE, FACTS, SCRATCH = "doctor.md", "doctor.json", ".ovtq-work"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,9 +50,9 @@ def parser() -> Parser:
     """The command line."""
     p = Parser("ovtq-doctor", __doc__)
     p.add_argument(
-        "model_dir", type=Path, nargs="?", default=BUNDLED, help="an exported model (default: the one of a clone)"
+        "model_dir", type=path_of, nargs="?", default=BUNDLED, help="an exported model (default: the one of a clone)"
     )
-    p.add_argument("--out", type=Path, default=Path("ovtq-doctor"), metavar="OUT_DIR", help="(default: %(default)s)")
+    p.add_argument("--out", type=path_of, default=Path("ovtq-doctor"), metavar="OUT_DIR", help="(default: %(default)s)")
     p.add_argument("--devices", metavar="LIST", help="such as CPU,GPU (default: the CPU and all GPUs)")
     p.add_argument("--presets", metavar="LIST", help="(default: all)")
     p.add_argument(
@@ -69,6 +71,9 @@ def doctor(options: argparse.Namespace, console: Out, errors: Out) -> None:
     xml = io.model_xml(options.model_dir)
     if io.stamp_of(io.load(options.model_dir)):
         raise InputError(f"{options.model_dir}: a converted model; give the exported one")
+    source, target = system.resolved(options.model_dir), system.resolved(options.out)
+    if source in (target, *target.parents):
+        raise InputError(f"--out {options.out}: must not be the model's folder or inside it; choose another")
     devices = options.devices.split(",") if options.devices else _devices()
     for device in devices:
         check_device(device)
@@ -132,14 +137,17 @@ def _devices() -> list[str]:
 def _begun(out: Path, asked: dict[str, Any], fresh: bool) -> dict[str, Any]:
     """What an earlier run of the same left, or nothing yet. Raises InputError if it was another."""
     path = out / FACTS
-    if path.is_file() and not fresh:
-        try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{path}: can't be read ({error}); --fresh begins anew") from None
+    if path.exists() and not fresh:
+        facts = files.read_json(path)
+        if not isinstance(facts, dict):
+            raise InputError(f"{path}: not written by ovtq-doctor; --fresh begins anew, or --out")
         other = [key for key, value in asked.items() if facts.get(key) != json.loads(json.dumps(value))]
         if other:
             raise InputError(f"{out}: holds a run with another {' and '.join(other)}; --fresh begins anew, or --out")
+        try:
+            page(facts)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: damaged ({io.last_line(error)}); --fresh begins anew, or --out") from None
         return dict(facts)
     out.mkdir(parents=True, exist_ok=True)
     return {**asked, "rows": {}}
@@ -147,9 +155,7 @@ def _begun(out: Path, asked: dict[str, Any], fresh: bool) -> dict[str, Any]:
 
 def _write(out: Path, facts: dict[str, Any]) -> None:
     for name, text in ((FACTS, json.dumps(facts, indent=1) + "\n"), (PAGE, page(facts))):
-        fresh = out / f".{name}.new"
-        fresh.write_text(text, encoding="utf-8")
-        os.replace(fresh, out / name)
+        files.write(out / name, text)
 
 
 def _examined(options: argparse.Namespace, device: str, subject: str) -> dict[str, Any]:
@@ -202,8 +208,10 @@ def _compared(reference: Path, logits: Path) -> dict[str, float] | None:
     """How far the logits are from the reference's, of their length, and how often both have the same top."""
     if not reference.exists():
         return None
-    with np.load(reference) as a, np.load(logits) as b:
-        expected, found = a["logits"].astype(np.float64), b["logits"].astype(np.float64)
+    expected, found = (
+        archives.read(path, "logits of a trial", "", lambda file: file["logits"].astype(np.float64))
+        for path in (reference, logits)
+    )
     length = np.linalg.norm(expected, axis=-1)
     return {
         "relative": float((np.linalg.norm(found - expected, axis=-1) / length).mean()),
@@ -222,7 +230,8 @@ def _trial(options: argparse.Namespace, arguments: Sequence[Any]) -> Iterator[di
 
 def _run(options: argparse.Namespace, arguments: Sequence[Any]) -> tuple[int, str, str]:
     """Exit code, output, and in one line why it failed, of a module of ours in a process of its own."""
-    command = [sys.executable, "-m", *map(str, arguments)]
+    path = [part or os.getcwd() for part in sys.path]
+    command = [sys.executable, "-c", MODULE.format(path=path), *map(str, arguments)]
     try:
         done = subprocess.run(
             command,

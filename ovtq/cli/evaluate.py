@@ -36,7 +36,7 @@ from rich.progress import Progress
 
 from ovtq import __version__, files, system
 from ovtq.cli import report
-from ovtq.cli.command import Out, Parser, listed, path_of, phase, positive, progress, run
+from ovtq.cli.command import Out, Parser, count, listed, path_of, phase, positive, progress, run
 from ovtq.cli.evaluate_tables import show, show_head
 from ovtq.errors import InputError, VerificationFailed
 from ovtq.evidence import needles
@@ -109,7 +109,7 @@ def parser() -> Parser:
     )
     stacks.add_argument("--needles", type=listed(positive, "numbers"), default="1", metavar="N,…", help="facts in one")
     stacks.add_argument(
-        "--trials", type=int, default=4, metavar="N", help="haystacks of each kind (default: %(default)s)"
+        "--trials", type=count, default=4, metavar="N", help="haystacks of each kind (default: %(default)s)"
     )
     stacks.add_argument(
         "--answer-tokens", type=positive, default=8, metavar="N", help="read of an answer (default: %(default)s)"
@@ -118,7 +118,9 @@ def parser() -> Parser:
         "--read-chunk", type=positive, default=256, metavar="N", help="tokens per call (default: %(default)s)"
     )
     stacks.add_argument("--seed", type=int, default=0, metavar="N", help="of the haystacks (default: 0)")
-    p.add_argument("--greedy", type=int, default=8, metavar="N", help="texts continued greedily (default: 8; 0: none)")
+    p.add_argument(
+        "--greedy", type=count, default=8, metavar="N", help="texts continued greedily (default: 8; 0: none)"
+    )
     p.add_argument(
         "--greedy-tokens", type=positive, default=64, metavar="N", help="of each text (default: %(default)s)"
     )
@@ -205,7 +207,9 @@ class Evaluation:
             yield from (self.measure(*task) for task in tasks)
             return
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(self.options.jobs, context, _start, (self.options, self.expected))
+        pool = ProcessPoolExecutor(
+            max(min(self.options.jobs, len(tasks)), 1), context, _start, (self.options, self.expected)
+        )
         with progress(self.errors) as bars, phase(bars, "rows", len(tasks)) as tick:
             try:
                 for found in pool.map(_measure, tasks):
@@ -327,13 +331,10 @@ def _check(options: argparse.Namespace, candidates: Sequence[Candidate]) -> None
         raise InputError("--resume takes up what --json FILE holds; name the file")
     if options.jobs > 1 and not options.device.startswith("CPU"):
         raise InputError("--jobs: several rows at a time share the cores of a CPU; leave it out for other devices")
-    if options.trials < 0 or options.greedy < 0:
-        raise InputError("--trials and --greedy must be at least 0")
-    if options.json:
-        for folder in (options.model_dir, *(candidate.folder for candidate in candidates)):
-            io.check_json(options.json, folder, None)
+    folders = [options.model_dir, *(candidate.folder for candidate in candidates)]
+    io.check_outputs({"--json": options.json, "--report": options.report}, folders, [options.text])
     if options.report:
-        report.check(options.report)
+        report.check()
     for candidate in candidates:
         record = candidate.folder / RECORD
         if record.is_file() and passes_of(candidate.folder):

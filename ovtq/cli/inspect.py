@@ -28,6 +28,7 @@ from ovtq.models import ModelDescription, describe
 from ovtq.models.attention import biased_projection
 from ovtq.passes import PASSES
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
+from ovtq.runtime.text import Tokenizer
 from ovtq.staging import RECORD
 from ovtq.states import FLOAT_BYTES, StateSpec
 
@@ -43,8 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> None:
         options = parser().parse_args(argv)
         to_stdout = options.json == Path("-")
-        if options.json and not to_stdout:
-            io.check_json(options.json, options.model_dir, None)
+        io.check_outputs({"--json": None if to_stdout else options.json}, [options.model_dir], [options.text])
         with _as_recorded(options.model_dir):
             facts = inspect(options, errors)
             text = json.dumps(facts, indent=1) + "\n"
@@ -330,18 +330,7 @@ def key_bias_shares(model: ov.Model, description: ModelDescription, ids: np.ndar
 
 
 def _tokens(model_dir: Path, text: Path) -> np.ndarray:
-    try:
-        from openvino_genai import Tokenizer
-    except ImportError:
-        raise InputError("--text needs openvino_genai: pip install 'ovtq[genai]'") from None
-    try:
-        words = text.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError(f"{text}: not UTF-8 text") from None
-    try:
-        ids = np.array(Tokenizer(str(model_dir)).encode(words).input_ids.data, dtype=np.int64)
-    except RuntimeError as error:
-        raise InputError(f"{model_dir}: no tokenizer that openvino_genai can use ({io.last_line(error)})") from None
+    ids = Tokenizer(model_dir).encode(files.read_text(text), special=True)
     if ids.size < 2:
         raise InputError(f"{text}: too short, {ids.size} tokens")
-    return np.ascontiguousarray(ids[:, :TEXT_TOKENS])
+    return ids[None, :TEXT_TOKENS]

@@ -20,6 +20,7 @@ from ovtq.cli.command import Out, Parser, path_of, run
 from ovtq.cli.report_page import POLICY, STYLE, joined, picture, render
 from ovtq.errors import InputError
 from ovtq.evidence import plots
+from ovtq.ir import io
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -65,7 +66,8 @@ def parser() -> Parser:
 
 
 def _main(options: argparse.Namespace, console: Out) -> None:
-    check(options.output, "--output")
+    io.check_outputs({"--output": options.output}, (), options.results)
+    check()
     write(options.output, [_read(path) for path in options.results], options.results)
     console.print(f"report: {options.output}")
 
@@ -77,11 +79,10 @@ def _read(path: Path) -> dict[str, Any]:
     return found
 
 
-def check(path: Path, option: str = "--report") -> None:
-    """Raise InputError if a report can't be written to `path`, which `option` names."""
+def check() -> None:
+    """Raise InputError if what makes a report is not installed."""
     plots.check()
     report_page.check()
-    files.check_writable(path, option)
 
 
 def write(path: Path, runs: Sequence[Mapping[str, Any]], sources: Sequence[Path] = ()) -> None:

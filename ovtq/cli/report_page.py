@@ -98,8 +98,16 @@ def check() -> None:
 
 
 def render(name: str, **values: Any) -> Markup:
-    """One of the templates with these values, all of them escaped but for what is such a piece of the page itself."""
-    return picture(_templates().get_template(name).render(**values))
+    """One of the templates with these values, all of them escaped but for what is such a piece of the page itself.
+
+    Raises LookupError for a value that is not there.
+    """
+    import jinja2
+
+    try:
+        return picture(_templates().get_template(name).render(**values))
+    except jinja2.UndefinedError as error:
+        raise LookupError(str(error)) from None
 
 
 def joined(parts: list[Markup]) -> Markup:

@@ -11,11 +11,12 @@ import hashlib
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.resources import files
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
+from ovtq import files
 from ovtq.codec import FLOOR, STEPS
 
 FOLDER = "ovtq_kernels"  # beside the IR
@@ -162,7 +163,7 @@ class KernelLayout:
     def texts(self) -> dict[str, str]:
         """What each file holds, by name."""
         found = {CONFIG: self.config(), CONSTANTS: self.constants()}
-        for source in files("ovtq.codec").joinpath("opencl").iterdir():
+        for source in resources.files("ovtq.codec").joinpath("opencl").iterdir():
             if source.name.endswith(".cl"):
                 found[source.name] = source.read_text(encoding="utf-8")
         return found
@@ -182,7 +183,7 @@ class KernelLayout:
         target = folder / FOLDER
         target.mkdir()
         for name, text in self.texts.items():
-            (target / name).write_text(text, encoding="utf-8", newline="\n")
+            files.write(target / name, text)
 
 
 def _binding(kind: str, kernel: str, inputs: int, items: str) -> str:

@@ -6,14 +6,13 @@ Moments come from a text that the model has read (`ovtq.evidence.calibration`), 
 
 from __future__ import annotations
 
-import hashlib
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
+from ovtq import archives
 from ovtq.errors import InputError
 
 NAME = "calibration.npz"  # in a model's folder
@@ -80,30 +79,27 @@ class Calibration:
             for item in fields(Moments)
         }
         facts = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "layers"}
-        np.savez(path, form=FORM, indices=np.array([*self.layers]), **{**facts, **arrays})
+        archives.write(path, {"form": FORM, "indices": np.array([*self.layers]), **facts, **arrays})
 
 
 def load(path: Path) -> Calibration:
     """What `Calibration.save` wrote. Raises InputError if it is something else."""
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            if int(file["form"]) != FORM:
-                raise InputError(
-                    f"{path}: statistics in form {int(file['form'])}, this ovtq reads {FORM}; make them anew"
-                )
-            layers = {
-                int(index): Moments(**{item.name: file[f"{index}.{item.name}"] for item in fields(Moments)})
-                for index in file["indices"]
-            }
-            tokens, held = int(file["tokens"]), int(file["held"])
-            text, model = str(file["text_sha256"]), str(file["model_sha256"])
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; ovtq-calibrate makes it") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, zipfile.BadZipFile):
-        raise InputError(f"{path}: no statistics of ovtq-calibrate") from None
-    if not all(map(_sound, layers.values())):
+
+    def made(file: archives.Arrays) -> Calibration:
+        if int(file["form"]) != FORM:
+            raise InputError(f"{path}: statistics in form {int(file['form'])}, this ovtq reads {FORM}; make them anew")
+        layers = {
+            int(index): Moments(**{item.name: file[f"{index}.{item.name}"] for item in fields(Moments)})
+            for index in file["indices"]
+        }
+        return Calibration(
+            layers, int(file["tokens"]), int(file["held"]), str(file["text_sha256"]), str(file["model_sha256"])
+        )
+
+    found = archives.read(path, "statistics of ovtq-calibrate", "ovtq-calibrate makes it", made)
+    if not all(map(_sound, found.layers.values())):
         raise InputError(f"{path}: damaged statistics; make them anew with ovtq-calibrate")
-    return Calibration(layers, tokens, held, text, model)
+    return found
 
 
 def _sound(some: Moments) -> bool:
@@ -115,8 +111,3 @@ def _sound(some: Moments) -> bool:
         for item in fields(Moments)
     )
     return bool(heads) and alike and some.key_errors.shape in ((0,), (3,))
-
-
-def digest(path: Path) -> str:
-    """sha256 of the file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ovtq import archives
 from ovtq.errors import InputError
 from ovtq.ir import cache, io
 from ovtq.runtime.runner import Runner
@@ -62,7 +63,7 @@ def trial(options: argparse.Namespace) -> None:
     tell(compile_s=time.perf_counter() - start, precision=precision, kv_cache=kept)
     draw = np.random.default_rng(0)
     if options.logits:
-        np.savez(options.logits, logits=np.concatenate([_last(runner, ids) for ids in _calls(draw, runner)]))
+        archives.write(options.logits, {"logits": np.concatenate([_last(runner, ids) for ids in _calls(draw, runner)])})
         tell(checked=len(CHECKED))
         runner.reset()
     for context in map(int, filter(None, options.contexts.split(","))):

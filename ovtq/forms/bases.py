@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import openvino as ov
 
+from ovtq import files
 from ovtq.codec import moments
 from ovtq.codec.basis import HeadBasis, balanced, rotated
 from ovtq.codec.moments import Calibration, Moments
@@ -137,7 +138,7 @@ def told(choice: Choice, bases: Mapping[int, LayerBases]) -> dict[str, Any]:
         facts["condition"] = round(float(max((basis.condition.max() for basis in every), default=1.0)), 2)
     if found := choice.calibration():
         facts["statistics"] = {
-            "sha256": moments.digest(Path(choice.stats)), "tokens": found.tokens,
+            "sha256": files.sha256(Path(choice.stats)), "tokens": found.tokens,
             "text_sha256": found.text_sha256, "model_sha256": found.model_sha256,
         }  # fmt: skip
     return facts

@@ -17,16 +17,12 @@ changes takes those of the text the statistics were made from.
 
 from __future__ import annotations
 
-import hashlib
-import io
-import math
-import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
-from ovtq import files
+from ovtq import archives
 from ovtq.errors import InputError
 
 NAME = "triattention.npz"  # in a model's folder
@@ -97,24 +93,19 @@ class Statistics:
 
     def save(self, path: Path) -> None:
         """Write it; equal statistics make equal files."""
-        np.savez(path, form=FORM, **{item.name: getattr(self, item.name) for item in fields(self)})
+        archives.write(path, {"form": FORM, **{item.name: getattr(self, item.name) for item in fields(self)}})
 
 
 def load(path: Path) -> Statistics:
     """What `Statistics.save` wrote. Raises InputError if it is something else."""
-    raw = files.read(path, "tools/calibrate_triattention.py makes it")
-    try:
-        _check_sizes(raw)
-        with np.load(io.BytesIO(raw), allow_pickle=False) as file:
-            if int(file["form"]) != FORM:
-                raise InputError(
-                    f"{path}: statistics in form {int(file['form'])}, this ovtq reads {FORM}; make them anew"
-                )
-            found = Statistics(**{item.name: file[item.name] for item in fields(Statistics)})
-    except InputError:
-        raise
-    except Exception:  # numpy and zipfile raise of everything, for a file that says of itself what to read
-        raise InputError(f"{path}: no statistics of tools/calibrate_triattention.py") from None
+
+    def made(file: archives.Arrays) -> Statistics:
+        if int(file["form"]) != FORM:
+            raise InputError(f"{path}: statistics in form {int(file['form'])}, this ovtq reads {FORM}; make them anew")
+        return Statistics(**{item.name: file[item.name] for item in fields(Statistics)})
+
+    tool = "tools/calibrate_triattention.py"
+    found = archives.read(path, f"statistics of {tool}", f"{tool} makes it", made)
     if any(getattr(found, item.name).dtype.kind not in KINDS.get(item.name, "fiu") for item in fields(Statistics)):
         raise InputError(f"{path}: damaged statistics; make them anew with tools/calibrate_triattention.py")
     numbers = (found.mean_query, found.mean_length, found.frequencies, found.score_mean, found.score_deviation)
@@ -124,23 +115,3 @@ def load(path: Path) -> Statistics:
     if not alike or not all(np.isfinite(x).all() for x in numbers) or not (found.score_deviation > 0).all():
         raise InputError(f"{path}: damaged statistics; make them anew with tools/calibrate_triattention.py")
     return found
-
-
-def _check_sizes(raw: bytes) -> None:
-    """Raise ValueError if what is in a .npz is not of the size that it says: before room is made for it."""
-    with zipfile.ZipFile(io.BytesIO(raw)) as whole:
-        members = whole.infolist()
-        if sum(member.file_size for member in members) > files.MOST or any(m.flag_bits & 1 for m in members):
-            raise ValueError("too large, or encrypted")
-        for member in members:
-            with whole.open(member) as file:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, _, kind = read(file)
-                if math.prod(shape) * kind.itemsize > member.file_size:
-                    raise ValueError("cut off")
-
-
-def digest(path: Path) -> str:
-    """sha256 of the file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import openvino as ov
 
 from ovtq import files, system, whereabouts
 from ovtq.errors import InputError
+from ovtq.errors import last_line as last_line
 from ovtq.ir import weights
 from ovtq.staging import RECORD, Identity, identity
 from ovtq.states import StateSpec, of_model
@@ -100,7 +101,7 @@ def load(model_dir: Path) -> ov.Model:
 
 def text_sha256(path: Path) -> str:
     """SHA-256 of a text, however its lines end: Windows' OpenVINO ends those of an IR's XML with CR LF."""
-    return hashlib.sha256(path.read_bytes().replace(b"\r\n", b"\n")).hexdigest()
+    return hashlib.sha256(files.read(path).replace(b"\r\n", b"\n")).hexdigest()
 
 
 def load_config(model_dir: Path, name: str = "config.json") -> dict[str, Any]:
@@ -205,12 +206,25 @@ def check_output(model_dir: Path, out_dir: Path, force: bool, flag: str = "--for
     return was
 
 
-def check_json(path: Path, model_dir: Path, out_dir: Path | None) -> None:
-    """Raise InputError if a record can't or must not be written to `path`."""
-    files.check_writable(path, "--json")
-    for folder in filter(None, (model_dir, out_dir)):
-        if system.resolved(folder) in system.resolved(path).parents:
-            raise InputError(f"--json {path}: must not be inside {folder}")
+def check_outputs(
+    outputs: Mapping[str, Path | None], folders: Iterable[Path | None], inputs: Iterable[str | Path | None] = ()
+) -> None:
+    """Raise InputError if a file, by the option that names it, can't or must not be written.
+
+    Nothing is written into `folders`, over what is read (`inputs`), or twice.
+    """
+    taken = {system.resolved(Path(path)) for path in inputs if path}
+    for option, path in outputs.items():
+        if path is None:
+            continue
+        files.check_writable(path, option)
+        target = system.resolved(path)
+        for folder in filter(None, folders):
+            if system.resolved(folder) in target.parents:
+                raise InputError(f"{option} {path}: must not be inside {folder}")
+        if target in taken:
+            raise InputError(f"{option} {path}: another option names the same file; choose another")
+        taken.add(target)
 
 
 def files_of(model_dir: Path) -> list[Path]:
@@ -300,13 +314,7 @@ def copy_rest(model_dir: Path, folder: Path) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     """A file's bytes, its time, and who may read, write and run it; nothing that lets it run as another user."""
-    shutil.copyfile(source, target)
+    files.copy(source, target)
     facts = source.stat()
     target.chmod(stat.S_IMODE(facts.st_mode) & 0o777 | stat.S_IWUSR)
     os.utime(target, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-
-
-def last_line(error: Exception) -> str:
-    """The last line of an error's text: OpenVINO puts the reason there, below file names of its own sources."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ovtq.codec.kernel_layout import CONFIG, FOLDER
+from ovtq.errors import telling
 
 
+@telling
 def properties(model_dir: Path | str) -> dict[str, str]:
     """The properties that a converted model is compiled with: CONFIG_FILE, if it has kernels, and else none.
 

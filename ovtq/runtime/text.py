@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
+from ovtq import files
 from ovtq.errors import InputError
 from ovtq.ir.io import last_line, load_config
 
 SEPARATOR = "<|endoftext|>"
+FAILURES = (RuntimeError, ValueError, TypeError, LookupError)  # of openvino_genai, whose texts may be no UTF-8
 
 
 class Tokenizer:
@@ -23,35 +25,59 @@ class Tokenizer:
         for name in ("openvino_tokenizer.xml", "openvino_detokenizer.xml"):
             if not (folder / name).is_file():
                 raise InputError(f"{folder / name}: no such file; convert_tokenizer of openvino-tokenizers makes it")
+        for path in folder.iterdir():  # what is read of it openvino_genai decides, and a pipe would hold it for ever
+            if path.suffix in (".json", ".jinja", ".txt", ".xml", ".bin", ".model"):
+                files.check_regular(path)
         self.folder = folder
         try:
             self.genai = openvino_genai.Tokenizer(folder)
-        except RuntimeError as error:
-            raise InputError(f"{folder}: its tokenizer can't be used ({last_line(error)})") from None
+        except FAILURES as error:
+            raise self._unfit(error) from None
 
-    def encode(self, text: str) -> np.ndarray:
-        """Token ids (tokens,) i64, with nothing put before or after."""
-        return np.array(self.genai.encode(text, add_special_tokens=False).input_ids.data[0], np.int64)
+    def _unfit(self, error: Exception) -> InputError:
+        return InputError(f"{self.folder}: its tokenizer can't be used ({last_line(error)})")
+
+    def encode(self, text: str, special: bool = False) -> np.ndarray:
+        """Token ids (tokens,) i64, with what the tokenizer puts before or after a text only if told to.
+
+        Raises InputError if the tokenizer fails.
+        """
+        try:
+            return np.array(self.genai.encode(text, add_special_tokens=special).input_ids.data[0], np.int64)
+        except FAILURES as error:
+            raise self._unfit(error) from None
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
-        """The text, special tokens written out."""
-        return self.genai.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=False)
+        """The text, special tokens written out. Raises InputError if the tokenizer fails."""
+        try:
+            return self.genai.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=False)
+        except FAILURES as error:
+            raise self._unfit(error) from None
 
     @property
     def begin(self) -> int | None:
         """Id of the token that the tokenizer puts before every text (BOS), without which some models degenerate."""
-        whole = np.array(self.genai.encode("a").input_ids.data[0], np.int64)
-        return int(whole[0]) if len(whole) > 1 and whole[0] != self.encode("a")[0] else None
+        whole, plain = self.encode("a", special=True), self.encode("a")
+        return int(whole[0]) if len(whole) > 1 and [*whole[:1]] != [*plain[:1]] else None
 
     @property
     def templated(self) -> bool:
         """Whether the model has a chat template."""
-        return bool(self.genai.chat_template)
+        try:
+            return bool(self.genai.chat_template)
+        except FAILURES as error:
+            raise self._unfit(error) from None
 
     def chat(self, text: str) -> np.ndarray:
-        """Token ids of `text` as a user's message to the model, by its chat template if it has one."""
+        """Token ids of `text` as a user's message to the model, by its chat template if it has one.
+
+        Raises InputError if the template or the tokenizer fails.
+        """
         if self.templated:
-            text = self.genai.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+            try:
+                text = self.genai.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
+            except FAILURES as error:
+                raise InputError(f"{self.folder}: its chat template can't be used ({last_line(error)})") from None
         return self.encode(text)
 
     @property
@@ -79,10 +105,7 @@ class Tokenizer:
 
         Raises InputError if it is no text.
         """
-        try:
-            content = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise InputError(f"{path}: not UTF-8 text") from None
+        content = files.read_text(path)
         end = np.array([self.end], np.int64)
         parts = [part for text in content.split(SEPARATOR) if text.strip() for part in (self.encode(text.strip()), end)]
         if not parts:

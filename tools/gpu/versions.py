@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ovtq.errors import InputError, OvtqError
-from ovtq.ir.io import check_json, load, model_xml
+from ovtq.ir.io import check_outputs, load, model_xml
 from ovtq.pipeline import PRESETS
 from ovtq.runtime.runner import EXACT_PROPERTIES
 
@@ -249,7 +249,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         raise InputError(f"--presets: no preset is named {bad[0]!r}; there are {', '.join(PRESETS)}")
     model_xml(options.model)
     if options.json:
-        check_json(options.json, options.model, None)
+        check_outputs({"--json": options.json}, [options.model])
     return options
 
 
