@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import os
 import random
 import shutil
@@ -14,13 +13,25 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "data" / "tiny-transformers-5.5"
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 # What a conversion does to the disk, and nothing else: names, files, flushes.
-LIGHT = """import sys
+LIGHT = """import os, sys, time
 from pathlib import Path
 from ovtq import signals, staging
+def slowly(work):
+    def slow(*given, **more):
+        try:
+            return work(*given, **more)
+        finally:
+            time.sleep(0.008)
+    return slow
+if len(sys.argv) > 3:
+    for name in ("rename", "fsync", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, slowly(getattr(os, name)))
 signals.interrupt()
 print("ready", flush=True)
 try:
@@ -34,17 +45,17 @@ except KeyboardInterrupt:
 WHOLE = "import sys; from ovtq.cli.entry import convert; sys.exit(convert())"
 SLOWED = "rename,fsync,mkdir,unlink,unlinkat,rmdir,flock"
 
-Found = tuple[collections.Counter[str], list[str]]
+Found = list[tuple[int, str, str]]  # number, what it came to, the fault in all
 
 
 def light(numbers: Sequence[int]) -> Found:
-    """Of the writing alone, each step of which strace delays where it is there."""
+    """Of the writing alone, each step of which strace delays; where it is not there, Python's functions do."""
     slow = ["strace", "-f", "-qq", "-o", os.devnull, "-e", f"trace={SLOWED}"]
     slow += ["-e", f"inject={SLOWED}:delay_exit=8000"]
     command = [*(slow if shutil.which("strace") else []), sys.executable, "-c", LIGHT]
 
     def make(out: Path, number: int) -> list[str]:
-        return [*command, str(out), f"{number} "]
+        return [*command, str(out), f"{number} ", *([] if shutil.which("strace") else ["slowly"])]
 
     def whole(out: Path) -> bool:
         texts = {path.read_text() for path in out.rglob("*") if path.is_file()}
@@ -54,14 +65,15 @@ def light(numbers: Sequence[int]) -> Found:
 
 
 def whole(numbers: Sequence[int]) -> Found:
-    """Of the command, without verification."""
+    """Of the command, of both its processes or one of them; every third one verifies what it writes."""
 
     def make(out: Path, number: int) -> list[str]:
         preset = ("exact", "rotate", "u8")[number % 3]
-        return [sys.executable, "-c", WHOLE, str(TINY), str(out), "--force", "--no-verify", "--preset", preset]
+        verify = ["--verify-layers", "2", "--target", "cpu"] if number % 3 == 0 else ["--no-verify"]
+        return [sys.executable, "-c", WHOLE, str(TINY), str(out), "--force", "--preset", preset, *verify]
 
     def complete(out: Path) -> bool:
-        names = {path.name for path in TINY.iterdir()} | {"ovtq.json"}
+        names = {path.name for path in TINY.iterdir()} | {"ovtq.json", "README.md"}
         sizes = [path.stat().st_size for path in out.iterdir()]
         return {path.name for path in out.iterdir()} == names and all(sizes)
 
@@ -75,8 +87,7 @@ def _kills(
     ready: bool,
     span: float,
 ) -> Found:
-    counts: collections.Counter[str] = collections.Counter()
-    faults: list[str] = []
+    found: Found = []
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory(prefix="ovtq-kills-") as base:
         out = Path(base) / "runs" / "out"
@@ -90,22 +101,32 @@ def _kills(
             if ready:
                 process.stdout.readline()
             time.sleep(draw.uniform(0, span))
-            kind = draw.choice(SIGNALS)
+            kind, whom = draw.choice(SIGNALS), draw.choice(("group", "group", "first", "second"))
+            whom = "group" if ready else whom
             ended = process.poll() is not None
             try:
-                os.killpg(process.pid, kind)
-            except ProcessLookupError:
+                _send(process.pid, kind, whom)
+            except (ProcessLookupError, psutil.NoSuchProcess):
                 ended = True
             process.communicate()
             fault = _after(out, is_whole)
-            counts["ended before" if ended else f"{kind.name}: " + ("a fault" if fault else "whole and tidy")] += 1
+            what = "ended before" if ended else f"{kind.name}: {'a fault' if fault else 'whole and tidy'}"
+            found.append((number, what, f"kill {number} ({kind.name} of {whom}): {fault}" if fault else ""))
             if fault:
-                faults.append(f"kill {number} ({kind.name}): {fault}")
-                print(faults[-1], file=sys.stderr)
                 shutil.rmtree(out.parent)
                 out.parent.mkdir()
                 subprocess.run(make(out, 0), check=True, capture_output=True, env=env)
-    return counts, faults
+    return found
+
+
+def _send(number: int, kind: signal.Signals, whom: str) -> None:
+    """To a process group, or to the process that watches, or the one that works."""
+    if whom == "second" and (found := psutil.Process(number).children()):
+        found[0].send_signal(kind)
+    elif whom == "group":
+        os.killpg(number, kind)
+    else:
+        os.kill(number, kind)
 
 
 def _after(out: Path, is_whole: Callable[[Path], bool]) -> str:

@@ -1,4 +1,4 @@
-"""Cases of a campaign: each number makes one, the same whenever it is asked for."""
+"""What a case is, and mutated models: their XML, weights, config.json and records."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ XML, BIN = "openvino_model.xml", "openvino_model.bin"
 
 NUMBERS = ("-1", "0", "1", "7", "65536", str(2**31), str(2**63), str(2**64), "1e9", "nan", "x", "", "٣")
 VALUES: tuple[Any, ...] = (
-    None, True, 0, -1, 1.5, 10**30, "", "x", "gpt_oss", "\ud800", [], {}, [[]], {"a": {}}, ["full_attention"],
-    float("nan"), float("inf"),
+    None, True, 0, -1, 1.5, 2**31, 2**63, -(2**64), 10**30, 10**400, 1e308, -0.0, "", "x", "128", "gpt_oss", "\ud800",
+    "\u202e\u0000", "</script><script>", "é" * 5000, [], {}, [[]], {"a": {}}, ["full_attention"], [1] * 3000,
+    float("nan"), float("inf"), -float("inf"),
 )  # fmt: skip
 WORDS = (
     "MatMul",
@@ -46,27 +47,43 @@ class Case:
 
     number: int
     kind: str
-    command: str  # convert, inspect or report
+    command: str  # of ovtq, or `library`: a function of it by name, and what it is called with as JSON
     arguments: list[str]
     done: str
-    verified: bool  # whether it verifies, so that what it writes must be right
+    verified: bool = False  # whether it verifies, so that what it writes must be right
+    made: tuple[str, ...] = ("out",)  # names that it may leave where it ends well
+    always: tuple[str, ...] = ()  # and those that it may leave or change in any case
 
 
-def make(number: int, folder: Path, converted: Path) -> Case:
-    """The case of a number, its files in `folder`, which is empty; `converted` is the tiny model as ovtq writes it."""
-    draw = random.Random(number)
-    kind = draw.choices(list(KINDS), [weight for weight, _ in KINDS.values()])[0]
-    return KINDS[kind][1](number, kind, draw, folder, converted)
+@dataclass(frozen=True)
+class Given:
+    """What a case is made of: its number, kind and chance, its empty folder, and models that are there already."""
+
+    number: int
+    kind: str
+    draw: random.Random
+    folder: Path
+    base: Path  # with `converted`, the tiny model as ovtq writes it, `kernels`, with kernels of its own, `stats.npz`
+
+    @property
+    def converted(self) -> Path:
+        """The tiny model as ovtq writes it."""
+        return self.base / "converted"
+
+    def case(self, command: str, arguments: Sequence[object], done: str, **more: Any) -> Case:
+        """A case of this number."""
+        return Case(self.number, self.kind, command, [str(x) for x in arguments], done, **more)
 
 
-def _model(folder: Path, source: Path = TINY) -> Path:
-    return Path(shutil.copytree(source, folder / "model"))
+def model(given: Given, source: Path = TINY) -> Path:
+    """A model of the case's own."""
+    return Path(shutil.copytree(source, given.folder / "model"))
 
 
-def _convert(
-    number: int, kind: str, draw: random.Random, folder: Path, done: str, more: list[str] | None = None
-) -> Case:
-    verified = draw.random() < 0.04
+def convert(given: Given, done: str, more: Sequence[str] = (), often: float = 0.04, **names: Any) -> Case:
+    """A conversion of `model` to `out`, verified as often as asked for."""
+    draw, folder = given.draw, given.folder
+    verified = draw.random() < often
     preset = draw.choice(("exact", "rotate", "f16")) if verified else draw.choice(("exact", "u8", "k6v4", "rotate"))
     arguments = [
         str(folder / "model"),
@@ -77,7 +94,7 @@ def _convert(
         draw.choice(("cpu", "gpu")),
     ]
     arguments += ["--verify-layers", "2"] if verified else ["--no-verify"]
-    return Case(number, kind, "convert", arguments + (more or []), done, verified)
+    return given.case("convert", [*arguments, *more], done, verified=verified, **names)
 
 
 # ------------------------------------------------------------------------------------------ bytes and texts
@@ -103,8 +120,10 @@ def garble(data: bytes, draw: random.Random) -> bytes:
     return bytes(out)
 
 
-def _xml(number: int, kind: str, draw: random.Random, folder: Path, converted: Path) -> Case:
-    path = _model(folder, converted if draw.random() < 0.1 else TINY) / XML
+def xml(given: Given) -> Case:
+    """Values, edges, types and lines of the XML."""
+    draw = given.draw
+    path = model(given, given.converted if draw.random() < 0.1 else TINY) / XML
     text = path.read_text(encoding="utf-8")
     ways: list[Callable[[str], str]] = [
         lambda t: _replaced(t, r'="(\d+)"', NUMBERS, draw),
@@ -124,7 +143,7 @@ def _xml(number: int, kind: str, draw: random.Random, folder: Path, converted: P
         done.append(str(way))
         text = ways[way](text)
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
-    return _convert(number, kind, draw, folder, f"ways {', '.join(done)}")
+    return convert(given, f"ways {', '.join(done)}")
 
 
 def _replaced(text: str, pattern: str, values: Any, draw: random.Random) -> str:
@@ -146,19 +165,21 @@ def _lines(text: str, draw: random.Random) -> str:
     return "".join(lines)
 
 
-def _xml_bytes(number: int, kind: str, draw: random.Random, folder: Path, converted: Path) -> Case:
-    path = _model(folder) / XML
-    path.write_bytes(garble(path.read_bytes(), draw))
-    return _convert(number, kind, draw, folder, "bytes of the XML")
+def xml_bytes(given: Given) -> Case:
+    """Bytes of the XML."""
+    path = model(given) / XML
+    path.write_bytes(garble(path.read_bytes(), given.draw))
+    return convert(given, "bytes of the XML")
 
 
-def _bin(number: int, kind: str, draw: random.Random, folder: Path, converted: Path) -> Case:
-    path = _model(folder) / BIN
+def weights(given: Given) -> Case:
+    """Bytes and length of the weights."""
+    path, draw = model(given) / BIN, given.draw
     data = path.read_bytes()
     what = draw.randrange(4)
     data = [garble(data, draw), data[: draw.randrange(len(data))], data + draw.randbytes(99), b"\xff" * len(data)][what]
     path.write_bytes(data)
-    return _convert(number, kind, draw, folder, f"bytes of the .bin, way {what}")
+    return convert(given, f"bytes of the .bin, way {what}", often=0.2)
 
 
 def changed(value: Any, draw: random.Random) -> Any:
@@ -174,35 +195,37 @@ def changed(value: Any, draw: random.Random) -> Any:
     return draw.choice(VALUES)
 
 
-def _json_text(value: Any, draw: random.Random) -> bytes:
+def json_text(value: Any, draw: random.Random) -> bytes:
     text = json.dumps(value).encode()
     return draw.choice((text, text, text, text, garble(text, draw), b"\xef\xbb\xbf" + text, b"[" * 100_000, text[:-1]))
 
 
-def _config(number: int, kind: str, draw: random.Random, folder: Path, converted: Path) -> Case:
-    path = _model(folder) / "config.json"
-    path.write_bytes(_json_text(changed(json.loads(path.read_bytes()), draw), draw))
-    return _convert(number, kind, draw, folder, "config.json")
+def config(given: Given) -> Case:
+    """Values of config.json."""
+    path, draw = model(given) / "config.json", given.draw
+    path.write_bytes(json_text(changed(json.loads(path.read_bytes()), draw), draw))
+    return convert(given, "config.json", often=0.15)
 
 
-def _record(number: int, kind: str, draw: random.Random, folder: Path, converted: Path) -> Case:
+def record(given: Given) -> Case:
     """What an earlier run recorded, beside the IR or in it."""
-    path = _model(folder, converted) / "ovtq.json"
-    path.write_bytes(_json_text(changed(json.loads(path.read_bytes()), draw), draw))
+    path, draw = model(given, given.converted) / "ovtq.json", given.draw
+    path.write_bytes(json_text(changed(json.loads(path.read_bytes()), draw), draw))
     if draw.random() < 0.5:
         xml = path.with_name(XML)
         text = xml.read_text(encoding="utf-8")
         values = ("1", "{", "[{}]", "null", "&quot;", '{"a":1}'.replace('"', "&quot;"))
         place = text.index("<ovtq")
         xml.write_text(text[:place] + _replaced(text[place:], r'value="([^"]*)"', values, draw), encoding="utf-8")
-    return Case(number, kind, "inspect", [str(folder / "model"), "--context", "4k"], "ovtq.json, stamp", False)
+    return given.case("inspect", [given.folder / "model", "--context", "4k"], "ovtq.json, stamp")
 
 
-def _statistics(number: int, kind: str, draw: random.Random, folder: Path, converted: Path) -> Case:
-    path = folder / "s.npz"
-    path.write_bytes(garble(STATISTICS.read_bytes(), draw))
-    options = ["--dry-run", "--budget", "100", "--score", "triattention", "--stats", str(path)]
-    return Case(number, kind, "convert", [str(MINI), *options], "bytes of the statistics", False)
+def statistics(given: Given) -> Case:
+    """Bytes of statistics."""
+    path = given.folder / "s.npz"
+    path.write_bytes(garble(STATISTICS.read_bytes(), given.draw))
+    options = ["--dry-run", "--budget", "100", "--score", "triattention", "--stats", path]
+    return given.case("convert", [MINI, *options], "bytes of the statistics")
 
 
 FIGURES = {
@@ -222,87 +245,80 @@ FIGURES = {
 }  # fmt: skip
 
 
-def _figures(number: int, kind: str, draw: random.Random, folder: Path, converted: Path) -> Case:
-    path = folder / "eval.json"
-    path.write_bytes(_json_text(changed(FIGURES, draw), draw))
-    return Case(number, kind, "report", [str(path), "--output", str(folder / "r.html")], "figures of ovtq-eval", False)
+def figures(given: Given) -> Case:
+    """Figures of which a report is made."""
+    path, draw = given.folder / "eval.json", given.draw
+    path.write_bytes(json_text(changed(FIGURES, draw), draw))
+    return given.case("report", [path, "--output", given.folder / "r.html"], "figures of ovtq-eval", made=("r.html",))
 
 
-# ------------------------------------------------------------------------------------------ options and folders
+# ------------------------------------------------------------------------------------------ graphs still
 
-FLAGS = (
-    "--preset", "--passes", "--set", "--target", "--k-bits", "--v-bits", "--residual-window", "--protect", "--centre",
-    "--window-bits", "--budget", "--recent-window", "--prefix", "--score", "--stats", "--mode", "--slack", "--heads",
-    "--verify-device", "--verify-seed", "--verify-layers", "--json", "--dump-after", "--force", "--dry-run",
+ALIKE = (
+    ("Add", "Multiply", "Subtract", "Divide", "Maximum", "Minimum", "Power", "Mod", "SquaredDifference"),
+    ("Sin", "Cos", "Sqrt"),
+    ("Greater", "LessEqual", "GreaterEqual", "Less", "Equal", "NotEqual"),
+    ("ReduceMean", "ReduceSum", "ReduceProd", "ReduceMax"),
+)
+KEYS = (
+    "axis", "batch_dims", "keep_dims", "transpose_a", "transpose_b", "special_zero", "auto_broadcast", "mode",
+    "destination_type", "output_type", "element_type", "min", "max", "alpha", "sort", "variable_id", "variable_type",
+    "name", "precision", "causal", "names", "PRECISION",
 )  # fmt: skip
-GIVEN = (
-    *NUMBERS, "cpu", "gpu", "u8", "k6v4", "none", "8,4", "first:1", "last:9", "truncate-window.slack=3", "a.b=c",
-    "=", "quantize-kv", "truncate-window:slack=-1", ",", "\x00", "/dev/full", "/dev/null", "/", ".", "x" * 300, "NPU",
-    "\udcff",
+GOOD = (
+    "true", "false", "-1", "0", "1", "2", "3", "numpy", "none", "bidirectional", "explicit", "f32", "f16", "bf16",
+    "i32", "i64", "boolean", "dynamic", "1e-9", "1e38", "nan", "-inf", "logits", "input_ids", "beam_idx",
+    "模型\u202e", "a\tb",
 )  # fmt: skip
 
 
-def _options(number: int, kind: str, draw: random.Random, folder: Path, converted: Path) -> Case:
-    _model(folder)
-    more = []
-    for _ in range(draw.choice((1, 2, 3, 6))):
-        flag = draw.choice(FLAGS)
-        more += [flag] if draw.random() < 0.1 or flag in ("--force", "--dry-run") else [f"{flag}={draw.choice(GIVEN)}"]
-    arguments = [str(folder / "model"), str(folder / "out"), *more, "--no-verify"]
-    return Case(number, kind, "convert", arguments, "options", False)
-
-
-def _links(number: int, kind: str, draw: random.Random, folder: Path, converted: Path) -> Case:
-    model = _model(folder)
-    for _ in range(draw.choice((1, 2))):
-        path = model / draw.choice(("extra", "config.json", XML, BIN, "sub", "tokenizer.json"))
-        if os.path.lexists(path):
-            path.unlink() if path.is_symlink() or not path.is_dir() else shutil.rmtree(path)
+def graph(given: Given) -> Case:
+    """Operations, their attributes and their edges, so that most of what comes of it is a model OpenVINO can run."""
+    path, draw = model(given) / XML, given.draw
+    text, done = path.read_text(encoding="utf-8"), []
+    for _ in range(draw.choice((1, 1, 1, 2, 3))):
         way = draw.randrange(5)
+        done.append(str(way))
         if way == 0:
-            os.mkfifo(path)
+            kinds = draw.choice(ALIKE)
+            text = _replaced(text, rf'<layer [^>]*type="({"|".join(kinds)})"', kinds, draw)
         elif way == 1:
-            path.mkdir()
-            (path / "file").write_text("x")
-        else:
-            path.symlink_to(
-                draw.choice(("nothing", path.name, "/dev/zero", "/etc", "/etc/passwd", ".", "..", "config.json"))
-            )
-    return _convert(number, kind, draw, folder, "links and special files")
+            text = _replaced(text, rf' {draw.choice(KEYS)}="([^"]*)"', GOOD, draw)
+        elif way == 2:  # an edge from another place
+            found = re.findall(r'from-layer="(\d+)" from-port="(\d+)"', text)
+            text = _replaced(text, r'(from-layer="\d+" from-port="\d+")', _edges(found), draw)
+        elif way == 3:  # two that trade places
+            pattern = draw.choice((r'variable_id="([^"]*)"', r'from-layer="(\d+)"', r' name="([^"]*)"'))
+            text = _traded(text, pattern, draw)
+        else:  # a constant that is another's
+            text = _replaced(text, r'<data [^>]*offset="(\d+)"', re.findall(r'offset="(\d+)"', text), draw)
+    path.write_text(text, encoding="utf-8")
+    return convert(given, f"the graph, ways {', '.join(done)}", often=0.4)
 
 
-def _outputs(number: int, kind: str, draw: random.Random, folder: Path, converted: Path) -> Case:
-    _model(folder)
-    out = folder / "out"
-    way = draw.randrange(7)
-    if way == 0:
-        out.write_text("")
-    elif way == 1:
-        out.symlink_to(draw.choice(("nothing", "out", "model", "/dev/null", ".")))
-    elif way == 2:
-        shutil.copytree(converted, out)
-    elif way == 3:
-        out.mkdir()
-        (out / "ovtq.json").mkdir()
-    elif way == 4:
-        stem = folder / ".out.ovtq-0123abcd"
-        Path(f"{stem}.lock").write_text(draw.choice(("", "3", "999999", "x")))
-        shutil.copytree(converted, f"{stem}{draw.choice(('', '.old', '.gone'))}")
-    elif way == 5:
-        os.mkfifo(out)
-    more = ["--force"] if draw.random() < 0.5 else []
-    return _convert(number, kind, draw, folder, f"what OUT_DIR is, way {way}", more)
+def _edges(found: Sequence[tuple[str, str]]) -> list[str]:
+    return [f'from-layer="{layer}" from-port="{port}"' for layer, port in found]
 
 
-KINDS: dict[str, tuple[int, Callable[[int, str, random.Random, Path, Path], Case]]] = {
-    "xml": (30, _xml),
-    "xml bytes": (12, _xml_bytes),
-    "bin": (6, _bin),
-    "config": (14, _config),
-    "record": (10, _record),
-    "statistics": (4, _statistics),
-    "figures": (4, _figures),
-    "options": (12, _options),
-    "links": (8, _links),
-    "outputs": (6, _outputs),
-}
+def _traded(text: str, pattern: str, draw: random.Random) -> str:
+    """Two of the places where `pattern` stands, with their groups exchanged."""
+    found = list(re.finditer(pattern, text))
+    if len(found) < 2:
+        return text
+    one, two = sorted(draw.sample(found, 2), key=lambda match: match.start())
+    return text[: one.start(1)] + two[1] + text[one.end(1) : two.start(1)] + one[1] + text[two.end(1) :]
+
+
+def constants(given: Given) -> Case:
+    """Where constants lie in the weights: over one another, odd, beyond the end; and a .bin that is cut."""
+    path, draw = model(given) / XML, given.draw
+    text, bin_path = path.read_text(encoding="utf-8"), path.with_name(BIN)
+    size = bin_path.stat().st_size
+    for _ in range(draw.choice((1, 2, 8))):
+        key = draw.choice(("offset", "offset", "size"))
+        values = [str(x) for x in (0, 1, 3, size - 1, size, size * 2, 2**31, 2**63, 2**64, -1, draw.randrange(size))]
+        text = _replaced(text, rf'<data [^>]*{key}="(\d+)"', values, draw)
+    path.write_text(text, encoding="utf-8")
+    if draw.random() < 0.3:
+        os.truncate(bin_path, draw.choice((0, 1, size // 2, size - 1)))
+    return convert(given, "places of constants", often=0.4)

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino as ov
 
-from ovtq.cli import convert, inspect, report
+import ovtq
+from ovtq.errors import OvtqError
 
-COMMANDS = {"convert": convert.main, "inspect": inspect.main, "report": report.main}
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-ALLOWED = 1e-3  # of the spread of a position's logits
+# Commands whose modules have another name
+MODULES = {"eval": "ovtq.cli.evaluate", "demo": "ovtq.demo"}
 
 
 def main() -> None:
@@ -28,10 +32,13 @@ def main() -> None:
     for line in sys.stdin:
         case = json.loads(line)
         os.chdir(case["folder"])
+        name = case["command"]
         out, errors = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
             try:
-                code: int | str = COMMANDS[case["command"]](case["arguments"])
+                work = library if name == "library" else _command(name)
+                sys.argv = [f"ovtq-{name}", *case["arguments"]]
+                code: int | str = work(case["arguments"])
             except SystemExit as end:  # --help, --version
                 code = int(end.code or 0)
             except BaseException as error:  # what a command must never let out
@@ -39,15 +46,63 @@ def main() -> None:
         apart = None
         if case["verified"] and code == 0 and Path("out").is_dir():
             apart = difference(Path("model"), Path("out"))
+        os.chdir("/")
         answers.write(json.dumps({"code": code, "stderr": errors.getvalue(), "apart": apart}) + "\n")
         answers.flush()
+
+
+def _command(name: str) -> Callable[[list[str]], int]:
+    """The `main` of a command."""
+    found: Callable[[list[str]], int] = importlib.import_module(MODULES.get(name, f"ovtq.cli.{name}")).main
+    return found
+
+
+def library(arguments: list[str]) -> int:
+    """A public function of ovtq, called with what JSON says: its error is told as the commands tell theirs."""
+    name, text = arguments
+    known: dict[str, Any] = json.loads(text)
+    model, out, tokens, more = (known[key] for key in ("model", "out", "tokens", "more"))
+    try:
+        if name == "convert":
+            ovtq.convert(model, out, **{"verify": False, **more})
+        elif name == "compress":
+            graph = ov.Core().read_model(Path(model) / "openvino_model.xml") if _is_model(model) else model
+            ovtq.compress(graph, model, **more)
+        elif name == "verify":
+            ovtq.verify(model, out)
+        elif name == "state_bytes":
+            ovtq.state_bytes(model, tokens)
+        elif name == "load_state":
+            ovtq.load_state(_Running(), out, None, model)
+        else:
+            getattr(ovtq, name)(model)
+    except OvtqError as error:
+        print(f"ovtq-library: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _is_model(given: Any) -> bool:
+    try:
+        ov.Core().read_model(Path(given) / "openvino_model.xml")
+    except (RuntimeError, TypeError, ValueError, OSError):
+        return False
+    return True
+
+
+class _Running:
+    """As a request without states."""
+
+    def query_state(self) -> list[Any]:
+        """None."""
+        return []
 
 
 def difference(original: Path, converted: Path) -> float:
     """How far apart two models' logits are, in shares of their spread: computed here alone, by nothing of ovtq's."""
     said = [_logits(folder / "openvino_model.xml") for folder in (original, converted)]
-    some = np.sort(said[0], -1)
-    spread = np.median(some[..., -(some.shape[-1] // 8) - 1] - some[..., some.shape[-1] // 8])
+    some = np.sort(said[0][np.isfinite(said[0]).all(-1)], -1)  # what is no number must be none in both
+    spread = np.median(some[:, -(some.shape[-1] // 8) - 1] - some[:, some.shape[-1] // 8]) if len(some) else 1.0
     with np.errstate(invalid="ignore"):
         apart = np.where(said[0] == said[1], 0, np.abs(said[0] - said[1]))
     apart[np.isnan(said[0]) & np.isnan(said[1])] = 0
