@@ -25,7 +25,7 @@ from types import FrameType
 from typing import Any
 
 from ovtq import signals, staging, system, whereabouts
-from ovtq.errors import InputError, OvtqError
+from ovtq.errors import InputError, OvtqError, scarcity
 
 PATIENCE = 60  # seconds that a child has to stop in
 TOLD = 300  # characters of what a dying process said itself
@@ -187,7 +187,8 @@ class _Elsewhere(Exception):
 def watch(module: str, function: str, *arguments: Any) -> int:
     """The exit code that a function of ours returns, run in a child that has this process's terminal and arguments.
 
-    Signals that end a command are the child's to deal with. Raises Died if it dies, OSError if it can't be started.
+    Signals that end a command are the child's to deal with. Raises Died if it dies, OSError if it can't be started,
+    InputError if it can't begin.
     """
     came: list[int] = []
     children: list[_Child] = []
@@ -209,13 +210,20 @@ def watch(module: str, function: str, *arguments: Any) -> int:
     work = pickle.dumps((module, function, arguments, sys.argv))
     child.answer(len(work).to_bytes(8, "little") + work)
 
+    raised: list[InputError] = []
+
     def heard(message: tuple[Any, ...]) -> None:
+        if message[0] == "raised":
+            raised.append(message[1])
+            return
         codes.append(message[1])
         child.say.close()  # its thread that listens ends, too: Windows lets no process end before
 
     child.messages(heard)
     child.process.wait()
     child.tidy()
+    if raised:
+        raise raised[0]
     if not codes:
         raise child.death()
     if codes[0] == 0 and (native := child.wrote()):
@@ -248,7 +256,10 @@ class _Link:
             self._answers.release()
             system.interrupt_main()
 
-        threading.Thread(target=listen, daemon=True).start()
+        try:
+            threading.Thread(target=listen, daemon=True).start()
+        except RuntimeError as error:
+            raise InputError(scarcity(str(error)) or str(error)) from None
 
     def tell(self, message: tuple[Any, ...]) -> None:
         """Send a message."""
@@ -276,8 +287,8 @@ def serve_call() -> None:
         return
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     whereabouts.watched(link.tell)
-    link.listen()
     try:
+        link.listen()
         result = work(*arguments, **({"on_progress": link.progress} if progress else {}))
     except OvtqError as error:
         message: tuple[Any, ...] = ("raised", error)
@@ -296,7 +307,11 @@ def serve_command() -> None:
     link = _Link()
     module, function, arguments, sys.argv = link.work()
     signals.interrupt()
-    link.listen()
+    try:
+        link.listen()
+    except InputError as error:
+        link.tell(("raised", error))
+        return
     whereabouts.watched(link.tell)
     code = getattr(importlib.import_module(module), function)(*arguments)
     signals.ignore()

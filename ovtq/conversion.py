@@ -16,7 +16,7 @@ import openvino as ov
 from ovtq import __version__, files, pipeline, staging, states, whereabouts
 from ovtq import card as model_card
 from ovtq.codec.kernel_layout import CONFIG, FOLDER
-from ovtq.errors import InputError, UnsupportedModel
+from ovtq.errors import InputError, UnsupportedModel, scarcity
 from ovtq.ir import cache, io
 from ovtq.models import ModelDescription, describe
 from ovtq.models.description import InPlace
@@ -26,7 +26,7 @@ from ovtq.pipeline import Step
 from ovtq.runtime.runner import check_device
 from ovtq.states import StateSpec
 from ovtq.verification.extent import usual
-from ovtq.verification.verify import TOLERANCE, Difference, calls_of, kept_precision, verify
+from ovtq.verification.verify import Difference, calls_of, kept_precision, verify
 from ovtq.wording import PROGRAM, Wording
 
 CONTEXTS = (4096, 131072)  # tokens at which bytes are recorded
@@ -210,11 +210,12 @@ def convert(
                 with _foreseen(model_dir):
                     found = verify(source, xml, layers, device, seed, extent, checked, ready)
                     kept = kept_precision(xml, layers, device, extent, ready)
+                facts = dataclasses.asdict(found)
                 record["verified"] = {
                     "device": device,
-                    "tolerance": TOLERANCE,
+                    "tolerance": facts.pop("allowed"),
                     "experts": not extent.joins,
-                    **dataclasses.asdict(found),
+                    **facts,
                     "cache_precision": kept,
                 }
             whereabouts.at("copying its weights")
@@ -240,6 +241,8 @@ def _foreseen(model_dir: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError) as error:
+        if lack := scarcity(str(error)):
+            raise InputError(lack) from error
         kind, reason = type(error).__name__, io.last_line(error)
         raise UnsupportedModel(f"{model_dir}: its graph is not as ovtq knows it ({kind}: {reason})") from error
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import inspect
+import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
@@ -17,6 +19,14 @@ FOREIGN = (
     MemoryError, ImportError,
 )  # fmt: skip
 LONGEST = 500  # characters of what they say
+# What the system's lack of threads or memory is called, by whomever it meets.
+SCARCE = (
+    os.strerror(errno.EAGAIN),
+    os.strerror(errno.ENOMEM),
+    "bad_alloc",
+    "start new thread",
+    "pthread_create failed",
+)
 
 
 LINE = 1000  # characters of an error, at most
@@ -58,6 +68,12 @@ def last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
+def scarcity(text: str) -> str:
+    """What to say of an error that is the system's lack of threads or memory; empty if it is none."""
+    found = next((words for words in SCARCE if words in text), "")
+    return found and f"the system gives no more threads or memory ({found}); ulimit -u, -v?"
+
+
 @contextmanager
 def foreseen(own: Collection[Exception] = ()) -> Iterator[None]:
     """Within it whatever is raised is an OvtqError; but for `own`, a caller's."""
@@ -66,6 +82,8 @@ def foreseen(own: Collection[Exception] = ()) -> Iterator[None]:
     except FOREIGN as error:
         if any(error is one for one in own):
             raise
+        if lack := scarcity(str(error)):
+            raise InputError(lack) from error
         raise InputError(f"can't be done ({type(error).__name__}: {last_line(error)[:LONGEST]})") from error
 
 

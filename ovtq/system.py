@@ -161,6 +161,13 @@ def join_parent() -> tuple[BinaryIO, BinaryIO]:
     return os.fdopen(hear, "rb"), os.fdopen(say, "wb")
 
 
+def told_natively() -> str:
+    """In a process of `start_python`: what was written to its standard error by other means than Python's."""
+    with contextlib.suppress(OSError, AttributeError):
+        return os.pread(2, os.fstat(2).st_size, 0).decode("utf-8", "replace")
+    return ""
+
+
 def interrupt_main() -> None:
     """What SIGTERM does, in the main thread, from another one."""
     main = threading.main_thread().ident

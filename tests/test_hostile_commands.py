@@ -28,6 +28,7 @@ from ovtq.runtime.text import Tokenizer
 
 Command = Callable[[list[str]], int]
 FIGURES = figures.runs()[0]
+CONVERT = "import sys; from ovtq.cli.entry import convert; sys.exit(convert())"
 TEXT = ROOT / "tests" / "data" / "heldout.txt"
 
 
@@ -220,6 +221,22 @@ def test_processes_of_a_command_take_nothing_from_the_working_directory(tmp_path
     script.write_text(code)
     done = subprocess.run([sys.executable, script, *given], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None or os.geteuid() != 0, reason="needs root and setpriv")
+@pytest.mark.parametrize("threads", [1, 2, 4, 6])
+def test_too_few_threads_are_one_line(threads: int, tmp_path: Path) -> None:
+    """`ulimit -u`, of which root is free: as a user who may read everything."""
+    tmp_path.chmod(0o777)
+    rights = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    limited = ["bash", "-c", f'ulimit -u {threads} && exec "$@"', "bash", sys.executable, "-c", CONVERT]
+    done = subprocess.run(
+        ["setpriv", "--reuid=64321", "--clear-groups", *rights, *limited, TINY["5.5"], tmp_path / "out", "--no-verify"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert "threads" in done.stderr or "can't start a process" in done.stderr
+    assert os.listdir(tmp_path) == []
 
 
 # ------------------------------------------------------------------------------------------ the library

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ovtq import __version__, system
-from ovtq.errors import InputError, OvtqError, one_line
+from ovtq.errors import InputError, OvtqError, one_line, scarcity
 from ovtq.ir.io import last_line
 
 T = TypeVar("T")
@@ -106,7 +106,7 @@ def run(
     except MemoryError:
         return fail("out of memory")
     except Exception as error:
-        return fail(unforeseen(error))
+        return fail(scarcity(str(error)) or unforeseen(error))
 
 
 def unforeseen(error: Exception) -> str:

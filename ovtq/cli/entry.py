@@ -11,6 +11,7 @@ import sys
 import traceback
 
 from ovtq import __version__, child, signals, system
+from ovtq.errors import InputError, scarcity
 
 # By the name behind `ovtq` and behind `ovtq-`: the module whose `main` it is, and what it does.
 COMMANDS = {
@@ -105,6 +106,8 @@ def run_command(
         _say(f"{prog}: {error}; nothing was written" if module == "convert" else f"{prog}: {error}")
     except OSError as error:
         _say(f"{prog}: can't start a process ({system.reason(error)})")
+    except InputError as error:
+        _say(f"{prog}: {error}")
     return 2
 
 
@@ -121,7 +124,8 @@ def work(module: str, prog: str, interrupted: str) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         signals.ignore()
-        _say(f"{prog}: {interrupted}")
+        # numpy's OpenBLAS sends itself a SIGINT where it gets no threads
+        _say(f"{prog}: {scarcity(system.told_natively()) or interrupted}")
         return 2
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         system.drop_output()
@@ -133,6 +137,9 @@ def work(module: str, prog: str, interrupted: str) -> int:
     except Exception as error:  # OpenVINO can't be loaded, say
         if "--debug" in sys.argv:
             _say(traceback.format_exc().rstrip())
+        if lack := scarcity(str(error)):
+            _say(f"{prog}: {lack}")
+            return 2
         _say(f"{prog}: can't start ({type(error).__name__}: {' '.join(str(error).split())[-500:]})")
         return 2
     return code

@@ -10,8 +10,10 @@ from scipy.special import log_softmax
 
 from ovtq.verification.schedule import Call
 
-ORDINARY = 64  # times the spread of a position's results: what is farther from their middle does not set the scale
+# Times the length on which a quarter of a position's results lie: what is farther from there does not set the scale.
+ORDINARY = 128
 LARGE = 16  # a number that many times the scale may differ by as much of itself as one of the scale of the scale
+MASSES = 4  # numbers that so many results may have in common
 STRETCH, BLOCK = 16, 64  # positions in a row
 COLUMNS = 2048  # of a vocabulary's logits that are kept of a call, where there are more
 
@@ -44,16 +46,50 @@ def columns_of(vocabulary: int) -> np.ndarray | None:
 def scale_of(results: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The middle of each position of (…, width), and how far its ordinary results are from it, at most.
 
-    Results far beyond the spread of most (a token that is forbidden by -1e9, say) do not count: measured by them every
-    fault would be small.
+    Ordinary is what lies where results lie closest. Others (tokens that are forbidden by -1e9, say) do not count:
+    measured by them every fault would be small. Nor do infinities, nor a number that a quarter of the rest are.
     """
-    some = np.sort(results[..., :: max(results.shape[-1] // 512, 1)], -1)
-    low, middle, high = (some[..., int(share * some.shape[-1])] for share in (0.25, 0.5, 0.75))
-    away = np.abs(results - middle[..., None])
-    with np.errstate(invalid="ignore"):
-        limit = np.where(high > low, ORDINARY * (high - low), np.inf)[..., None]
-    away[~(np.isfinite(away) & (away <= limit))] = 0
-    return middle, away.max(-1, initial=0)
+    rows = results.reshape(-1, results.shape[-1])
+    some = rows[:, :: max(rows.shape[-1] // 512, 1)]
+    centre, width = _densest(some)
+    if (alike := ~(width > 0)).any():  # what differs at all may be few
+        centre[alike], width[alike] = _densest(rows[alike])
+    limit = (ORDINARY * width)[:, None]
+    with np.errstate(invalid="ignore", over="ignore"):
+        close = np.sort(np.where(np.abs(some - centre[:, None]) <= limit, some, np.nan), -1)
+        count = np.isfinite(close).sum(-1)
+        median = np.take_along_axis(close, np.maximum(count // 2, 0)[:, None] % close.shape[-1], -1)[:, 0]
+        middle = np.where(count > 0, median, centre)
+        away = np.abs(rows - middle[:, None])
+        away[~(np.abs(rows - centre[:, None]) <= limit)] = 0
+    away[~np.isfinite(away)] = 0
+    return middle.reshape(results.shape[:-1]), away.max(-1, initial=0).reshape(results.shape[:-1])
+
+
+def _densest(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The centre and width of the shortest interval that holds a quarter of each row's numbers.
+
+    Less those that a quarter of them are equal to; the width is 0 where no others are left.
+    """
+    centre, width = np.full(len(rows), np.nan, np.float32), np.zeros(len(rows), np.float32)
+    left = np.arange(len(rows))
+    some = np.sort(np.where(np.isfinite(rows), rows, np.nan), -1)  # what is no number comes last
+    for _ in range(MASSES):
+        counts = np.isfinite(some[left]).sum(-1)
+        for count in np.unique(counts[counts > 0]):
+            at = left[counts == count]
+            quarter = max(int(count) // 4, 1) if count > 1 else 0
+            numbers = some[at, :count]
+            with np.errstate(over="ignore"):
+                spans = numbers[:, quarter:] - numbers[:, : count - quarter]
+            first = spans.argmin(-1)[:, None]
+            width[at] = np.take_along_axis(spans, first, -1)[:, 0]
+            centre[at] = np.take_along_axis(numbers, first + quarter // 2, -1)[:, 0]
+        left = left[(counts > 1) & (width[left] == 0)]
+        if not left.size:
+            break
+        some[left] = np.sort(np.where(some[left] == centre[left, None], np.nan, some[left]), -1)
+    return centre, width
 
 
 def relative(expected: np.ndarray, got: np.ndarray) -> np.ndarray:

@@ -18,7 +18,17 @@ from ovtq.models import AttentionLayer
 from ovtq.runtime import kernels
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 from ovtq.system import trim_memory
-from ovtq.verification.closeness import Played, columns_of, divergence, loss, lost, played, relative, too_lossy
+from ovtq.verification.closeness import (
+    Played,
+    columns_of,
+    divergence,
+    loss,
+    lost,
+    played,
+    relative,
+    scale_of,
+    too_lossy,
+)
 from ovtq.verification.extent import Scope, cut, rooted, shortened
 from ovtq.verification.hosts import HostDifference, Hosted, hosted, recurring
 from ovtq.verification.packed_check import PackedCheck
@@ -28,6 +38,9 @@ from ovtq.verification.schedule import PART, PASTED, Call, calls_for, texts
 ATTEMPTS = 5  # seeds
 TIES_UNSEEN = 0.02  # of the largest element, where the device does not show its codes: a code may be off by one
 TOLERANCE = 128 * float(np.finfo(np.float32).eps)  # of the scale of results: 24 layers of f32 sums in another order
+# Where it is more, it may be so many times what the original is away from itself if its calls are read in halves: of a
+# hidden state with an element a thousand times all others rounding leaves less. But no more than this.
+ROUNDINGS, MOST = 4, 64 * TOLERANCE
 SAME_TEXT = 1e-6  # nats, the mean divergence of logits that differ by rounding alone
 
 
@@ -43,6 +56,7 @@ class Difference:
     skipped: int  # positions behind a tie in a router, where rounding decides which expert answers
     seed: int
     kld: float | None = None  # of logits, mean, in nats
+    allowed: float = TOLERANCE  # of `relative`
     packed: PackedDifference | None = None  # of layers whose cache is quantised
     host: HostDifference | None = None  # as a host loads them
 
@@ -67,11 +81,12 @@ def play(
     tick: Callable[[], None] = lambda: None,
     chosen: Sequence[int] = (),
     check: PackedCheck | None = None,
+    halves: bool = False,
 ) -> list[Played]:
     """Run the calls on seeded random tokens; padding is not usable, nor, with routers, is what follows a tie.
 
     `chosen` belongs to a model of `with_routers`. A tie makes its position unusable, those after it in its sequence,
-    and all later calls up to the next reset.
+    and all later calls up to the next reset. `halves`: make two of every call of several tokens.
     """
     tied = False
     done: list[Played] = []
@@ -82,7 +97,11 @@ def play(
             tied = False
         if check and (call.reset or not done):
             check.reset()
-        results = runner.step(ids, shown, np.asarray(call.beams, np.int32) if call.beams else None)
+        beams = np.asarray(call.beams, np.int32) if call.beams else None
+        half = call.tokens // 2 if halves else 0
+        first = [runner.step(ids[:, :half], shown[:, :half], beams)] if half else []
+        results = runner.step(ids[:, half:], shown[:, half:], None if half else beams)
+        results = np.concatenate([*first, results], 1) if half else results
         visible = shown.astype(bool)
         if check:
             beams = np.asarray(call.beams or range(call.batch), np.int32)
@@ -110,6 +129,10 @@ def compare(
     expected, got = (_chosen(reference, side) for side in (reference, other))
     if len(expected) > 1 and (expected == expected[:1]).all():
         raise VerificationFailed("the original gives the same results for all tokens; there is nothing to compare")
+    if logits and len(expected) and not np.median(scale_of(expected)[1]):
+        raise VerificationFailed(
+            "all logits of a position are the same in the original, but for infinities; there is nothing to compare"
+        )
     with np.errstate(invalid="ignore"):
         largest = float(np.where(expected == got, 0, np.abs(expected - got)).max(initial=0))
     tops, others = (_chosen(reference, side, "top") for side in (reference, other))
@@ -233,7 +256,12 @@ def _verify(
     whereabouts.at("running the converted model")
     after = _played(model, device, *at, tick, check=check, properties=own)
     del model
-    difference = _at_f32(calls, before, after, check, extent, device, seed)  # what is wrong at f32 is said first
+
+    def otherwise() -> list[Played]:
+        """The original again, its sums in another order."""
+        return _played(_part(original, extent)[0], device, *at, halves=True)
+
+    difference = _at_f32(calls, before, after, otherwise, check, extent, device, seed)  # wrong at f32 is said first
 
     def as_hosts(seed: int, at_f32: Sequence[Played], tick: Callable[[], None] = lambda: None) -> Hosted:
         model = tapped() if foreign else _part(converted, extent, ready)[0]
@@ -269,10 +297,11 @@ def _played(
     chosen: Sequence[int] = (),
     check: PackedCheck | None = None,
     properties: Mapping[str, str] | None = None,
+    halves: bool = False,
 ) -> list[Played]:
     """What a model says at f32, with `properties` besides."""
     runner = Runner(model, device, EXACT_PROPERTIES | dict(properties or {}))
-    found = play(runner, calls, vocabulary, seed, tick, chosen, check if check and check.layers else None)
+    found = play(runner, calls, vocabulary, seed, tick, chosen, check if check and check.layers else None, halves)
     runner.close()
     del runner, model
     gc.collect()
@@ -283,6 +312,7 @@ def _at_f32(
     calls: Sequence[Call],
     original: list[Played],
     converted: list[Played],
+    otherwise: Callable[[], list[Played]],
     check: PackedCheck,
     extent: Scope,
     device: str,
@@ -291,11 +321,16 @@ def _at_f32(
     """How far apart they are at f32. Raises VerificationFailed if that is too far."""
     lossy = _reads_codes(calls, check)
     before, after = ([call for call, old in zip(side, lossy, strict=True) if not old] for side in (original, converted))
-    difference = compare(before, after, extent.layers, seed, logits=extent.end is None)
-    if not difference.relative <= TOLERANCE or (difference.kld or 0) > SAME_TEXT:
+    how = extent.layers, seed, extent.end is None
+    difference = compare(before, after, *how)
+    if TOLERANCE < difference.relative <= MOST:
+        again = [call for call, old in zip(otherwise(), lossy, strict=True) if not old]
+        noise = compare(before, again, *how).relative
+        difference = replace(difference, allowed=float(np.clip(ROUNDINGS * noise, TOLERANCE, MOST)))
+    if not difference.relative <= difference.allowed or (difference.kld or 0) > SAME_TEXT:
         raise VerificationFailed(
             f"the converted model is wrong on {device}: its results differ by {difference.largest:.3g} "
-            f"({difference.relative:.2g} of their scale, allowed {TOLERANCE:.2g}); nothing was written"
+            f"({difference.relative:.2g} of their scale, allowed {difference.allowed:.2g}); nothing was written"
         )
     if not check.layers:
         return difference
