@@ -1,0 +1,93 @@
+#!/usr/bin/env python3
+"""What it costs to convert so that nothing is lost: a process of its own for the work, and files flushed to the disk.
+
+usage: measure_safety.py [--model DIR] [--runs N] [--megabytes N] [--folder DIR] [OPTION…]
+
+Converts a model in turn as ovtq-convert does, without flushing, and without flushing in one process; medians and
+quartiles of the seconds, and ratios to the last. OPTIONs are ovtq-convert's. Then a file of N megabytes is written and
+flushed in the same folder: what the disk takes, from which the flushing of any model follows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = 4 << 20
+UNFLUSHED = "from ovtq import system; import os; system.flush = lambda path: None; os.fsync = lambda number: None\n"
+ONE = "import sys\n{before}from ovtq.cli.convert import main\nsys.exit(main())"
+# the process that works imports what `sitecustomize` in its path changes
+TWO = "import sys\nfrom ovtq.cli.entry import convert\nsys.exit(convert())"
+
+
+def variants(place: Path) -> dict[str, tuple[str, dict[str, str]]]:
+    """Code and environment of each way."""
+    (place / "site").mkdir()
+    (place / "site" / "sitecustomize.py").write_text(UNFLUSHED)
+    plain = {**os.environ, "PYTHONPATH": str(ROOT)}
+    without = {**os.environ, "PYTHONPATH": f"{place / 'site'}{os.pathsep}{ROOT}"}
+    return {
+        "as it is": (TWO, plain),
+        "without flushing": (TWO, without),
+        "without flushing, in one process": (ONE.format(before=UNFLUSHED), plain),
+    }
+
+
+def timed(code: str, environment: dict[str, str], model: Path, out: Path, options: list[str]) -> float:
+    """Seconds of one conversion."""
+    shutil.rmtree(out, ignore_errors=True)
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code, model, out, *options], env=environment, check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+def disk(folder: Path, megabytes: int) -> tuple[float, float]:
+    """Seconds of writing a file of random bytes, and of flushing it then."""
+    path, block = folder / "large", os.urandom(BLOCK)
+    started = time.perf_counter()
+    with path.open("wb") as file:
+        for _ in range((megabytes << 20) // BLOCK):
+            file.write(block)
+        file.flush()
+        written = time.perf_counter()
+        os.fsync(file.fileno())
+    flushed = time.perf_counter()
+    path.unlink()
+    return written - started, flushed - written
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", type=Path, default=ROOT / "models" / "gpt-oss-mini", help="(default: the bundled one)")
+    p.add_argument("--runs", type=int, default=7, metavar="N", help="of each (default: %(default)s)")
+    p.add_argument("--megabytes", type=int, default=1024, metavar="N", help="(default: %(default)s)")
+    p.add_argument("--folder", type=Path, default=Path(), help="where to write (default: here)")
+    options, more = p.parse_known_args()
+    with tempfile.TemporaryDirectory(prefix="ovtq-", dir=options.folder) as place:
+        ways = variants(Path(place))
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(options.runs + 1):  # the first finds the caches cold
+            for name, (code, environment) in ways.items():
+                seconds[name].append(timed(code, environment, options.model, Path(place) / "out", more))
+        least = statistics.median(seconds["without flushing, in one process"][1:])
+        for name, all_of_them in seconds.items():
+            low, middle, high = statistics.quantiles(all_of_them[1:], n=4)
+            print(f"{name}: {middle:.2f} s ({low:.2f}-{high:.2f}), {middle / least:.2f}")
+        if options.megabytes:
+            write, flush = disk(Path(place), options.megabytes)
+            rate = options.megabytes / 1024 / (write + flush)
+            print(
+                f"{options.megabytes} MiB: written in {write:.2f} s, flushed in {flush:.2f} s, {rate:.2f} GiB/s in all"
+            )
+
+
+if __name__ == "__main__":
+    main()
