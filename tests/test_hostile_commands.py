@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -17,11 +18,12 @@ import numpy as np
 import openvino as ov
 import pytest
 from conftest import MINI, ROOT, TINY
+from test_child import harmed
 from test_hostile import DEEP, _encrypted, _npy, _with, line
 
 import ovtq
 from ovtq import archives, files
-from ovtq.cli import bench, calibrate, command, doctor, evaluate, infer, inspect, report
+from ovtq.cli import bench, calibrate, command, convert, doctor, evaluate, infer, inspect, report
 from ovtq.codec import moments
 from ovtq.errors import InputError, OvtqError
 from ovtq.runtime.text import Tokenizer
@@ -177,6 +179,64 @@ def test_figures_without_a_fact_are_one_line(capsys: pytest.CaptureFixture[str],
     (tmp_path / "e.json").write_text(json.dumps({key: value for key, value in FIGURES.items() if key != "chunk"}))
     said = line(capsys, report.main, tmp_path / "e.json", "--output", tmp_path / "r.html")
     assert "e.json: the figures are not of this version's form" in said
+
+
+@pytest.mark.parametrize("place", ["/proc/x/out", "/proc/out"])
+def test_where_nothing_can_be_made_is_named(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And no temporary file that it was tried with."""
+    said = line(capsys, convert.main, TINY["5.5"], place, "--no-verify")
+    assert said == "ovtq-convert: /proc: can't be written to (No such file or directory)\n"
+
+
+# What becomes of the model's folder while something is done with it.
+MEANWHILE = [
+    ("running the original", "os.truncate(MODEL + '/openvino_model.bin', 100)"),
+    pytest.param("running the converted", "os.truncate(MODEL + '/openvino_model.bin', 100)", marks=pytest.mark.slow),
+    pytest.param("rewriting", "os.remove(MODEL + '/openvino_model.bin')", marks=pytest.mark.slow),
+    ("writing", "__import__('shutil').rmtree(MODEL)"),
+    pytest.param("copying", "os.remove(MODEL + '/config.json')", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("when", "how"), MEANWHILE)
+def test_a_folder_that_changes_meanwhile(when: str, how: str, tiny_copy: Path, tmp_path: Path) -> None:
+    """It is converted all the same, or the failure is one line and leaves nothing."""
+    (tmp_path / "runs").mkdir()
+    env = harmed(tmp_path, when, how.replace("MODEL", repr(str(tiny_copy))))
+    command = [sys.executable, "-c", CONVERT, tiny_copy, tmp_path / "runs" / "out", "--verify-layers", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) in ((2, 1), (0, 0)), done.stderr
+    assert os.listdir(tmp_path / "runs") == ([] if done.returncode else ["out"])
+
+
+def test_a_verification_that_fails_otherwise_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """As in a graph that is unlike any known."""
+
+    def fail(*_: object) -> None:
+        raise IndexError("planted")
+
+    monkeypatch.setattr(ovtq.conversion, "verify", fail)
+    said = line(capsys, convert.main, TINY["5.5"], tmp_path / "out")
+    assert "its graph is not as ovtq knows it (IndexError: planted)" in said
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_long_prompt_is_read_in_parts_that_are_shown() -> None:
+    class Subject:
+        def __init__(self) -> None:
+            self.read: list[int] = []
+
+        def step(self, ids: np.ndarray) -> None:
+            self.read.append(ids.shape[1])
+
+    subject, screen = Subject(), command.Out(stderr=True, force_terminal=True, file=io.StringIO(), width=80)
+    rest = infer._read(subject, np.arange(5000), screen)  # type: ignore[arg-type]
+    assert (subject.read, rest.shape) == ([1024] * 4, (1, 5000 - 4096))
+    assert rest[0, 0] == 4096
+    assert "prompt" in screen.file.getvalue()
+    assert "4/4" in screen.file.getvalue()
 
 
 # ------------------------------------------------------------------------------------------ numbers, warnings, modules

@@ -45,7 +45,7 @@ def _interrupted(out: Path, number: int, *options: str) -> subprocess.CompletedP
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
 def test_interruption_leaves_nothing(number: int, tmp_path: Path) -> None:
     done = _interrupted(tmp_path / "out", number)
     assert done.returncode == 2

@@ -198,8 +198,13 @@ def check_output(model_dir: Path, out_dir: Path, force: bool, flag: str = "--for
         raise InputError(f"{parent}: can't be written to")
     sizes = {path: path.stat().st_size for path in files_of(model_dir)}
     needed = sum(sizes.values()) + (1 << 20)
-    if system.can_clone(model_xml(model_dir).with_suffix(".bin"), parent):
-        needed -= model_xml(model_dir).with_suffix(".bin").stat().st_size
+    weights = model_xml(model_dir).with_suffix(".bin")
+    try:
+        cloned = system.can_clone(weights, parent)
+    except OSError as error:  # no file can be made there, whatever its rights say
+        raise InputError(f"{parent}: can't be written to ({system.reason(error)})") from None
+    if cloned:
+        needed -= weights.stat().st_size
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise InputError(f"{parent}: no space left ({free >> 20} MiB free, {needed >> 20} MiB needed)")
