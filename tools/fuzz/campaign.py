@@ -219,14 +219,14 @@ class Tally:
                 if entry["work"] == name:
                     self._take(entry["number"], entry["outcome"], entry["fault"])
 
-    def add(self, number: int, found: str, fault: str = "") -> None:
-        """One more: what it came to, in few words, and the fault in all."""
+    def add(self, number: int, found: str, fault: str = "", **more: Any) -> None:
+        """One more: what it came to, in few words, and the fault in all; what else the log is to have of it."""
         with self.lock:
             self._take(number, found, fault)
             if fault:
                 print(fault, file=sys.stderr)
             if self.log:
-                entry = {"work": self.name, "number": number, "outcome": found, "fault": fault}
+                entry = {"work": self.name, "number": number, "outcome": found, "fault": fault, **more}
                 with self.log.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(entry) + "\n")
 
@@ -272,7 +272,7 @@ def _serve(
             break
         folder.mkdir()
         case = made.make(number, folder, base)
-        before = contents(folder)
+        before, started = contents(folder), time.monotonic()
         said = worker.run(case, folder)
         if isinstance(said, str):
             worker.close()
@@ -282,7 +282,8 @@ def _serve(
         fault = "" if fine else f"case {number} ({case.kind}, {case.done}): {found}"
         if fault and save:
             keep(number, case, folder, base, save)
-        tally.add(number, found if fine else found.partition(":")[0], fault)
+        seconds = round(time.monotonic() - started, 2)
+        tally.add(number, found if fine else found.partition(":")[0], fault, kind=case.kind, seconds=seconds)
         _remove(folder)
     worker.close()
 

@@ -61,7 +61,7 @@ def light(numbers: Sequence[int]) -> Found:
         texts = {path.read_text() for path in out.rglob("*") if path.is_file()}
         return len(texts) == 1 and len(list(out.rglob("*"))) == 5
 
-    return _kills(numbers, make, whole, ready=True, span=0.7)
+    return _kills(numbers, make, whole, ready=True, span=0.4)
 
 
 def whole(numbers: Sequence[int]) -> Found:
