@@ -37,7 +37,9 @@ def test_every_command_is_behind_the_one_name() -> None:
 def test_the_same_command_by_both_names() -> None:
     one = ovtq("inspect", TINY["5.5"], "--json")
     code = "import sys; from ovtq.cli.entry import inspect; sys.exit(inspect())"
-    other = subprocess.run([sys.executable, "-c", code, TINY["5.5"], "--json"], capture_output=True, text=True, check=False)
+    other = subprocess.run(
+        [sys.executable, "-c", code, TINY["5.5"], "--json"], capture_output=True, text=True, check=False
+    )
     assert (one.returncode, one.stdout) == (0, other.stdout)
     wrong = ovtq("convert", "nowhere")
     assert (wrong.returncode, wrong.stderr) == (2, "ovtq-convert: OUT_DIR is missing (only --dry-run does without)\n")

@@ -67,6 +67,22 @@ def test_files_that_are_not_what_they_should_be(
     assert os.listdir(tmp_path) == ["model"]
 
 
+@pytest.mark.parametrize("command", [main, inspect])
+def test_a_constant_without_a_type(
+    command: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str], tiny_copy: Path, tmp_path: Path
+) -> None:
+    """OpenVINO reads it, and fails at whatever asks for its bytes."""
+    xml = (tiny_copy / XML).read_text("utf-8")
+    place = xml.index('name="self.model.layers.3.self_attn.o_proj.weight" type="Const"')
+    end = xml.index("</layer>", place)
+    (tiny_copy / XML).write_text(
+        xml[:place] + re.sub(r'element_type="\w+"', 'element_type="dynamic"', xml[place:end]) + xml[end:], "utf-8"
+    )
+    rest = (tmp_path / "out", "--no-verify") if command is main else ()
+    said = line(capsys, command, tiny_copy, *rest)
+    assert "has no element type; export it again" in said or "OpenVINO can't read it" in said
+
+
 @pytest.mark.parametrize("name", ["config.json", XML, "openvino_model.bin", "--stats", "--json"])
 def test_a_pipe_does_not_hang(name: str, capsys: pytest.CaptureFixture[str], tiny_copy: Path, tmp_path: Path) -> None:
     pipe = tmp_path / "pipe" if name.startswith("--") else tiny_copy / name

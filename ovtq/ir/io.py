@@ -94,9 +94,13 @@ def load(model_dir: Path) -> ov.Model:
     xml = model_xml(model_dir)
     whereabouts.at(f"reading {xml}")
     try:
-        return ov.Core().read_model(xml)
+        model = ov.Core().read_model(xml)
     except REFUSALS as error:
         raise InputError(f"{xml}: OpenVINO can't read it ({last_line(error)})") from None
+    for node in model.get_ops():
+        if node.get_type_name() == "Constant" and node.get_element_type().is_dynamic():
+            raise InputError(f"{xml}: the constant {node.get_friendly_name()!r} has no element type; export it again")
+    return model
 
 
 def text_sha256(path: Path) -> str:
