@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ovtq import files
+from ovtq import files, system
 from ovtq.errors import InputError
 from ovtq.ir import io
 from ovtq.staging import RECORD
@@ -48,7 +48,7 @@ def base_of(model_dir: Path) -> str:
         name = str(io.load_config(model_dir).get("_name_or_path") or "")
     except InputError:
         name = ""
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else model_dir.resolve().name
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else system.resolved(model_dir).name
 
 
 def card(facts: Mapping[str, str], record: Mapping[str, Any]) -> str:

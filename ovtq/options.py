@@ -14,6 +14,7 @@ from ovtq.errors import InputError
 from ovtq.forms.table import TARGETS
 from ovtq.models import ModelDescription
 from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
+from ovtq.passes.base import BasisPass
 from ovtq.wording import PROGRAM, Wording
 
 PACKING = ("k_bits", "v_bits", "residual_window", "protect", "centre", "kernels", "capacity")
@@ -109,7 +110,12 @@ class Options:
         passes = pipeline.with_basis(passes, self._given(("basis", "calibration")), wording)
         if pruning:
             settings[PruneKv.name] = pruning | settings.get(PruneKv.name, {})
-        return pipeline.with_settings(passes, settings, wording)
+        passes = pipeline.with_settings(passes, settings, wording)
+        if self.calibration is not None and not any(isinstance(x, BasisPass) and x.choice.reads_text for x in passes):
+            raise InputError(
+                f"{wording.option('calibration')} has no effect without {wording.option('basis')} calibrated"
+            )
+        return passes
 
     def _listed(self, wording: Wording, description: ModelDescription | None) -> tuple[Pass, ...]:
         if self.target not in TARGETS:

@@ -257,11 +257,11 @@ def resolved(path: Path) -> Path:
     if not WINDOWS:
         try:
             return path.resolve()
-        except (OSError, RuntimeError):  # before Python 3.13 the latter is what a circle of links is
+        except (OSError, RuntimeError, ValueError):  # a circle of links, before Python 3.13 the second; a zero byte
             return Path(os.path.abspath(path))
     try:
         found = str(long_path(path).resolve())
-    except OSError:
+    except (OSError, ValueError):
         found = os.path.abspath(path)
     return Path(f"\\\\{found[8:]}" if found.startswith("\\\\?\\UNC\\") else found.removeprefix("\\\\?\\"))
 

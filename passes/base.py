@@ -12,7 +12,7 @@ from typing import Any, ClassVar, get_type_hints
 
 import openvino as ov
 
-from ovtq import files, states
+from ovtq import files, states, system
 from ovtq.codec import moments
 from ovtq.errors import InputError, PreconditionFailed, VerificationFailed
 from ovtq.forms.bases import CENTRES, KINDS, Choice
@@ -181,8 +181,9 @@ class BasisPass(Pass):
 
     def leave(self, folder: Path) -> None:
         """The statistics, under the name that `at` knows."""
-        if self.choice.stats and Path(self.choice.stats).resolve() != (folder / moments.NAME).resolve():
-            files.copy(Path(self.choice.stats), folder / moments.NAME)
+        stats, copy = self.choice.reads_text and self.choice.stats, folder / moments.NAME
+        if stats and system.resolved(Path(stats)) != system.resolved(copy):
+            files.copy(Path(stats), copy)
 
 
 def basis_option() -> Any:

@@ -466,6 +466,10 @@ def test_whatever_is_raised_is_one_line_and_debug_shows_where(
 def test_odd_paths_are_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for name in ("a\rb\nc", "x" * 5000, "a\0b", "\udcff"):
         assert line(capsys, main, tmp_path / name, tmp_path / "out")
+        assert line(
+            capsys, main, TINY["5.5"], tmp_path / "out", "--budget", 99, "--score", "triattention", "--stats", name
+        )
+        assert line(capsys, main, TINY["5.5"], tmp_path / "out", "--basis", "calibrated", "--calibration", name)
 
 
 def test_a_circle_of_links(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

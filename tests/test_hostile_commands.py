@@ -344,3 +344,10 @@ def test_what_may_not_be_read_is_said(capsys: pytest.CaptureFixture[str], tiny_c
         (tiny_copy / name).chmod(0)
         assert f"{name}: can't be read" in line(capsys, inspect.main, tiny_copy)
         (tiny_copy / name).chmod(stat.S_IRUSR | stat.S_IWUSR)
+
+
+def test_statistics_that_nothing_reads_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """They would be copied unread."""
+    for name in ("x.npz", "\0"):
+        said = line(capsys, convert.main, TINY["5.5"], tmp_path / "out", "--calibration", name)
+        assert "--calibration has no effect without --basis calibrated" in said

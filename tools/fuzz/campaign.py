@@ -166,6 +166,7 @@ def _left(case: Case, folder: Path, before: dict[str, str], written: bool) -> st
     # what a killed run set aside is put back; where OUT_DIR is a link, it is where that leads
     allowed |= {"out", "nothing"} if case.kind == "outputs" else set()
     new = {name for name in after if name not in before and name.partition("/")[0] not in allowed}
+    new -= {*case.made}
     if new:
         return f"left behind: {min(new)}"
     known = {name for name in before if name.partition("/")[0] not in allowed}

@@ -55,8 +55,8 @@ def _base(command: str, given: Given, text: Path = TEXT) -> list[object]:
 
 
 MADE = {
-    "eval": ("e.json", "r.html"), "bench": ("b.json", "r.html"), "calibrate": ("c.npz",), "doctor": ("doc",),
-    "convert": ("out",), "report": ("r.html",),
+    "eval": ("e.json", "r.html"), "bench": ("b.json", "r.html"), "calibrate": ("c.npz", "model/x.npz"),
+    "doctor": ("doc",), "convert": ("out",), "report": ("r.html",),
 }  # fmt: skip
 
 
