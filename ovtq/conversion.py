@@ -196,7 +196,7 @@ def convert(
     with staging.staged(out_dir, was) as folder:
         whereabouts.at("writing the model")
         tick = _stage(on_progress, "write", 2)
-        with io.saving(made.model, folder, source) as written:
+        with _foreseen(model_dir), io.saving(made.model, folder, source) as written:
             tick()
             record["weights"] = written.how
             io.copy_rest(model_dir, folder)
@@ -207,9 +207,8 @@ def convert(
             if device:  # while the rest of the weights is copied
                 checked = _stage(on_progress, "verify", calls_of(layers))
                 xml, seed, ready = folder / source.name, checks.verify_seed, written.wait_for
-                with _foreseen(model_dir):
-                    found = verify(source, xml, layers, device, seed, extent, checked, ready)
-                    kept = kept_precision(xml, layers, device, extent, ready)
+                found = verify(source, xml, layers, device, seed, extent, checked, ready)
+                kept = kept_precision(xml, layers, device, extent, ready)
                 facts = dataclasses.asdict(found)
                 record["verified"] = {
                     "device": device,

@@ -209,7 +209,7 @@ def test_a_folder_that_changes_meanwhile(when: str, how: str, tiny_copy: Path, t
     assert os.listdir(tmp_path / "runs") == ([] if done.returncode else ["out"])
 
 
-def test_a_verification_that_fails_otherwise_is_one_line(
+def test_writing_or_verifying_that_fails_otherwise_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """As in a graph that is unlike any known."""
@@ -217,10 +217,12 @@ def test_a_verification_that_fails_otherwise_is_one_line(
     def fail(*_: object) -> None:
         raise IndexError("planted")
 
-    monkeypatch.setattr(ovtq.conversion, "verify", fail)
-    said = line(capsys, convert.main, TINY["5.5"], tmp_path / "out")
-    assert "its graph is not as ovtq knows it (IndexError: planted)" in said
-    assert os.listdir(tmp_path) == []
+    for module, name in ((ovtq.conversion, "verify"), (ovtq.ir.weights, "_span")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, fail)
+            said = line(capsys, convert.main, TINY["5.5"], tmp_path / "out")
+        assert "its graph is not as ovtq knows it (IndexError: planted)" in said
+        assert os.listdir(tmp_path) == []
 
 
 def test_a_long_prompt_is_read_in_parts_that_are_shown() -> None:

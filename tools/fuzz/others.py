@@ -263,5 +263,5 @@ def library(given: Given) -> Case:
     if name == "load_state":
         (folder / "state.npz").write_bytes(garble(STATISTICS.read_bytes(), draw))
         known["out"] = str(folder / "state.npz")
-    made = {"out", *([known["out"]] if isinstance(known["out"], str) else [])}  # "cpu" is a fine name for a folder
-    return given.case("library", [name, json.dumps(known)], f"ovtq.{name}", made=tuple(made))
+    out = str(known["out"]).partition("/")[0]  # a name is one in the working directory, which is the case's own
+    return given.case("library", [name, json.dumps(known)], f"ovtq.{name}", made=("out", out))
