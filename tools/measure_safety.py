@@ -4,14 +4,16 @@
 usage: measure_safety.py [--model DIR] [--runs N] [--megabytes N] [--folder DIR] [OPTION…]
 
 Converts a model in turn as ovtq-convert does, without flushing, and without flushing in one process; medians and
-quartiles of the seconds, and ratios to the last. OPTIONs are ovtq-convert's. Then a file of N megabytes is written and
-flushed in the same folder: what the disk takes, from which the flushing of any model follows.
+quartiles of the seconds, by the clock and of all processors, and ratios to the last way. OPTIONs are ovtq-convert's.
+Then a file of N megabytes is written and flushed in the same folder: what the disk takes, from which the flushing of
+any model follows.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -41,12 +43,17 @@ def variants(place: Path) -> dict[str, tuple[str, dict[str, str]]]:
     }
 
 
-def timed(code: str, environment: dict[str, str], model: Path, out: Path, options: list[str]) -> float:
-    """Seconds of one conversion."""
+def timed(code: str, environment: dict[str, str], model: Path, out: Path, options: list[str]) -> tuple[float, float]:
+    """Seconds of one conversion, and those of all its processors, which other work beside it hardly changes."""
     shutil.rmtree(out, ignore_errors=True)
-    started = time.perf_counter()
+    started, before = time.perf_counter(), _processors()
     subprocess.run([sys.executable, "-c", code, model, out, *options], env=environment, check=True, capture_output=True)
-    return time.perf_counter() - started
+    return time.perf_counter() - started, _processors() - before
+
+
+def _processors() -> float:
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def disk(folder: Path, megabytes: int) -> tuple[float, float]:
@@ -73,14 +80,20 @@ def main() -> None:
     options, more = p.parse_known_args()
     with tempfile.TemporaryDirectory(prefix="ovtq-", dir=options.folder) as place:
         ways = variants(Path(place))
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
         for _ in range(options.runs + 1):  # the first finds the caches cold
             for name, (code, environment) in ways.items():
-                seconds[name].append(timed(code, environment, options.model, Path(place) / "out", more))
-        least = statistics.median(seconds["without flushing, in one process"][1:])
-        for name, all_of_them in seconds.items():
-            low, middle, high = statistics.quantiles(all_of_them[1:], n=4)
-            print(f"{name}: {middle:.2f} s ({low:.2f}-{high:.2f}), {middle / least:.2f}")
+                taken[name].append(timed(code, environment, options.model, Path(place) / "out", more))
+        least = None
+        for name, all_of_them in reversed(taken.items()):
+            said, middles = [], []
+            for what, numbers in zip(("s", "processor seconds"), zip(*all_of_them[1:], strict=True), strict=True):
+                low, middle, high = statistics.quantiles(numbers, n=4)
+                middles.append(middle)
+                ratio = middle / (least or middles)[len(middles) - 1]
+                said.append(f"{middle:.2f} {what} ({low:.2f}-{high:.2f}), {ratio:.2f}")
+            least = least or middles
+            print(f"{name}: {'; '.join(said)}")
         if options.megabytes:
             write, flush = disk(Path(place), options.megabytes)
             rate = options.megabytes / 1024 / (write + flush)
