@@ -163,8 +163,15 @@ def join_parent() -> tuple[BinaryIO, BinaryIO]:
 
 def told_natively() -> str:
     """In a process of `start_python`: what was written to its standard error by other means than Python's."""
-    with contextlib.suppress(OSError, AttributeError):
-        return os.pread(2, os.fstat(2).st_size, 0).decode("utf-8", "replace")
+    with contextlib.suppress(OSError):
+        size = os.fstat(2).st_size
+        if sys.platform != "win32":
+            return os.pread(2, size, 0).decode("utf-8", "replace")
+        here = os.lseek(2, 0, os.SEEK_CUR)
+        os.lseek(2, 0, os.SEEK_SET)
+        said = os.read(2, size)
+        os.lseek(2, here, os.SEEK_SET)
+        return said.decode("utf-8", "replace")
     return ""
 
 
