@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ovtq import signals, staging, system, whereabouts
+from ovtq import disk, signals, staging, system, whereabouts
 from ovtq.errors import InputError, OvtqError, scarcity
 
 PATIENCE = 60  # seconds that a child has to stop in
@@ -58,7 +58,7 @@ class _Child:
     """Another Python, what it told last, and what it writes to stderr by other means than Python's."""
 
     def __init__(self, entry: str, stdin: int | None) -> None:
-        self.native = system.scratch_or_nothing()
+        self.native = disk.scratch_or_nothing()
         code = BOOT.format(path=[part or os.getcwd() for part in sys.path], entry=entry)
         environment = {**os.environ, **ENVIRONMENT}
         self.process, self.hear, self.say = system.start_python(code, self.native, stdin, environment)

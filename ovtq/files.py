@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ovtq import system
+from ovtq import disk, system
 from ovtq.errors import InputError
 
 MOST = 256 << 20  # bytes of a file that is read whole
@@ -58,7 +58,7 @@ def opened(path: Path, missing: str = "") -> Iterator[BinaryIO]:
     """
     check_regular(path)
     try:
-        with system.open_now(path) as file:
+        with disk.open_now(path) as file:
             if not stat.S_ISREG(mode := os.fstat(file.fileno()).st_mode):  # it became something else meanwhile
                 raise InputError(f"{path}: {kind(mode)}; a regular file is needed there")
             yield file

@@ -25,7 +25,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from ovtq import signals, system, whereabouts
+from ovtq import disk, signals, system, whereabouts
 from ovtq.errors import InputError
 
 RECORD = "ovtq.json"
@@ -36,7 +36,7 @@ Identity = tuple[int, int, int] | None
 
 def identity(out_dir: Path) -> Identity:
     """What OUT_DIR is now, to be given to `staged`; None if there is nothing."""
-    return system.identity(system.long_path(system.resolved(out_dir)))
+    return disk.identity(system.long_path(system.resolved(out_dir)))
 
 
 @contextlib.contextmanager
@@ -48,7 +48,7 @@ def staged(out_dir: Path, before: Identity | str = "now") -> Iterator[Path]:
     run or program has changed `out_dir` meanwhile.
     """
     target = system.long_path(system.resolved(out_dir))
-    was = system.identity(target) if isinstance(before, str) else before
+    was = disk.identity(target) if isinstance(before, str) else before
     try:
         with signals.Held() as held:
             place = _Place(target)
@@ -113,10 +113,10 @@ class _Place:
         whereabouts.makes(self.target)
         self.take()
         if self.made:
-            with contextlib.suppress(OSError), system.opened(self.lock, os.O_WRONLY) as file:
+            with contextlib.suppress(OSError), disk.opened(self.lock, os.O_WRONLY) as file:
                 os.write(file, str(self.made).encode())  # Windows lets nobody write what is locked
         self.folder.mkdir()
-        system.flush(self.target.parent)
+        disk.flush(self.target.parent)
 
     def swap(self, was: Identity) -> None:
         """Put the folder in the place of OUT_DIR, which is whole under another name until the new one is there.
@@ -124,14 +124,14 @@ class _Place:
         Raises InputError if OUT_DIR is not what it was.
         """
         changed = InputError(f"{self.target}: changed meanwhile, by another run or program; nothing was written")
-        if system.identity(self.target) != was:
+        if disk.identity(self.target) != was:
             raise changed
         if was is not None:
             system.rename(self.target, self.old)
-            if system.identity(self.old) != was:  # in between
+            if disk.identity(self.old) != was:  # in between
                 raise changed
         system.rename(self.folder, self.target)
-        system.flush(self.target.parent)
+        disk.flush(self.target.parent)
 
     def leave(self) -> None:
         """Remove what is left under these names, the lock last; an old result goes back if nothing took its place."""
@@ -156,16 +156,16 @@ class _Place:
     def trusted(self) -> bool:
         """Whether it is this user's run that left all this, as runs leave it; never to be asked of one at work."""
         for path in (self.folder, self.old, self.gone):
-            if os.path.lexists(path) and not system.is_own(path, stat.S_ISDIR):
+            if os.path.lexists(path) and not disk.is_own(path, stat.S_ISDIR):
                 return False
         if not self.old.exists() or not any(self.old.iterdir()):
             return True
-        return system.is_own(self.old / RECORD, stat.S_ISREG)  # nothing else is ever set aside
+        return disk.is_own(self.old / RECORD, stat.S_ISREG)  # nothing else is ever set aside
 
     def read_lock(self) -> None:
         """Take from the lock file how many folders were made."""
         with contextlib.suppress(OSError, ValueError):
-            with system.open_now(self.lock) as file:
+            with disk.open_now(self.lock) as file:
                 text = file.read(4).decode("ascii")
             self.made = min(int(text), len(self.target.parents) - 1) if text.isdecimal() else 0
 
@@ -173,7 +173,7 @@ class _Place:
 def _tidy_up(target: Path) -> None:
     for path in target.parent.glob(f"{glob.escape(_prefix(target))}*.lock"):
         known = re.fullmatch(r"[0-9a-f]{8}\.lock", path.name.removeprefix(_prefix(target)))
-        if known and system.is_own(path, stat.S_ISREG):
+        if known and disk.is_own(path, stat.S_ISREG):
             place = _Place(target, path)
             with contextlib.suppress(OSError):  # it is at work
                 place.read_lock()
@@ -195,5 +195,5 @@ def _flush(folder: Path) -> None:
     """Return once all that is in a folder is on the disk: files first, then the names of them."""
     for path, _, names in os.walk(folder, topdown=False):
         for name in names:
-            system.flush(Path(path, name))
-        system.flush(Path(path))
+            disk.flush(Path(path, name))
+        disk.flush(Path(path))

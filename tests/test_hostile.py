@@ -21,7 +21,7 @@ import pytest
 from conftest import MINI, ROOT, TINY
 
 import ovtq
-from ovtq import files, staging, system
+from ovtq import disk, files, staging
 from ovtq.cli.convert import main
 from ovtq.cli.infer import _chosen
 from ovtq.cli.infer import main as infer
@@ -511,5 +511,5 @@ def test_a_text_is_written_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_mounts_are_known_by_their_place() -> None:
-    assert system.is_mount(Path("/proc"))
-    assert not system.is_mount(ROOT / "ovtq")
+    assert disk.is_mount(Path("/proc"))
+    assert not disk.is_mount(ROOT / "ovtq")

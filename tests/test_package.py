@@ -38,6 +38,7 @@ states __init__ child
 archives
 files staging
 errors wording signals system whereabouts
+disk
 """.strip().splitlines()
 
 
@@ -157,7 +158,7 @@ def test_the_tests_run_from_the_sdist(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------ files
 
 # Where files are opened: what reads others' and writes ours, the system's own, locks, and the weights of an IR.
-OWNERS = {"files.py", "archives.py", "system.py", "staging.py", "ir/weights.py", "ir/copying.py"}
+OWNERS = {"files.py", "archives.py", "system.py", "disk.py", "staging.py", "ir/weights.py", "ir/copying.py"}
 PLAIN = {
     "open", "read_text", "write_text", "read_bytes", "write_bytes", "touch", "fdopen", "copyfile", "copy2", "copytree",
     "copyfileobj", "mkstemp", "NamedTemporaryFile", "TemporaryFile", "memmap", "fromfile", "tofile", "savez",
@@ -174,7 +175,7 @@ OF_MODULES = {
 # By file and call: why it may.
 FREE = {
     ("ovtq/child.py", "load"): "messages of our own process, through a pipe",
-    ("ovtq/evidence/divergence.py", "memmap"): "of a file that vanishes, which system.scratch made",
+    ("ovtq/evidence/divergence.py", "memmap"): "of a file that vanishes, which disk.scratch made",
     ("ovtq/codec/kernel_layout.py", "read_text"): "a part of the package",
 }
 

@@ -83,9 +83,10 @@ def test_one_module_asks_for_the_system() -> None:
     )
     asking = {path.name for path in SOURCES if re.search(own, _says(path))}
     # drivers asks OpenCL for its devices, errors knows what libraries say when the system gives them no thread
-    assert asking == {"system.py", "drivers.py", "errors.py"}
+    assert asking == {"system.py", "disk.py", "drivers.py", "errors.py"}
     assert {path.name for path in SOURCES if re.search(r"\b(platform)\b", _says(path))} <= {
         "system.py",
+        "disk.py",
         "conversion.py",  # the version of Python, for the record
         "doctor.py",
         "evaluate.py",

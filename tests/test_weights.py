@@ -18,7 +18,7 @@ import pytest
 from conftest import MINI, TINY, load
 
 import ovtq.verification.extent
-from ovtq import conversion, pipeline, system
+from ovtq import conversion, disk, pipeline
 from ovtq.cli.convert import main
 from ovtq.ir import copying, io, weights
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
@@ -114,12 +114,12 @@ def test_blocks_come_from_the_page_cache_or_the_disk(how: str, monkeypatch: pyte
 
     monkeypatch.setattr(os, "preadv", reads)
     if how == "unknown":
-        monkeypatch.setattr(system, "CACHED", None)
+        monkeypatch.setattr(disk, "CACHED", None)
     assert _copied(source, tmp_path / "b") == "copy"
     assert (tmp_path / "b").read_bytes() == data
     if how in ("refused", "unknown"):
         assert cached == [False] * 9
-    elif how == "cached" and system.CACHED is not None:
+    elif how == "cached" and disk.CACHED is not None:
         assert sum(cached) == 9
 
 
@@ -138,7 +138,7 @@ def test_direct_writes_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def _no_reflink(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(system, "clone", lambda read, made: False)
+    monkeypatch.setattr(disk, "clone", lambda read, made: False)
 
 
 def test_what_is_waited_for_comes_next(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -238,15 +238,15 @@ def test_shared_blocks_need_no_room(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     """The call that shares blocks is stood in for by one that copies: file systems that have it are not everywhere."""
 
     def shares(made: int, request: int, read: int) -> None:
-        assert request == system.FICLONE
+        assert request == disk.FICLONE
         os.lseek(read, 0, os.SEEK_SET)
         while block := os.read(read, 1 << 20):
             os.write(made, block)
 
-    assert system.can_clone(MINI / "openvino_model.bin", tmp_path) in (True, False)
+    assert disk.can_clone(MINI / "openvino_model.bin", tmp_path) in (True, False)
     real = fcntl.ioctl
-    monkeypatch.setattr(fcntl, "ioctl", lambda *a: shares(*a) if a[1] == system.FICLONE else real(*a))
-    assert system.can_clone(MINI / "openvino_model.bin", tmp_path)
+    monkeypatch.setattr(fcntl, "ioctl", lambda *a: shares(*a) if a[1] == disk.FICLONE else real(*a))
+    assert disk.can_clone(MINI / "openvino_model.bin", tmp_path)
     assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--preset", "exact"]) == 0
     assert '"weights": "reflink"' in (tmp_path / "out" / io.RECORD).read_text()
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 4 << 20
-UNFLUSHED = "from ovtq import system; import os; system.flush = lambda path: None; os.fsync = lambda number: None\n"
+UNFLUSHED = "from ovtq import disk; import os; disk.flush = lambda path: None; os.fsync = lambda number: None\n"
 ONE = "import sys\n{before}from ovtq.cli.convert import main\nsys.exit(main())"
 # the process that works imports what `sitecustomize` in its path changes
 TWO = "import sys\nfrom ovtq.cli.entry import convert\nsys.exit(convert())"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ovtq import system
+from ovtq import disk
 from ovtq.errors import InputError
 from ovtq.evidence.candidates import Subject
 from ovtq.runtime.text import Tokenizer
@@ -77,7 +77,7 @@ class Reference:
         if shutil.disk_usage(folder).free < needed + (64 << 20):
             raise InputError(f"{folder}: no space for the reference's logits ({needed >> 20} MiB); set TMPDIR")
         self.text = text
-        self.file = system.scratch(folder)
+        self.file = disk.scratch(folder)
         weakref.finalize(self, self.file.close)
         self.logits = np.memmap(self.file, np.float32, "w+", shape=(*text.ids.shape, subject.vocabulary))
         for row, start, logits in chunks(subject, text, chunk):
@@ -85,11 +85,11 @@ class Reference:
             tick()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"text": self.text, "name": system.scratch_name(self.file), "shape": self.logits.shape}
+        return {"text": self.text, "name": disk.scratch_name(self.file), "shape": self.logits.shape}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.text = state["text"]
-        with system.open_scratch(state["name"]) as file:
+        with disk.open_scratch(state["name"]) as file:
             self.logits = np.memmap(file, np.float32, "r", shape=state["shape"])
 
     def compare(self, subject: Subject, chunk: int, tick: Callable[[], None], name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from threading import Condition, Event, Thread
 
-from ovtq import system
+from ovtq import disk, system
 
 ALIGNED = 4096  # what direct reads and writes start and end at
 BLOCK = 1 << 22  # bytes copied at a time
@@ -34,9 +34,9 @@ class Copy:
         self._threads: list[Thread] = []
         self._error: Exception | None = None
         self._stop = Event()
-        self._direct = bool(system.DIRECT)
+        self._direct = bool(disk.DIRECT)
         with source.open("rb") as read, target.open("xb") as made:
-            if system.clone(read.fileno(), made.fileno()):
+            if disk.clone(read.fileno(), made.fileno()):
                 self.how = "reflink"
                 return
             self.how = "copy"
@@ -46,7 +46,7 @@ class Copy:
 
     def start(self) -> None:
         """Begin to copy."""
-        work = [self._blocks] * WORKERS if system.SHARES_OPEN_FILES else [self._whole]
+        work = [self._blocks] * WORKERS if disk.SHARES_OPEN_FILES else [self._whole]
         self._threads = [Thread(target=self._told, args=(one,), daemon=True) for one in work if self._todo]
         for thread in self._threads:
             thread.start()
@@ -86,13 +86,13 @@ class Copy:
                 self._change.notify_all()
 
     def _whole(self) -> None:
-        system.copy_whole(self.source, self.target, self._stop)
+        disk.copy_whole(self.source, self.target, self._stop)
         with self._change:
             self._left.clear()
             self._change.notify_all()
 
     def _blocks(self) -> None:
-        with system.pages(BLOCK) as buffer:  # one for all blocks, or each would be zeroed
+        with disk.pages(BLOCK) as buffer:  # one for all blocks, or each would be zeroed
             while (block := self._next()) is not None:
                 self._copy(buffer, block)
                 with self._change:
@@ -108,7 +108,7 @@ class Copy:
         whole = size // ALIGNED * ALIGNED
         if self._direct and whole:
             try:
-                self._move(buffer, start, whole, system.DIRECT)
+                self._move(buffer, start, whole, disk.DIRECT)
                 done = whole
             except OSError as error:
                 if error.errno != errno.EINVAL:
@@ -119,6 +119,6 @@ class Copy:
 
     def _move(self, buffer: mmap.mmap, start: int, size: int, flag: int) -> None:
         with memoryview(buffer)[:size] as view:
-            if not system.read_cached(self.source, view, start):
-                system.read_at(self.source, view, start, flag)
-            system.write_at(self.target, view, start, flag)
+            if not disk.read_cached(self.source, view, start):
+                disk.read_at(self.source, view, start, flag)
+            disk.write_at(self.target, view, start, flag)

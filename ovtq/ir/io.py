@@ -16,7 +16,7 @@ from xml.parsers import expat
 
 import openvino as ov
 
-from ovtq import files, system, whereabouts
+from ovtq import disk, files, system, whereabouts
 from ovtq.errors import InputError
 from ovtq.errors import last_line as last_line
 from ovtq.ir import weights
@@ -193,7 +193,7 @@ def check_output(model_dir: Path, out_dir: Path, force: bool, flag: str = "--for
                 )
         if os.path.lexists(target) and not target.is_dir():
             raise InputError(f"{out_dir}: is a file; choose a folder")
-        if system.is_mount(target):
+        if disk.is_mount(target):
             raise InputError(f"{out_dir}: something is mounted there, so it can't be replaced; choose a folder in it")
         parent = next(path for path in target.parents if path.exists())
     except OSError as error:
@@ -204,7 +204,7 @@ def check_output(model_dir: Path, out_dir: Path, force: bool, flag: str = "--for
     needed = sum(sizes.values()) + (1 << 20)
     weights = model_xml(model_dir).with_suffix(".bin")
     try:
-        cloned = system.can_clone(weights, parent)
+        cloned = disk.can_clone(weights, parent)
     except OSError as error:  # no file can be made there, whatever its rights say
         raise InputError(f"{parent}: can't be written to ({system.reason(error)})") from None
     if cloned:

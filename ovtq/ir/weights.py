@@ -22,7 +22,7 @@ import openvino as ov
 from openvino import Node
 from openvino import opset15 as op
 
-from ovtq import system
+from ovtq import disk
 from ovtq.ir.copying import Copy
 
 STAND_IN = 4096  # bytes; shorter constants are appended, as if they were new
@@ -83,7 +83,7 @@ def writing(model: ov.Model, xml: Path, source: Path) -> Iterator[Written]:
         copy.start()
         text, new = _serialised(stood_in, xml.parent)
         xml.write_bytes(_point_at(text, kept, start))
-        if not system.SHARES_OPEN_FILES:
+        if not disk.SHARES_OPEN_FILES:
             copy.wait()
         with weights.open("r+b") as file:
             file.truncate(start)
@@ -97,7 +97,7 @@ def writing(model: ov.Model, xml: Path, source: Path) -> Iterator[Written]:
 
 def _serialised(model: ov.Model, folder: Path) -> tuple[bytes, bytes]:
     """The XML and the .bin of an IR."""
-    with system.temporary(folder) as place:
+    with disk.temporary(folder) as place:
         xml = Path(place) / "new.xml"
         ov.save_model(model, xml, compress_to_fp16=False)
         # on Windows OpenVINO ends lines as texts do there; the same model has the same bytes everywhere
