@@ -238,7 +238,7 @@ def test_hosts_on_the_gpu_say_what_the_original_says(convert: Callable[..., Path
     said = []
     for model in (MINI, convert(MINI, "--preset", "u8")):
         command = [GPU_TOOLS / "emulated", sys.executable, ROOT / "tests" / "on_gpu.py", model, PROMPT, "12"]
-        command.append("KV_CACHE_PRECISION=f16")
+        command += ["genai,optimum", "KV_CACHE_PRECISION=f16"]
         done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         said.append(json.loads(done.stdout.splitlines()[-1]))

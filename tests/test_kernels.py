@@ -10,14 +10,16 @@ from pathlib import Path
 
 import openvino as ov
 import pytest
-from conftest import GPU_TOOLS, ROOT, TINY
+from conftest import GPU_TOOLS, MINI, ROOT, TINY
 from test_gpu import SLOW, emulated
 
 import ovtq
 from ovtq.codec.kernel_layout import KernelLayout
 from ovtq.errors import InputError, PreconditionFailed
+from ovtq.runtime.runner import EXACT_PROPERTIES
 
 AT_20B = KernelLayout(8, 8, 64, (6, 4), 64, 32768)
+STATEFUL = {**EXACT_PROPERTIES, "ATTENTION_BACKEND": "SDPA"}
 ALL = ["8,4", "6,4", "4,4", "5,3", "3,6", "2,2", "8,8", "6,4,128"]
 
 
@@ -111,7 +113,7 @@ def test_a_decode_step_is_that_of_numpy(tmp_path: Path) -> None:
 @emulated
 @SLOW
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("precision", "allowed"), [("f32", 1e-5), ("f16", 4e-3)])
+@pytest.mark.parametrize(("precision", "allowed"), [("f32", 1e-5), ("f16", 8e-3)])
 def test_every_call_is_that_of_numpy(precision: str, allowed: float, tmp_path: Path) -> None:
     """Calls of many tokens and of one, padding, a reset; 300 steps. A code may be another at a tie: then no more."""
     found = on_gpu(tmp_path, precision, "37,1x300,20,1,5,1,1/1,70,1,1", "6,4")
@@ -124,6 +126,36 @@ def test_every_call_is_that_of_numpy(precision: str, allowed: float, tmp_path: P
 @pytest.mark.parametrize("bits", ALL)
 def test_any_bits(bits: str, tmp_path: Path) -> None:
     assert on_gpu(tmp_path, "f32", "1x40,20,1", bits)[bits] < (1e-5 if "8,8" not in bits else 1e-3)
+
+
+@emulated
+@SLOW
+@pytest.mark.timeout(1800)
+def test_llmpipeline_writes_what_it_writes_with_packed_layers_on_a_cpu(convert: Callable[..., Path]) -> None:
+    """The bundled model, at f16: a prompt in one call, then tokens one by one."""
+    genai = pytest.importorskip("openvino_genai", reason="needs the extra [genai]")
+    prompt = "The President of the United States said that"
+    pipe = genai.LLMPipeline(convert(MINI, "--preset", "k6v4"), "CPU", **STATEFUL)
+    config = genai.GenerationConfig(max_new_tokens=24, ignore_eos=True, apply_chat_template=False)
+    expected = pipe.generate(pipe.get_tokenizer().encode(prompt).input_ids, config).tokens[0]
+    model = convert(MINI, "--preset", "k6v4", "--kernels", "--capacity", "1024")
+    command = [GPU_TOOLS / "emulated", sys.executable, ROOT / "tests" / "on_gpu.py", model, prompt, "24", "genai"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["genai"] == list(expected)
+
+
+@emulated
+@SLOW
+@pytest.mark.timeout(1800)
+def test_converting_verifies_kernels_on_the_gpu(tmp_path: Path) -> None:
+    """The whole schedule at f32 but for batches, and as hosts load it."""
+    entry = "import sys; from ovtq.cli.entry import convert; sys.exit(convert())"
+    command = [GPU_TOOLS / "emulated", sys.executable, "-c", entry, TINY["5.5"], tmp_path / "out", "--preset", "k6v4"]
+    command += ["--kernels", "--capacity", "2048", "--residual-window", "16", "--verify-device", "GPU"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "verified on GPU at f32, all 4 layers" in done.stdout
 
 
 @emulated
