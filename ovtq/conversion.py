@@ -212,7 +212,6 @@ def convert(
                 facts = dataclasses.asdict(found)
                 record["verified"] = {
                     "device": device,
-                    "tolerance": facts.pop("allowed"),
                     "experts": not extent.joins,
                     **facts,
                     "cache_precision": kept,

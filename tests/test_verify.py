@@ -380,6 +380,34 @@ def test_a_scale_wrong_by_one_in_ten_thousand_is_caught(tmp_path: Path) -> None:
         verify(*_pair(tmp_path), load(TINY["5.5"])[1].layers, "CPU", 0, Scope(4))
 
 
+def _ill_conditioned(folder: Path, harm: float = 1.0) -> tuple[Path, Path]:
+    """A model whose logits lose what is small, and its rotation, with scores of sliding layers times `harm`."""
+    pair = (folder / "original.xml", folder / "converted.xml")
+    for path in pair:
+        model, description = load(TINY["5.5"])
+        result = model.get_results()[0]
+        logits = result.input_value(0)
+        above = ov.opset15.abs(ov.opset15.add(logits, np.float32(1 << 12)))
+        result.input(0).replace_source_output(ov.opset15.subtract(above, np.float32(1 << 12)).output(0))
+        if path is pair[1]:
+            model = RotateHeads().apply(model, description).model
+            for layer in description.sliding if harm != 1 else ():
+                node = layer.context.get_node()
+                node.input(4).replace_source_output(ov.opset15.constant(np.float32(layer.scale * harm)).output(0))
+        ov.save_model(model, path, compress_to_fp16=False)
+    return pair
+
+
+def test_a_model_that_rounding_moves_far_is_held_to_that(tmp_path: Path) -> None:
+    """As models with real weights are: a right conversion passes, one that is wrong by 1 in 300 does not."""
+    layers = load(TINY["5.5"])[1].layers
+    found = verify(*_ill_conditioned(tmp_path), layers, "CPU", 0, Scope(4))
+    assert found.rounding
+    assert TOLERANCE < found.relative <= found.tolerance < 1e-2
+    with pytest.raises(VerificationFailed, match="wrong on CPU"):
+        verify(*_ill_conditioned(tmp_path, 1.003), layers, "CPU", 0, Scope(4))
+
+
 @pytest.mark.parametrize("target", ["gpu", "cpu"])
 def test_the_first_packed_layers_alone(target: str, tmp_path: Path) -> None:
     """Its states are shared: what the layers left out would have written must not be what an earlier token was."""

@@ -337,7 +337,9 @@ def _report(
             f"verified on {found['device']} at f32, {'all' if every else 'the first'} {found['layers']} layers"
             f"{'' if found['experts'] else ' without their experts'}: "
             f"largest difference {found['largest']:.3g} ({found['relative']:.2g} of the scale of "
-            f"{'logits' if every and found['experts'] else 'results'}, allowed {found['tolerance']:.2g}), same top at "
+            f"{'logits' if every and found['experts'] else 'results'}, allowed {found['tolerance']:.2g}"
+            + (f", for rounding alone moves the original's by {found['rounding']:.2g}" if found["rounding"] else "")
+            + "), same top at "
             f"{found['same_top']:.2%} of {found['positions']} positions"
             + (f"; {found['skipped']} behind a tie in a router left out" if found["skipped"] else ""),
         )
