@@ -59,6 +59,25 @@ def test_the_table(exact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "made with other settings" in capsys.readouterr().err
 
 
+def test_logits_that_are_kept_are_read_and_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logits, found = tmp_path / "logits", tmp_path / "eval.json"
+    options = ["stock:KV_CACHE_PRECISION=u8", *SHORT, "--reference", logits, "--json", found]
+    assert run(*options) == 0
+    assert logits.stat().st_size == 4 * 300 * 8192
+    rows = json.loads(found.read_text())["rows"]
+
+    def ran(*_: Any) -> None:
+        raise RuntimeError("the reference was run again")
+
+    monkeypatch.setattr(Reference, "__init__", ran)
+    assert run(*options, "--resume") == 0
+    assert json.loads(found.read_text())["rows"] == rows  # those of the reference, too
+    assert run(*options[:-1], tmp_path / "other.json", "--window", "200") != 0
+    assert "the reference was run again" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_rows_at_a_time_are_the_same(convert: Callable[..., Path], tmp_path: Path) -> None:
     """--jobs changes no figure but by rounding, nor their order; what was pruned of a window is told."""

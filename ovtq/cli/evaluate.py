@@ -54,6 +54,7 @@ Measured = tuple[dict[str, Any], list[list[int]], list[str]]  # see Evaluation.m
 SAME = 10  # a mean KLD of so many noise floors is still none
 LEAST_FLOOR = 1e-15
 GREEDY_PROMPT = 256  # tokens of text that a greedy continuation begins with
+READ = "device text_sha256 windows window chunk versions".split()  # noqa: SIM905  what decides the reference's logits
 # what decides what a row says
 SETTINGS = "device text_sha256 windows window chunk asked greedy verified max_kld versions ovtq".split()  # noqa: SIM905
 
@@ -129,6 +130,13 @@ def parser() -> Parser:
     )
     p.add_argument("--json", type=path_of, metavar="FILE", help="write the figures, after each candidate")
     p.add_argument("--resume", action="store_true", help="take what --json FILE holds already, if made alike")
+    p.add_argument(
+        "--reference",
+        type=path_of,
+        metavar="FILE",
+        help="keep the reference's logits there (4 bytes a token of text and of vocabulary), and take them from there "
+        "if made alike",
+    )
     p.add_argument("--report", type=path_of, metavar="FILE", help="write a page to look at (HTML)")
     return p
 
@@ -147,7 +155,7 @@ def evaluate(options: argparse.Namespace, console: Out, errors: Console) -> int:
     rows = work.results["rows"]
     todo = [("reference", reference, options.chunk), ("floor", reference, other)]
     todo += [("candidate", candidate, options.chunk) for candidate in candidates]
-    olds = [kept.get((item.label, _fingerprint(item))) if role == "candidate" else None for role, item, _ in todo]
+    olds = [kept.get((task[0], _name(*task), _fingerprint(task[1]))) for task in todo]
     new = [task for task, old in zip(todo, olds, strict=True) if not old]
     with contextlib.closing(work.measured(new)) as found:
         for (_, candidate, _), old in zip(todo, olds, strict=True):
@@ -196,10 +204,15 @@ class Evaluation:
         self.results: dict[str, Any] = json.loads(json.dumps(results))  # as read from a file: lists, no tuples
 
     def read(self, reference: Candidate) -> None:
-        """Run the reference over the text."""
-        with progress(self.errors) as bars, phase(bars, "reference", self._calls(self.options.chunk)) as tick:
-            subject = open_candidate(reference, self.options.device, EXACT_PROPERTIES)
-            self.expected = Reference(subject, self.text, self.options.chunk, tick)
+        """Run the reference over the text, unless an earlier run did."""
+        options = self.options
+        made = " ".join(str(self.results[key]) for key in READ) + f" {_fingerprint(reference)}"
+        found = Reference.read(options.reference, self.text, made) if options.reference else None
+        if found is None:
+            with progress(self.errors) as bars, phase(bars, "reference", self._calls(options.chunk)) as tick:
+                subject = open_candidate(reference, options.device, EXACT_PROPERTIES)
+                found = Reference(subject, self.text, options.chunk, tick, options.reference, made)
+        self.expected = found
 
     def measured(self, tasks: Sequence[Task]) -> Generator[Measured, None, None]:
         """What `measure` says of each, in turn; with --jobs in processes of their own, which read the text anew."""
@@ -224,7 +237,7 @@ class Evaluation:
 
     def measure(self, role: str, candidate: Candidate, chunk: int) -> Measured:
         """All figures of one candidate that need no other's, what it wrote greedily, and what is wrong with it."""
-        name = f"{candidate.label}, in chunks of {chunk}" if role == "floor" else candidate.label
+        name = _name(role, candidate, chunk)
         row: dict[str, Any] = {"candidate": name, "role": role, "fingerprint": _fingerprint(candidate)}
         with progress(self.errors) as bars:
             wrong = self._verified(candidate) if role == "candidate" else ""
@@ -361,19 +374,28 @@ def _lossless(candidate: Candidate) -> bool:
     return bool(passes) and as_it_is and all(item.exact for item in passes)
 
 
+def _name(role: str, candidate: Candidate, chunk: int) -> str:
+    return f"{candidate.label}, in chunks of {chunk}" if role == "floor" else candidate.label
+
+
 def _fingerprint(candidate: Candidate) -> str:
     weights = candidate.xml.with_suffix(".bin").stat()
     return f"{io.text_sha256(candidate.xml)}/{weights.st_size}/{weights.st_mtime_ns}"
 
 
-def _kept(options: argparse.Namespace, results: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Rows of an earlier run made with the same settings. Raises InputError if the file holds something else."""
+def _kept(options: argparse.Namespace, results: dict[str, Any]) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Rows of an earlier run made with the same settings; the reference's only if nothing that it wrote is needed.
+
+    Raises InputError if the file holds something else.
+    """
     if not options.resume or not options.json.is_file():
         return {}
     try:
         old = files.read_json(options.json)
         if any(old[key] != results[key] for key in SETTINGS):
             raise InputError(f"{options.json}: made with other settings, text or versions; name another --json FILE")
-        return {(row["candidate"], row["fingerprint"]): row for row in old["rows"] if row["role"] == "candidate"}
+        roles = ("candidate",) if options.greedy else ("candidate", "reference", "floor")
+        rows = [row for row in old["rows"] if row["role"] in roles]
+        return {(row["role"], row["candidate"], row["fingerprint"]): row for row in rows}
     except (ValueError, LookupError, TypeError):
         raise InputError(f"{options.json}: no figures of ovtq-eval") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import shutil
 import tempfile
@@ -14,12 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from ovtq import disk
+from ovtq import disk, files
 from ovtq.errors import InputError
 from ovtq.evidence.candidates import Subject
 from ovtq.runtime.text import Tokenizer
 
 BINS = 16  # parts of a window for which the divergence is given by itself
+ROWS = 2  # positions whose distributions are compared at a time
 
 
 @dataclass(frozen=True)
@@ -66,30 +68,65 @@ def chunks(subject: Subject, text: Text, chunk: int) -> Iterator[tuple[int, int,
 
 
 class Reference:
-    """The reference's logits of a text, in a file that vanishes: those of a large vocabulary are gigabytes.
+    """The reference's logits of a text, in a file that vanishes unless it is named: those of a large vocabulary are
+    gigabytes.
 
     Another process to which it is sent reads the same file, as long as this one lives.
     """
 
-    def __init__(self, subject: Subject, text: Text, chunk: int, tick: Callable[[], None]) -> None:
-        """Run the reference. Raises InputError if the disk has no room for the logits."""
+    def __init__(
+        self,
+        subject: Subject,
+        text: Text,
+        chunk: int,
+        tick: Callable[[], None],
+        keep: Path | None = None,
+        made: str = "",
+    ) -> None:
+        """Run the reference; `keep`: leave the logits in that file, with `made`, how they were made, beside it.
+
+        Raises InputError if the disk has no room for the logits.
+        """
         folder, needed = Path(tempfile.gettempdir()), 4 * text.ids.size * subject.vocabulary
-        if shutil.disk_usage(folder).free < needed + (64 << 20):
-            raise InputError(f"{folder}: no space for the reference's logits ({needed >> 20} MiB); set TMPDIR")
-        self.text = text
-        self.file = disk.scratch(folder)
+        where = keep.parent if keep else folder
+        if shutil.disk_usage(where).free < needed + (64 << 20):
+            advice = "name another --reference FILE" if keep else "set TMPDIR"
+            raise InputError(f"{where}: no space for the reference's logits ({needed >> 20} MiB); {advice}")
+        self.text, self.kept = text, keep
+        if keep:
+            _label(keep).unlink(missing_ok=True)  # until the logits are whole
+        self.file = keep.open("w+b") if keep else disk.scratch(folder)
         weakref.finalize(self, self.file.close)
         self.logits = np.memmap(self.file, np.float32, "w+", shape=(*text.ids.shape, subject.vocabulary))
         for row, start, logits in chunks(subject, text, chunk):
             self.logits[row, start : start + len(logits)] = logits
             tick()
+        if keep:
+            self.logits.flush()
+            _label(keep).write_text(json.dumps({"made": made, "shape": self.logits.shape}), encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: Path, text: Text, made: str) -> Reference | None:
+        """The logits of an earlier run, if `path` has some made alike. Raises InputError if it is damaged."""
+        if not (path.is_file() and _label(path).is_file()):
+            return None
+        told = files.read_json(_label(path))
+        if not isinstance(told, dict) or told.get("made") != made:
+            return None
+        found = cls.__new__(cls)
+        try:
+            found.__setstate__({"text": text, "name": str(path), "kept": path, "shape": tuple(told["shape"])})
+        except (OSError, ValueError, LookupError, TypeError):
+            raise InputError(f"{path}: damaged logits of a reference; delete the file") from None
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"text": self.text, "name": disk.scratch_name(self.file), "shape": self.logits.shape}
+        name = str(self.kept) if self.kept else disk.scratch_name(self.file)
+        return {"text": self.text, "name": name, "kept": self.kept, "shape": self.logits.shape}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.text = state["text"]
-        with disk.open_scratch(state["name"]) as file:
+        self.text, self.kept = state["text"], state["kept"]
+        with open(state["name"], "rb") if self.kept else disk.open_scratch(state["name"]) as file:
             self.logits = np.memmap(file, np.float32, "r", shape=state["shape"])
 
     def compare(self, subject: Subject, chunk: int, tick: Callable[[], None], name: str) -> dict[str, Any]:
@@ -105,12 +142,14 @@ class Reference:
                 f"{name}: {subject.vocabulary} logits a token, the reference has {self.logits.shape[-1]}: other models"
             )
         for row, start, logits in chunks(subject, self.text, chunk):
-            part = slice(start, start + len(logits))
-            p, q = log_softmax(self.logits[row, part]), log_softmax(logits)
-            kld[row, part] = (np.exp(p) * (p - q)).sum(-1)
-            same[row, part] = p.argmax(-1) == q.argmax(-1)
             following = ids[row, start + 1 : start + 1 + len(logits)]
-            nats -= float(q[np.arange(len(following)), following].sum())
+            for first in range(0, len(logits), ROWS):  # what fits into a cache: a vocabulary has up to 262,144 tokens
+                these = slice(first, first + ROWS)
+                at = slice(start + first, start + min(first + ROWS, len(logits)))
+                p, q = log_softmax(self.logits[row, at]), log_softmax(logits[these])
+                kld[row, at] = (np.exp(p) * (p - q)).sum(-1)
+                same[row, at] = p.argmax(-1) == q.argmax(-1)
+                nats -= float(q[np.arange(len(following[these])), following[these]].sum())
             tick()
         if not np.isfinite(kld).all():
             raise InputError(f"{name}: its logits are not finite at {int((~np.isfinite(kld)).sum())} positions")
@@ -123,6 +162,10 @@ class Reference:
             "perplexity": math.exp(nats / (ids.size - len(ids))),
             "bits_per_byte": nats / math.log(2) / self.text.scored_bytes,
         }
+
+
+def _label(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
