@@ -41,8 +41,7 @@ def moments(model: ov.Model, layer: AttentionLayer) -> Moments:
     query_mean, query = _turned(*queries, turn)
     second = query + query_mean[:, :, None] * query_mean[:, None, :]
     key_mean, key = _turned(*keys, turn)
-    rows = output_rows(layer)
-    output = np.einsum("hgdo,hgeo->hde", rows, rows)
+    output = gram(layer)
     query = second.reshape(H, layer.group, d, d).mean(1)
     return Moments(key_mean, key, *values, query, output, NONE, NONE)
 
@@ -63,6 +62,12 @@ def output_rows(layer: AttentionLayer) -> np.ndarray:
             return weights.T.reshape(layer.kv_heads, layer.group, layer.head_dim, -1)
         at = node.output(0)
     raise UnsupportedModel(f"layer {layer.index}: looked for the projection of {width} results, and found none")
+
+
+def gram(layer: AttentionLayer) -> np.ndarray:
+    """W·Wᵀ of those rows, summed over the query heads that share a KV head, (kv_heads, head_dim, head_dim) f64."""
+    rows = output_rows(layer)
+    return np.einsum("hgdo,hgeo->hde", rows, rows, optimize=True)
 
 
 def _projection(node: Node, heads: int, head_dim: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import openvino as ov
 
 from ovtq import child, conversion, files
+from ovtq.codec import moments
 from ovtq.conversion import Conversion, OnProgress, counted
 from ovtq.errors import InputError, OvtqError, foreseen, telling
 from ovtq.forms import pruning
@@ -234,12 +236,15 @@ def verify(
     config: Config | None = None,
     *,
     device: str = "CPU",
+    calibration: str | Path | None = None,
 ) -> Difference:
     """Run a converted model beside the original, as ovtq-convert does before it writes; says how far apart they are.
 
     Folders, or models in memory, which are written to a temporary folder for it; `config` is then that of the original.
-    The recorded passes are run again: the converted model must be what they make. Raises VerificationFailed if it is
-    not, or wrong on the device; InputError if the device can't run it, or if it was not made by ovtq.
+    The recorded passes are run again: the converted model must be what they make. Statistics of a text that they need
+    are those in a folder of the two, or in that of `config`; else name the file, `calibration`. Raises
+    VerificationFailed if it is not, or wrong on the device; InputError if the device can't run it, if it was not made
+    by ovtq, or if there are no such statistics.
     """
     with tempfile.TemporaryDirectory(prefix="ovtq-", ignore_cleanup_errors=True) as scratch:
         if isinstance(original, str | Path):
@@ -256,7 +261,12 @@ def verify(
             what = converted if isinstance(converted, str | Path) else "the converted model"
             raise InputError(f"{what}: not made by ovtq; give the original first, then the converted")
         check_device(device)
-        return child.call("ovtq.verification.recheck", "recheck", first, other, device)
+        others = [] if config is None or isinstance(config, Mapping) else [_folder_of(config)]
+        if calibration is not None:
+            others.append(Path(scratch) / "statistics")
+            others[-1].mkdir()
+            shutil.copyfile(_statistics(Path(calibration)), others[-1] / moments.NAME)
+        return child.call("ovtq.verification.recheck", "recheck", first, other, device, *others)
 
 
 @telling
@@ -312,6 +322,12 @@ def _path(given: Folder, name: str) -> Path:
     if not str(given).strip():
         raise InputError(f"{name} is empty")
     return Path(given)
+
+
+def _statistics(path: Path) -> Path:
+    """That file. Raises InputError if it holds no statistics."""
+    moments.load(path)
+    return path
 
 
 def _folder_of(config: Folder) -> Path:

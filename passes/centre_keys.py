@@ -10,7 +10,7 @@ import openvino as ov
 from openvino import opset15 as op
 
 from ovtq.errors import VerificationFailed
-from ovtq.forms.bases import Choice
+from ovtq.forms.bases import KINDS, Choice, statistics
 from ovtq.ir.graph import consumers, f32
 from ovtq.models.description import ModelDescription
 from ovtq.models.rope import norms
@@ -38,12 +38,17 @@ class CentreKeys(BasisPass):
     name: ClassVar[str] = "centre-keys"
     exact: ClassVar[bool] = True
 
-    centre: str = option("bias", "the mean of the key's bias, or the mean key over a text", choices=("bias", "mean"))
+    centre: str = option(
+        "auto",
+        "the mean of the key's bias, or the mean key over a text; auto: mean if calibrated, else bias",
+        choices=("auto", "bias", "mean"),
+    )
     sinks: str = option(
         "refuse",
         "of layers with sinks: refuse, or move their logits (a CPU's stateful path)",
         choices=("refuse", "move"),
     )
+    basis: str = option("rotation", "what rotate-heads stores heads in, by which auto goes", choices=KINDS)
     calibration: str = calibration_option()
 
     @property
@@ -54,7 +59,7 @@ class CentreKeys(BasisPass):
     @property
     def choice(self) -> Choice:
         """Of what the centres are made."""
-        return Choice("rotation", self.centre, self.calibration)
+        return Choice("rotation", Choice(self.basis, self.centre).centred_by, self.calibration)
 
     def sites(self, description: ModelDescription) -> int:
         """One per layer."""
@@ -63,7 +68,8 @@ class CentreKeys(BasisPass):
     def needless(self, description: ModelDescription) -> str:
         """In a model without biases of keys, if it is these that are asked for."""
         biased = any(layer.key_bias is not None for layer in description.layers)
-        return "" if biased or self.centre == "mean" else "no key of this model has a bias; centre=mean needs none"
+        mean = self.choice.centred_by == "mean"
+        return "" if biased or mean else "no key of this model has a bias; centre=mean, of a text, needs none"
 
     def requires(self, description: ModelDescription) -> None:
         """Refuses sinks that may not move, other caches, and keys without a bias where that is asked for."""
@@ -94,7 +100,8 @@ class CentreKeys(BasisPass):
                 layer.context.get_node().input(5).replace_source_output(shifted.output(0))
             layer.key.feed(op.subtract(layer.key.source, f32(centre[None, :, None])))
             changed[layer.index] = replace(layer, key_taken=centre)
-        return Rewrite(model, description.with_layers(changed), len(changed), {"centre_norms": norms(moved)})
+        facts = {"centre_norms": norms(moved), **statistics(self.choice)}
+        return Rewrite(model, description.with_layers(changed), len(changed), facts)
 
     def ensures(self, rewrite: Rewrite) -> None:
         """Keys come from a Subtract, which nothing else reads."""

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ import ovtq
 from ovtq import errors, states
 from ovtq.api import PruningCounts
 from ovtq.cli.inspect import main as inspect_main
+from ovtq.evidence.calibration import calibrate
 from ovtq.ir import io
 from ovtq.options import Checks, Options
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
@@ -285,6 +287,24 @@ def test_verify_folders_and_models(written: Callable[..., Path]) -> None:
     original = io.load(SMALL)
     model = ovtq.compress(original, SMALL, preset="k6v4", target="cpu")
     assert ovtq.verify(original, model, SMALL).largest == record["largest"]
+
+
+def test_verify_a_calibrated_model_in_memory(tmp_path: Path) -> None:
+    """Its statistics lie in no folder of its own: they are the original's, or named, and none but those."""
+    folder = Path(shutil.copytree(SMALL, tmp_path / "model"))
+    draw, path = np.random.RandomState(0), tmp_path / "elsewhere.npz"
+    calibrate(SMALL, draw.randint(0, 256, 300), draw.randint(0, 256, 60)).save(path)
+    original = io.load(SMALL)
+    options: dict[str, Any] = {"preset": "k4v4", "target": "cpu", "basis": "calibrated"}
+    model = ovtq.compress(original, SMALL, calibration=path, **options)
+    with pytest.raises(errors.InputError, match=r"calibration.npz: no such file; statistics of a text are asked for"):
+        ovtq.verify(original, model, SMALL)
+    assert ovtq.verify(original, model, SMALL, calibration=path).packed
+    shutil.copyfile(path, folder / "calibration.npz")
+    assert ovtq.verify(folder, model).packed
+    calibrate(SMALL, draw.randint(0, 256, 300), draw.randint(0, 256, 60)).save(folder / "calibration.npz")
+    with pytest.raises(errors.InputError, match="not the statistics that the model was made with"):
+        ovtq.verify(folder, model)
 
 
 def test_verify_finds_what_is_wrong() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -41,6 +42,7 @@ from ovtq.passes import (
     SinkRow,
     TruncateWindow,
 )
+from ovtq.pipeline import PRESETS, with_basis
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 from ovtq.verification.verify import TOLERANCE, compare, play
 
@@ -338,8 +340,6 @@ def test_centre_keys_without_sinks_is_exact() -> None:
 
 
 def without_sinks(model: ov.Model, description: object) -> tuple[ov.Model, object]:
-    import dataclasses
-
     from ovtq.ir.graph import Port, redirect
 
     layers = {}
@@ -353,6 +353,31 @@ def without_sinks(model: ov.Model, description: object) -> tuple[ov.Model, objec
         )
     model.validate_nodes_and_infer_types()
     return model, description.with_layers(layers)
+
+
+def test_statistics_of_another_model_of_the_same_shape_are_refused(stats: str, tmp_path: Path) -> None:
+    """By the weights: those of the model in another file, or rounded to 4 bits, are its own."""
+    found, draw = moments.load(Path(stats)), np.random.RandomState(0)
+
+    def with_outputs(change: Callable[[int, np.ndarray], np.ndarray]) -> str:
+        layers = {at: dataclasses.replace(x, output=change(at, x.output)) for at, x in found.layers.items()}
+        path = tmp_path / moments.NAME
+        dataclasses.replace(found, layers=layers, model_sha256="0" * 64).save(path)
+        return str(path)
+
+    rounded = with_outputs(lambda at, x: x * (1 + 0.05 * draw.standard_normal(x.shape)).astype(np.float32))
+    applied(TINY["5.5"], RotateHeads(basis="calibrated", calibration=rounded))
+    other = with_outputs(lambda at, x: x if at < len(found.layers) - 1 else found.layers[0].output)
+    for item in (RotateHeads(basis="calibrated", calibration=other), packed("cpu", "calibrated", other)):
+        with pytest.raises(PreconditionFailed, match=r"is of another model, whose layer 3 projects otherwise"):
+            applied(TINY["5.5"], DecoupleLength(), item)
+
+
+def test_keys_are_centred_by_the_text_where_heads_are_calibrated() -> None:
+    items = with_basis(PRESETS["u8"].plain["cpu"], {"basis": "calibrated", "calibration": "some.npz"})
+    assert [item.choice.centred_by for item in items if isinstance(item, CentreKeys)] == ["mean"]
+    assert [CentreKeys(basis=kind).choice.centred_by for kind in ("rotation", "weights")] == ["bias", "bias"]
+    assert CentreKeys(basis="calibrated", centre="bias").choice.centred_by == "bias"
 
 
 def test_refusals(stats: str) -> None:

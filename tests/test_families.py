@@ -235,7 +235,7 @@ def test_a_model_without_sliding_layers_or_sinks_leaves_out_what_is_for_those(fa
     assert [step.name for step in steps if not step.skipped] == ["rotate-heads", "cache-precision"]
     assert all(isinstance(layer.cache, Exported) for layer in description.layers)
     assert pipeline.told(steps) == (
-        "centre-keys: no key of this model has a bias; centre=mean needs none; "
+        "centre-keys: no key of this model has a bias; centre=mean, of a text, needs none; "
         "decouple-length, simplify-mask, check-call: no layer is given another cache, for which they are; "
         "truncate-window: the model has no sliding-window layers"
     )

@@ -38,7 +38,7 @@ def calibrate(
         raise InputError(f"{model_dir}: already converted; calibrate with the original model instead")
     layers = describe(model, io.load_config(model_dir)).layers
     taps = [op.result(port.source) for layer in layers for port in (layer.query, layer.key, layer.value)]
-    outputs = [np.einsum("hgdo,hgeo->hde", rows, rows) for rows in map(projections.output_rows, layers)]
+    outputs = [projections.gram(layer) for layer in layers]
     read = ov.Model(taps, model.get_sinks(), model.get_parameters())
     runner = Runner(read, device, EXACT_PROPERTIES if device == "CPU" else {})
     sums = [_Sums(layer) for layer in layers]

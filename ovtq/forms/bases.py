@@ -21,6 +21,9 @@ from ovtq.models.description import AttentionLayer
 from ovtq.models.rope import key_centre, norms
 
 KINDS = ("rotation", "weights", "calibrated")
+ALIKE = (
+    0.25  # of a Gram matrix: what the rounding of weights to 4 bits leaves of a layer is nearer, another layer is not
+)
 CENTRES = ("auto", "bias", "mean", "none")
 
 
@@ -70,6 +73,11 @@ class Choice:
         for layer in layers:
             if reason := found.unfit(layer.index, layer.kv_heads, layer.head_dim):
                 return f"{self.stats} {reason}; make one of this model"
+        for layer in (layers[0], layers[-1]) if layers else ():  # the first and the last
+            if _of_another(found.layers[layer.index], layer):
+                return (
+                    f"{self.stats} is of another model, whose layer {layer.index} projects otherwise; make one of this"
+                )
         return ""
 
     def of(
@@ -121,6 +129,18 @@ class Choice:
         return LayerBases(*made)
 
 
+def _of_another(some: Moments, layer: AttentionLayer) -> bool:
+    """Whether a layer's output projection is not that which its statistics are of; no if it is not found.
+
+    Rounded to 4 bits it still is.
+    """
+    try:
+        found = projections.gram(layer)
+    except UnsupportedModel:
+        return False
+    return bool(np.linalg.norm(found - some.output) > ALIKE * np.linalg.norm(found))
+
+
 def told(choice: Choice, bases: Mapping[int, LayerBases]) -> dict[str, Any]:
     """What tells these bases from all others, for the record of a conversion."""
     key, value = ({index: getattr(pair, what) for index, pair in bases.items()} for what in LayerBases._fields)
@@ -136,9 +156,15 @@ def told(choice: Choice, bases: Mapping[int, LayerBases]) -> dict[str, Any]:
             for what, some in (("key", key), ("value", value))
         }
         facts["condition"] = round(float(max((basis.condition.max() for basis in every), default=1.0)), 2)
-    if found := choice.calibration():
-        facts["statistics"] = {
-            "sha256": files.sha256(Path(choice.stats)), "tokens": found.tokens,
-            "text_sha256": found.text_sha256, "model_sha256": found.model_sha256,
-        }  # fmt: skip
-    return facts
+    return facts | statistics(choice)
+
+
+def statistics(choice: Choice) -> dict[str, Any]:
+    """What tells the statistics that a choice is made by from all others; nothing if it is made by none."""
+    if not (found := choice.calibration()):
+        return {}
+    facts = {
+        "sha256": files.sha256(Path(choice.stats)), "tokens": found.tokens,
+        "text_sha256": found.text_sha256, "model_sha256": found.model_sha256,
+    }  # fmt: skip
+    return {"statistics": facts}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ovtq import pipeline
+from ovtq.codec import moments
 from ovtq.errors import InputError, VerificationFailed
 from ovtq.ir import io
 from ovtq.models import describe
@@ -13,30 +14,38 @@ from ovtq.verification.extent import usual
 from ovtq.verification.verify import Difference, verify
 
 
-def passes_of(folder: Path) -> tuple[Pass, ...]:
+def passes_of(folder: Path, *others: Path) -> tuple[Pass, ...]:
     """The passes that a folder's IR was made with, from its stamp; none of a model as exported.
 
-    Raises InputError if this version of ovtq has no such passes or options.
+    The statistics that they need lie in the folder, or in one of the `others`. Raises InputError if this version of
+    ovtq has no such passes or options, or if there are no such statistics.
     """
     steps = io.stamp_of(io.load(folder)).get("passes", [])
     for step in steps:
         if step["name"] not in PASSES:
             raise InputError(f"{folder}: made with a pass {step['name']!r} that this ovtq does not know")
+    wanted = {step["facts"]["statistics"]["sha256"] for step in steps if "statistics" in step.get("facts", {})}
+    files = [path for some in (folder, *others) if wanted and (path := some / moments.NAME).is_file()]
+    same = [path.parent for path in files if {moments.digest(path)} == wanted]
+    if files and not same:
+        raise InputError(f"{files[0]}: not the statistics that the model was made with")
+    where = same[0] if same else folder
     return tuple(
-        PASSES[step["name"]].parse({name: str(value) for name, value in step["options"].items()}).at(folder)
+        PASSES[step["name"]].parse({name: str(value) for name, value in step["options"].items()}).at(where)
         for step in steps
     )
 
 
-def recheck(model_dir: Path, converted: Path, device: str) -> Difference:
+def recheck(model_dir: Path, converted: Path, device: str, *others: Path) -> Difference:
     """Verify `converted`, made of `model_dir`, as ovtq-convert does; packed layers are held to numpy once more.
 
-    Raises VerificationFailed if it is wrong, or not what this version of ovtq writes.
+    Statistics that its passes need lie in one of the two folders, or in one of the `others`. Raises VerificationFailed
+    if it is wrong, or not what this version of ovtq writes; InputError if there are no such statistics.
     """
     model = io.load(model_dir)
     description = describe(model, io.load_config(model_dir))
     extent = usual(description, io.model_xml(model_dir))
-    made, description, _ = pipeline.run(model, description, passes_of(converted))
+    made, description, _ = pipeline.run(model, description, passes_of(converted, model_dir, *others))
     names, written = (
         {node.get_friendly_name() for node in graph.get_ops() if node.get_type_name() != "Parameter"}
         for graph in (made, io.load(converted))
