@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,14 +25,16 @@ from ovtq.cli.convert import main as convert
 from ovtq.cli.inspect import main as inspect
 from ovtq.codec.coding import unfit
 from ovtq.errors import InputError, PreconditionFailed, UnsupportedModel
+from ovtq.evidence.calibration import calibrate
 from ovtq.ir import io
 from ovtq.ir.graph import constant_of
 from ovtq.models import ModelDescription, describe
 from ovtq.models.description import Exported
 from ovtq.models.rope import mean_rotated_bias
-from ovtq.passes import PASSES
+from ovtq.passes import PASSES, CentreKeys, Pass, RotateHeads
 from ovtq.runtime.paged import PagedRunner
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
+from ovtq.verification.closeness import Played
 from ovtq.verification.extent import cut, rooted, scope
 from ovtq.verification.packed_check import PackedCheck
 from ovtq.verification.routers import with_routers
@@ -189,25 +191,54 @@ def test_exact_and_packed_in_short_texts(name: str, family: Callable[[str], Path
             with pytest.raises(PreconditionFailed, match=f"has head_dim {GRAPHS[name][3]}"):
                 rewritten(folder, preset, "cpu")
         return
-    model, chosen = with_routers(io.load(folder))
-    original = play(Runner(model, "CPU", EXACT_PROPERTIES), CALLS, 256, 0, chosen=chosen)
+    original = as_it_is(folder)
     for preset in ("exact", "k6v4"):
-        model, description, _ = rewritten(folder, preset, "cpu")
-        ov.save_model(model, tmp_path / f"{preset}.xml", compress_to_fp16=False)
-        model = ov.Core().read_model(tmp_path / f"{preset}.xml")
-        check = PackedCheck(description.layers)
-        if check.layers:
-            model = rooted(check.tapped(model))
-        got = play(Runner(model, "CPU", EXACT_PROPERTIES), CALLS, 256, 0, check=check if check.layers else None)
-        lossy, past = [], 0
-        for call in CALLS:
-            past = 0 if call.reset else past
-            lossy.append(check.lossy(past))
-            past += call.tokens
-        same = [[one for one, old in zip(side, lossy, strict=True) if not old] for side in (original, got)]
-        assert compare(*same, len(description.layers)).relative <= TOLERANCE, preset
-        assert check.largest <= TOLERANCE, preset
-        assert any(lossy) == bool(check.layers) == (preset == "k6v4" and bool(description.full)), preset
+        packed = held(folder, tmp_path, original, pipeline.PRESETS[preset].on("cpu", load(folder)[1]))
+        assert packed == (preset == "k6v4" and bool(load(folder)[1].full)), preset
+
+
+def as_it_is(folder: Path) -> list[Played]:
+    """What the exported model says in CALLS."""
+    model, chosen = with_routers(io.load(folder))
+    return play(Runner(model, "CPU", EXACT_PROPERTIES), CALLS, 256, 0, chosen=chosen)
+
+
+def held(folder: Path, scratch: Path, original: list[Played], passes: Sequence[Pass]) -> bool:
+    """Hold the model with `passes` to the original, and its packed layers to numpy; whether any call read codes."""
+    model, description, _ = pipeline.run(*load(folder), passes)
+    ov.save_model(model, scratch / "some.xml", compress_to_fp16=False)
+    model = ov.Core().read_model(scratch / "some.xml")
+    check = PackedCheck(description.layers)
+    if check.layers:
+        model = rooted(check.tapped(model))
+    got = play(Runner(model, "CPU", EXACT_PROPERTIES), CALLS, 256, 0, check=check if check.layers else None)
+    lossy, past = [], 0
+    for call in CALLS:
+        past = 0 if call.reset else past
+        lossy.append(check.lossy(past))
+        past += call.tokens
+    same = [[one for one, old in zip(side, lossy, strict=True) if not old] for side in (original, got)]
+    assert compare(*same, len(description.layers)).relative <= TOLERANCE, passes
+    assert check.largest <= TOLERANCE, passes
+    assert any(lossy) == bool(check.layers), passes
+    return any(lossy)
+
+
+@pytest.mark.parametrize("basis", ["weights", "calibrated"])
+def test_a_single_kv_head_has_a_basis_of_its_own(basis: str, family: Callable[[str], Path], tmp_path: Path) -> None:
+    """It is one matrix for all heads, but no rotation, and another in each layer, for keys and for values."""
+    folder = family("smollm2")
+    assert {layer.kv_heads for layer in load(folder)[1].layers} == {1}
+    stats = tmp_path / "calibration.npz"
+    draw = np.random.RandomState(0)
+    calibrate(folder, draw.randint(0, 256, 300), draw.randint(0, 256, 60)).save(stats)
+    options = {"basis": basis, "calibration": str(stats) if basis == "calibrated" else ""}
+    original = as_it_is(folder)
+    for preset, target, codes in (("rotate", "cpu", False), ("k4v4", "cpu", True), ("k4v4", "gpu", True)):
+        passes = pipeline.with_basis(pipeline.PRESETS[preset].on(target, load(folder)[1]), options)
+        assert held(folder, tmp_path, original, passes) == codes, (preset, target)
+    if basis == "calibrated":
+        assert not held(folder, tmp_path, original, [CentreKeys(**options), RotateHeads(**options)])
 
 
 @pytest.mark.parametrize(

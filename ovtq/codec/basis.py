@@ -54,10 +54,10 @@ class HeadBasis:
         if np.abs(product - np.eye(d)).max() > 1e-4:
             raise ValueError("the inverse of a basis is not its inverse")
 
-    @property
+    @cached_property
     def shared(self) -> bool:
-        """Whether all heads have the same matrix."""
-        return len(self.matrix) == 1
+        """Whether it is one rotation of all heads, not a matrix of each, which a single KV head has, too."""
+        return len(self.matrix) == 1 and np.array_equal(self.inverse[0], self.matrix[0].T)
 
     @cached_property
     def dual(self) -> np.ndarray:
@@ -85,7 +85,7 @@ class HeadBasis:
 
     def by_query(self, tensor: np.ndarray, group: int) -> np.ndarray:
         """One of the matrices for each query head, `group` of which share a KV head."""
-        return tensor if self.shared else np.repeat(tensor, group, 0)
+        return tensor if len(tensor) == 1 else np.repeat(tensor, group, 0)
 
     def into(self, x: np.ndarray) -> np.ndarray:
         """x·matrix in f64; x (…, kv_heads, tokens, d), centred already."""

@@ -96,7 +96,7 @@ class FullCacheSpec(Codecs):
         """What `encode` multiplies with: heads of the keys of all `layers` first, then of their values, if packed."""
         which = [k for k, codec in enumerate((self.key, self.value)) if codec in codecs and codec]
         some = [self.bases[layer.index][k] for k in which for layer in layers]
-        if all(basis.shared for basis in some):
+        if all(basis.shared and np.array_equal(basis.matrix, some[0].matrix) for basis in some):
             return some[0].matrix[0]
         return np.concatenate([np.broadcast_to(b.matrix, (len(b.centre), *b.matrix.shape[1:])) for b in some])
 

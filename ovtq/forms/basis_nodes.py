@@ -6,6 +6,7 @@ import numpy as np
 from openvino import Node
 
 from ovtq.codec.basis import HeadBasis
+from ovtq.codec.rotation import digest
 from ovtq.forms.quantizer import by_batch
 from ovtq.ir.graph import f32
 
@@ -18,7 +19,7 @@ class Matrices:
     """
 
     def __init__(self) -> None:
-        self.shared: dict[tuple[int, ...], Node] = {}
+        self.shared: dict[tuple[str, bool], Node] = {}
 
     def forward(self, basis: HeadBasis) -> Node:
         """x ↦ x·matrix."""
@@ -35,7 +36,7 @@ class Matrices:
     def _of(self, basis: HeadBasis, tensor: np.ndarray, group: int, back: bool) -> Node:
         if not basis.shared:
             return f32(by_batch(basis.by_query(tensor.swapaxes(1, 2), group)))
-        known = (*tensor.shape, back)
+        known = (digest(tensor), back)
         if known not in self.shared:
             self.shared[known] = f32(tensor[0].T)
         return self.shared[known]
