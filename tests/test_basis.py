@@ -28,8 +28,9 @@ from ovtq.evidence.calibration import CALL, calibrate
 from ovtq.files import sha256
 from ovtq.forms.bases import Choice
 from ovtq.forms.cpu.full import FLUSH
-from ovtq.models import projections
+from ovtq.models import AttentionLayer, projections
 from ovtq.models.attention import projected
+from ovtq.models.rope import key_centre
 from ovtq.models.rope import rotated as turned
 from ovtq.passes import (
     CentreKeys,
@@ -171,21 +172,54 @@ def stats(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_moments_are_those_of_the_tensors() -> None:
-    """Gathered call by call, against numpy over all tokens at once."""
-    model, ids = Tapped(TINY["5.5"], ()), np.random.RandomState(0).randint(0, 256, 2 * CALL + 40)
-    _, inner, _ = model.step(ids[None], np.ones((1, len(ids)), np.int64), np.zeros(1, np.int32))
-    for layer, (query, key, value) in zip(model.layers, inner, strict=True):
-        some = calibration().layers[layer.index]
-        for which, x in (("key", key[0]), ("value", value[0])):
+    """Gathered text by text, against numpy over all at once; tokens weigh what the attention's own results say."""
+    ids = np.random.RandomState(0).randint(0, 256, 2 * CALL + 40)
+    pieces = []
+    for start in range(0, len(ids), CALL):
+        model, piece = Tapped(TINY["5.5"], ()), ids[None, start : start + CALL]
+        pieces.append(model.step(piece, np.ones(piece.shape, np.int64), np.zeros(1, np.int32))[1])
+    for at, layer in enumerate(model.layers):
+        some, inner = calibration().layers[layer.index], [piece[at] for piece in pieces]
+        weight = np.concatenate([_squared(layer, q[0], k[0]) for q, k, _ in inner], 1)
+        query, key, value = (np.concatenate([x[which][0] for x in inner], 1) for which in range(3))
+        for which, x in (("key", key), ("value", value)):
             x = x.astype(np.float64)
-            np.testing.assert_allclose(getattr(some, f"{which}_mean"), x.mean(1), atol=1e-5)
-            expected = np.stack([np.cov(head.T, bias=True) for head in x])
+            mean = np.stack([np.average(head, 0, w) for head, w in zip(x, weight, strict=True)])
+            np.testing.assert_allclose(getattr(some, f"{which}_mean"), mean, atol=1e-5)
+            expected = np.stack([np.cov(h.T, bias=True, aweights=w) for h, w in zip(x, weight, strict=True)])
             assert np.abs(getattr(some, f"{which}_covariance") - expected).max() < 1e-4 * np.abs(expected).max()
-            about = np.einsum("htd,hte->hde", x - 1, x - 1) / len(ids)
+            about = np.einsum("htd,hte,ht->hde", x - 1, x - 1, weight) / weight.sum(1)[:, None, None]
             assert np.abs(some.about(which, np.ones_like(x[:, 0])) - about).max() < 1e-4 * np.abs(about).max()
-        rows = query[0].reshape(layer.kv_heads, -1, layer.head_dim).astype(np.float64)
+        rows = query.reshape(layer.kv_heads, -1, layer.head_dim).astype(np.float64)
         expected = rows.swapaxes(1, 2) @ rows / rows.shape[1]
         assert np.abs(some.query - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def _squared(layer: AttentionLayer, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Σ p² over the queries of each key, (kv_heads, tokens), one query after the other."""
+    found = np.zeros(key.shape[:2])
+    for head in range(layer.query_heads):
+        kv_head, sink = head // layer.group, np.inf if layer.sinks is None else layer.sinks[head]
+        for at, q in enumerate(query[head].astype(np.float64)):
+            first = 0 if layer.window is None else max(at + 1 - layer.window, 0)
+            terms = np.exp(layer.scale * key[kv_head, first : at + 1] @ q - sink)
+            found[kv_head, first : at + 1] += (terms / (terms.sum() + (layer.sinks is not None))) ** 2
+    return found
+
+
+def test_what_loses_more_than_the_plain_rotation_is_left(stats: str, tmp_path: Path) -> None:
+    """By the held-out text: the balanced basis, the rotation about the mean, or the plain rotation about zero."""
+    found, graph = moments.load(Path(stats)), load(TINY["5.5"])
+    layer, spread, path = graph[1].full[0], orthogonal(D, 0), tmp_path / "other.npz"
+    for errors, centred, balanced_ in (([3, 2, 1], True, True), ([3, 1, 2], True, False), ([1, 2, 3], False, False)):
+        told = {f"{which}_errors": np.array(errors, np.float32) for which in ("key", "value")}
+        layers = {at: dataclasses.replace(some, **told) for at, some in found.layers.items()}
+        dataclasses.replace(found, layers=layers).save(path)
+        pair = Choice("calibrated", "auto", str(path)).of(graph[0], [layer], (spread, spread))[layer.index]
+        assert [basis.shared for basis in pair] == [not balanced_] * 2
+        assert pair.value.centre.any() == centred
+        bias = key_centre(graph[0], layer, "bias")
+        np.testing.assert_array_equal(pair.key.centre, found.layers[layer.index].key_mean if centred else bias)
 
 
 def test_a_file_of_statistics_is_read_as_it_was_written(stats: str, tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def work(options: argparse.Namespace, console: Console, errors: Console) -> None
     io.check_outputs({"--output": output}, (), [options.text])
     ids, held = texts(options.model_dir, options.text, options.tokens)
     with progress(errors) as bars, phase(bars, "calls", calls(len(ids), len(held))) as tick:
-        found = calibrate(options.model_dir, ids, held, options.device, tick)
+        found = calibrate(options.model_dir, ids, held, options.device, tick, Tokenizer(options.model_dir).begin)
     found.save(output)
     console.print(f"{found.tokens:,} tokens, {found.held:,} more to compare: {output}, sha256 {files.sha256(output)}")
     show(console, found)
@@ -78,6 +78,7 @@ def show(console: Console, found: Calibration) -> None:
     for which in ("key", "value"):
         gains = []
         for index, some in found.layers.items():
-            _, plain, best = getattr(some, f"{which}_errors")
-            gains.append(f"{index}: {plain / best:.2f}" + ("" if some.pays(which) else " (rotation stays)"))
+            plain, _, best = getattr(some, f"{which}_errors")
+            stays = ("rotation stays", "rotation about the mean", "")[some.best(which)]
+            gains.append(f"{index}: {plain / best:.2f}" + (f" ({stays})" if stays else ""))
         console.print(f"{which}s, error of the rotation over that of the balanced basis, by layer: {', '.join(gains)}")

@@ -16,17 +16,19 @@ from ovtq import archives
 from ovtq.errors import InputError
 
 NAME = "calibration.npz"  # in a model's folder
-FORM = 1  # of the file
+FORM = 2  # of the file: 1 had all tokens weigh the same
 
 
 @dataclass(frozen=True, eq=False)
 class Moments:
     """Of one layer, where its tensors enter the attention (after RoPE); H = kv_heads, d = head_dim.
 
-    `query` is E[qᵀq] over the query heads that share a KV head, `output` the Gram matrix W·Wᵀ of the output
-    projection's rows that their results meet. Errors are of 4-bit codes of text that the moments do not know: mean
-    squares of a score in nats², about the mean over the keys, and of what a value adds to the residual stream. They are
-    of the plain rotation about zero, of the same about the mean, and of the balanced basis about the mean; or empty.
+    Means and covariances of keys and values are weighted by how much of an error there reaches the result (see
+    `ovtq.evidence.calibration.attended`). `query` is E[qᵀq] over the query heads that share a KV head, `output` the
+    Gram matrix W·Wᵀ of the output projection's rows that their results meet. Errors are of 4-bit codes of text that the
+    moments do not know: mean squares of a score in nats², about the mean over the keys, and of what a value adds to the
+    residual stream, weighted likewise. They are of the plain rotation about zero, of the same about the mean, and of
+    the balanced basis about the mean; or empty.
     """
 
     key_mean: np.ndarray  # (H, d)
@@ -48,10 +50,14 @@ class Moments:
         """What keys, or values, are multiplied with: E[qᵀq], or the output's Gram matrix, (H, d, d) f64."""
         return (self.query if which == "key" else self.output).astype(np.float64)
 
+    def best(self, which: str) -> int:
+        """What is known to lose least: the plain rotation (0), that about the mean (1), or the balanced basis (2)."""
+        errors = getattr(self, f"{which}_errors")
+        return int(np.argmin(errors)) if errors.size else 2
+
     def pays(self, which: str) -> bool:
         """Whether, as far as is known, the balanced basis loses less than the plain rotation."""
-        errors = getattr(self, f"{which}_errors")
-        return not errors.size or bool(errors[2] < errors[1])
+        return self.best(which) == 2
 
 
 @dataclass(frozen=True, eq=False)

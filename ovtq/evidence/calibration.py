@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,12 +26,18 @@ EVERY = 8  # of these queries one is scored against the keys of its call
 
 
 def calibrate(
-    model_dir: Path, ids: np.ndarray, held: np.ndarray, device: str = "CPU", tick: Callable[[], None] = lambda: None
+    model_dir: Path,
+    ids: np.ndarray,
+    held: np.ndarray,
+    device: str = "CPU",
+    tick: Callable[[], None] = lambda: None,
+    begin: int | None = None,
 ) -> Calibration:
     """Run a model as exported over a text, ids (tokens,), then over `held` (tokens,), to see which basis loses less.
 
-    In calls of CALL tokens, at f32 on a CPU; `tick` is called behind each. In memory are the sums alone: of each KV
-    head four matrices of head_dim². Raises InputError for a converted model, UnsupportedModel for one not understood.
+    In texts of CALL tokens, each from an empty cache and behind the token `begin`, if there is one, at f32 on a CPU;
+    `tick` is called behind each. In memory are the sums alone: of each KV head four matrices of head_dim². Raises
+    InputError for a converted model, UnsupportedModel for one not understood.
     """
     model = io.load(model_dir)
     if io.stamp_of(model):
@@ -42,16 +48,17 @@ def calibrate(
     read = ov.Model(taps, model.get_sinks(), model.get_parameters())
     runner = Runner(read, device, EXACT_PROPERTIES if device == "CPU" else {})
     sums = [_Sums(layer) for layer in layers]
-    for start in range(0, len(ids), CALL):
-        runner.step(ids[None, start : start + CALL])
+    for text in _texts(ids, begin):
+        runner.reset()
+        runner.step(text)
         for at, some in enumerate(sums):
             some.add(*_tensors(runner, at))
         tick()
     found = [some.moments(output) for some, output in zip(sums, outputs, strict=True)]
     probes = [_Probe(layer, some) for layer, some in zip(layers, found, strict=True)]
-    runner.reset()
-    for start in range(0, len(held), CALL):
-        runner.step(held[None, start : start + CALL])
+    for text in _texts(held, begin):
+        runner.reset()
+        runner.step(text)
         for at, probe in enumerate(probes):
             probe.add(*_tensors(runner, at))
         tick()
@@ -67,6 +74,33 @@ def calls(tokens: int, held: int) -> int:
     return -(-tokens // CALL) + -(-held // CALL)
 
 
+def _texts(ids: np.ndarray, begin: int | None) -> Iterator[np.ndarray]:
+    """Pieces of a text, (1, tokens), each behind the token that begins one."""
+    for start in range(0, len(ids), CALL):
+        piece = ids[None, start : start + CALL]
+        yield piece if begin is None else np.insert(piece, 0, begin, axis=1)
+
+
+def attended(layer: AttentionLayer, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Σ p² over the queries of a text that share a KV head, of each of its keys, (kv_heads, tokens).
+
+    So much of a squared error of a score, or of a value, reaches the result of the attention. Most of it is the first
+    token's, where heads that have nothing to say look (attention sinks): what is lost of that is the same at every
+    position, and nothing averages it out.
+    """
+    H, T = key.shape[:2]
+    scores = layer.scale * query.reshape(H, -1, T, query.shape[-1]) @ key[:, None].swapaxes(2, 3)
+    seen = np.tril(np.ones((T, T), bool))
+    if layer.window is not None:
+        seen &= ~np.tril(seen, -layer.window)
+    scores = np.where(seen, scores, -np.inf)
+    top = scores.max(-1, keepdims=True)
+    total = np.exp(scores - top).sum(-1, keepdims=True)
+    if layer.sinks is not None:
+        total += np.exp(layer.sinks.reshape(H, -1, 1, 1) - top)
+    return ((np.exp(scores - top) / total) ** 2).sum((1, 2))
+
+
 def _tensors(runner: Runner, layer: int) -> tuple[np.ndarray, ...]:
     """Queries, keys and values of a call, (heads, tokens, d) f64."""
     outputs = (runner.request.get_output_tensor(3 * layer + which) for which in range(3))
@@ -79,26 +113,30 @@ class _Sums:
 
     def __init__(self, layer: AttentionLayer) -> None:
         H, d = layer.kv_heads, layer.head_dim
-        self.group, self.count = layer.group, 0
+        self.layer, self.count = layer, 0
         self.query = np.zeros((H, d, d))
         self.origins: list[np.ndarray] = []
-        self.firsts, self.seconds = np.zeros((2, H, 1, d)), np.zeros((2, H, d, d))
+        self.weight, self.firsts, self.seconds = np.zeros(H), np.zeros((2, H, 1, d)), np.zeros((2, H, d, d))
 
     def add(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> None:
-        """A call's."""
+        """A text's."""
         self.origins = self.origins or [x.mean(1, keepdims=True) for x in (key, value)]
         rows = query.reshape(len(key), -1, query.shape[-1])
-        self.query += rows.swapaxes(1, 2) @ rows / self.group
+        self.query += rows.swapaxes(1, 2) @ rows / self.layer.group
+        weight = attended(self.layer, query, key)
         for which, x in enumerate((key, value)):
             away = x - self.origins[which]
-            self.firsts[which] += away.sum(1, keepdims=True)
-            self.seconds[which] += away.swapaxes(1, 2) @ away
+            of_weight = away * weight[..., None]
+            self.firsts[which] += of_weight.sum(1, keepdims=True)
+            self.seconds[which] += of_weight.swapaxes(1, 2) @ away
+        self.weight += weight.sum(1)
         self.count += key.shape[1]
 
     def moments(self, output: np.ndarray) -> Moments:
         """What they come to."""
-        away = self.firsts / self.count
-        covariances = self.seconds / self.count - away.swapaxes(2, 3) @ away
+        total = self.weight[:, None, None]
+        away = self.firsts / total
+        covariances = self.seconds / total - away.swapaxes(2, 3) @ away
         key, value = ((origin + mean)[:, 0] for origin, mean in zip(self.origins, away, strict=True))
         nothing = np.zeros(0)
         return Moments(key, covariances[0], value, covariances[1], self.query / self.count, output, nothing, nothing)
@@ -116,18 +154,20 @@ class _Probe:
             return [rotated(spread, 0 * mean), rotated(spread, mean), best]
 
         self.bases = three("key", some.key_mean), three("value", some.value_mean)
-        self.errors, self.count = np.zeros((2, 3)), 0
+        self.errors, self.count = np.zeros((2, 3)), 0.0
 
     def add(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> None:
-        """A call's."""
+        """A text's."""
         rows = self.layer.scale * query.reshape(len(key), -1, query.shape[-1])[:, ::EVERY]
+        weight = attended(self.layer, query, key)
         for number, basis in enumerate(self.bases[0]):
             lost = rows @ self._error(basis, key).swapaxes(1, 2)
-            self.errors[0, number] += np.var(lost, 2).mean() * key.shape[1]
+            lost -= (lost * weight[:, None]).sum(-1, keepdims=True) / weight.sum(-1)[:, None, None]
+            self.errors[0, number] += np.einsum("hqt,ht->", lost**2, weight) / rows.shape[1]
         for number, basis in enumerate(self.bases[1]):
             lost = self._error(basis, value)
-            self.errors[1, number] += np.einsum("htd,hde,hte->", lost, self.moments.output, lost) / len(value)
-        self.count += key.shape[1]
+            self.errors[1, number] += np.einsum("htd,hde,hte,ht->", lost, self.moments.output, lost, weight)
+        self.count += weight.sum()
 
     def _error(self, basis: HeadBasis, x: np.ndarray) -> np.ndarray:
         centred = x - basis.centre[:, None]

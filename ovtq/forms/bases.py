@@ -100,7 +100,10 @@ class Choice:
         nothing = np.zeros((layer.kv_heads, layer.head_dim), np.float32)
         if self.centred_by == "mean" and known is not None:
             taken = nothing if layer.key_taken is None else layer.key_taken
-            return known.key_mean - taken, known.value_mean
+            value = known.value_mean if known.best("value") else nothing
+            if known.best("key"):
+                return known.key_mean - taken, value
+            return (key_centre(model, layer, "bias") if layer.key_taken is None else nothing), value
         return key_centre(model, layer, self.centred_by), nothing
 
     def _of(
