@@ -65,8 +65,8 @@ def calibrate(
     runner.close()
     made = {layer.index: probe.judged() for layer, probe in zip(layers, probes, strict=True)}
     numbers = np.ascontiguousarray(np.concatenate([ids, held]), np.int64)
-    text = hashlib.sha256(numbers.tobytes()).hexdigest()
-    return Calibration(made, len(ids), len(held), text, io.text_sha256(io.model_xml(model_dir)))
+    read_as = hashlib.sha256(numbers.tobytes()).hexdigest()
+    return Calibration(made, len(ids), len(held), read_as, io.text_sha256(io.model_xml(model_dir)))
 
 
 def calls(tokens: int, held: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ovtq import pipeline
+from ovtq import files, pipeline
 from ovtq.codec import moments
 from ovtq.errors import InputError, VerificationFailed
 from ovtq.ir import io
@@ -25,10 +25,10 @@ def passes_of(folder: Path, *others: Path) -> tuple[Pass, ...]:
         if step["name"] not in PASSES:
             raise InputError(f"{folder}: made with a pass {step['name']!r} that this ovtq does not know")
     wanted = {step["facts"]["statistics"]["sha256"] for step in steps if "statistics" in step.get("facts", {})}
-    files = [path for some in (folder, *others) if wanted and (path := some / moments.NAME).is_file()]
-    same = [path.parent for path in files if {moments.digest(path)} == wanted]
-    if files and not same:
-        raise InputError(f"{files[0]}: not the statistics that the model was made with")
+    found = [path for some in (folder, *others) if wanted and (path := some / moments.NAME).is_file()]
+    same = [path.parent for path in found if {files.sha256(path)} == wanted]
+    if found and not same:
+        raise InputError(f"{found[0]}: not the statistics that the model was made with")
     where = same[0] if same else folder
     return tuple(
         PASSES[step["name"]].parse({name: str(value) for name, value in step["options"].items()}).at(where)

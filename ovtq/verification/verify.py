@@ -310,7 +310,6 @@ def _at_f32(
     calls: Sequence[Call],
     original: list[Played],
     converted: list[Played],
-    otherwise: Callable[[], list[Played]],
     check: PackedCheck,
     extent: Scope,
     device: str,
