@@ -497,6 +497,7 @@ def test_a_router_tie_is_seen() -> None:
     logits = np.array([[3, 1, 2, 1], [3, 1, 2, 2 - 1e-7], [1, 1, 0, 3]], np.float32)
     assert undecided(logits, 2).tolist() == [False, True, True]
     assert undecided(logits, 1).tolist() == [False, False, False]
+    assert undecided(logits, 4).tolist() == [False, False, False]  # all are chosen
 
 
 def test_not_a_number_never_passes() -> None:

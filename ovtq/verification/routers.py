@@ -31,6 +31,11 @@ def _count(router: Node) -> int:
 
 
 def undecided(router: np.ndarray, chosen: int) -> np.ndarray:
-    """Where the last expert chosen and the first one left out, of (positions, experts), are within rounding."""
+    """Where the last expert chosen and the first one left out, of (positions, experts), are within rounding.
+
+    Nowhere if all are chosen.
+    """
+    if chosen == router.shape[-1]:
+        return np.zeros(len(router), bool)
     ordered = np.sort(router, axis=-1)[:, ::-1]
     return ordered[:, chosen - 1] - ordered[:, chosen] <= ROUTER_TIE * np.abs(router).max(-1)

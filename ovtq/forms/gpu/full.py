@@ -208,7 +208,16 @@ class GpuFull:
             (Decode(*shared, far, near), lambda read: One(self._decode(layer, read))),
             ("prefill", "decode"),
         )
-        return op.reshape(context.value, i64([0, layer.query_heads, -1, layer.head_dim]), True)
+        return self._whole(layer, context.value)
+
+    def _whole(self, layer: AttentionLayer, context: Output) -> Node:
+        """What the If gives, its rows in order.
+
+        By lengths that are computed. The CPU plugin prepares all that follows an If, up to what depends on data, before
+        it runs any of it, and knows only of what such a node has read that it must outlive that (P59).
+        """
+        pattern = [self.columns.batch, i64([layer.query_heads]), self.columns.new, i64([layer.head_dim])]
+        return op.reshape(context, op.concat(pattern, 0), False)
 
     def _masks(self, far: Output) -> tuple[Output, One | Limits]:
         """What a decode step adds to the scores of recent columns, and what tells a prefill which columns are seen.
