@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -265,7 +264,7 @@ def verify(
         if calibration is not None:
             others.append(Path(scratch) / "statistics")
             others[-1].mkdir()
-            shutil.copyfile(_statistics(Path(calibration)), others[-1] / moments.NAME)
+            files.copy(_statistics(Path(calibration)), others[-1] / moments.NAME)
         return child.call("ovtq.verification.recheck", "recheck", first, other, device, *others)
 
 

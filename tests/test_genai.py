@@ -314,7 +314,7 @@ def test_nothing_grows_but_the_states_in_ten_thousand_tokens(convert: Callable[.
     print(done.stdout)
     rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert [past for past, *_ in rows] == [2000, 4000, 6000, 8000, 10_000]
-    assert rows[-1][3] > 1000  # it went on to write
+    assert rows[-1][3] > 500  # it went on to write
     layers, kv_heads, flat = 3, 2, 4 * 64 * 2 * 2 * 3 * (127 + 1 + 64 + FLUSH - 1)
     for past, resident, states, _ in rows:
         packed = max(past - 64, 0) // FLUSH * FLUSH

@@ -175,6 +175,10 @@ OF_MODULES = {
 # By file and call: why it may.
 FREE = {
     ("ovtq/child.py", "load"): "messages of our own process, through a pipe",
+    (
+        "ovtq/evidence/divergence.py",
+        "open",
+    ): "logits of a reference, gigabytes that are mapped; damaged ones are refused",
     ("ovtq/evidence/divergence.py", "memmap"): "of a file that vanishes, which disk.scratch made",
     ("ovtq/codec/kernel_layout.py", "read_text"): "a part of the package",
 }
