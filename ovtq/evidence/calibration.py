@@ -166,7 +166,7 @@ class _Probe:
             self.errors[0, number] += np.einsum("hqt,ht->", lost**2, weight) / rows.shape[1]
         for number, basis in enumerate(self.bases[1]):
             lost = self._error(basis, value)
-            self.errors[1, number] += np.einsum("htd,hde,hte,ht->", lost, self.moments.output, lost, weight)
+            self.errors[1, number] += np.einsum("hte,hte,ht->", lost @ self.moments.output, lost, weight)
         self.count += weight.sum()
 
     def _error(self, basis: HeadBasis, x: np.ndarray) -> np.ndarray:
