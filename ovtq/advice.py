@@ -1,7 +1,7 @@
 """Which preset to take: decided here alone, by what a model's attention is.
 
 With sinks by what was measured of GPT-OSS (docs/benchmarks, docs/evidence.md). Without, by what each plugin fuses, and
-quality by one model (docs/evidence.md): no times were taken there.
+quality by models with real weights (docs/benchmarks/real-models.md): no times were taken there.
 """
 
 from __future__ import annotations
@@ -49,6 +49,18 @@ def advise(description: ModelDescription, target: str) -> Advice:
             "step, which is slower than the exported model until texts are longer than that"
         )
     return Advice("u8", reason)
+
+
+BY_TEXT = "in the bases and about the means that calibration.npz has of a text, in which it loses less again"
+
+
+def gains_by_text(description: ModelDescription, found: Advice) -> bool:
+    """Whether a preset is to take statistics of a text that lie beside the model.
+
+    Where something is quantised, and the attention has no sinks: there it was measured of models with real weights
+    (docs/benchmarks/real-models.md).
+    """
+    return not description.sinks and found.preset != "exact"
 
 
 def attention_of(description: ModelDescription) -> str:

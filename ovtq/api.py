@@ -119,12 +119,13 @@ def compress(
     conversion.refuse_converted("the model", graph)
     copy = graph.clone()  # passes reuse the nodes of what they are given
     description = described(copy, facts)
-    options, _ = options.settled(description)
+    folder = _folder_of(config) if isinstance(config, str | Path) else None
+    options, _ = options.settled(description, folder is not None and (folder / moments.NAME).is_file())
     items = options.chosen(description=description)
     if any(isinstance(item, QuantizeKv) and item.kernels for item in items):
         raise InputError("kernels are files beside a model, which is written for them: use ovtq.convert")
-    if isinstance(config, str | Path):
-        items = tuple(item.at(_folder_of(config)) for item in items)
+    if folder is not None:
+        items = tuple(item.at(folder) for item in items)
     made = conversion.rewrite(copy, description, options, items)
     conversion.stamp(made)
     if isinstance(model, ov.Model):

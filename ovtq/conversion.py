@@ -15,6 +15,7 @@ import openvino as ov
 
 from ovtq import __version__, files, pipeline, staging, states, whereabouts
 from ovtq import card as model_card
+from ovtq.codec import moments
 from ovtq.codec.kernel_layout import CONFIG, FOLDER
 from ovtq.errors import InputError, UnsupportedModel, scarcity
 from ovtq.ir import cache, io
@@ -166,7 +167,7 @@ def convert(
     config = io.load_config(model_dir)
     with _foreseen(model_dir):
         description = describe(model, config)
-    options, advice = options.settled(description)
+    options, advice = options.settled(description, (model_dir / moments.NAME).is_file())
     passes = tuple(item.at(model_dir) for item in options.chosen(wording, description))
     device = _device(passes, checks.verify_device) if checks.verify else None
     tick()

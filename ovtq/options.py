@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ovtq import pipeline
-from ovtq.advice import Advice
+from ovtq.advice import BY_TEXT, Advice, gains_by_text
 from ovtq.automatic import AUTO, PACKED, choose
 from ovtq.errors import InputError
 from ovtq.forms.table import TARGETS
@@ -70,11 +70,17 @@ class Options:
         settings = self.settings if isinstance(self.settings, Mapping) else {}
         return bool(self._given((*PACKING, *PRUNING))) or bool({QuantizeKv.name, PruneKv.name} & {*settings})
 
-    def settled(self, description: ModelDescription) -> tuple[Options, Advice | None]:
-        """These options with a preset in the place of `auto`, and why that one; None if another was named."""
+    def settled(self, description: ModelDescription, calibrated: bool = False) -> tuple[Options, Advice | None]:
+        """These options with a preset in the place of `auto`, and why that one; None if another was named.
+
+        `calibrated`: statistics of a text lie beside the model, which are used if no other basis is asked for.
+        """
         if self.named != AUTO:
             return self, None
         found = choose(description, self.target, self.packs)
+        if calibrated and self.basis is None and gains_by_text(description, found):
+            found = replace(found, reason=f"{found.reason}; {BY_TEXT}")
+            return replace(self, preset=found.preset, basis="calibrated"), found
         return replace(self, preset=found.preset), found
 
     def refuse_bad(self, wording: Wording = PROGRAM) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -54,6 +55,22 @@ def test_options_of_packed_caches_decide(options: dict, target: str) -> None:
     assert settled.preset == "k6v4"
     assert settled.chosen()
     assert advice is automatic.PACKED
+
+
+def test_statistics_beside_a_model_are_used_where_they_were_measured_to_gain() -> None:
+    """Of a model without sinks whose cache is quantised; not where another basis is asked for."""
+    oss = gpt_oss()
+    plain = oss.with_layers({layer.index: dataclasses.replace(layer, sinks=None) for layer in oss.layers})
+    taken, advice = Options().settled(plain, calibrated=True)
+    assert (taken.preset, taken.basis) == ("u8", "calibrated")
+    assert advice is not None
+    assert "calibration.npz" in advice.reason
+    assert Options().settled(plain)[0].basis is None
+    assert Options(basis="rotation").settled(plain, calibrated=True)[0].basis == "rotation"
+    assert Options(preset="u8").settled(plain, calibrated=True)[0].basis is None
+    assert Options(target="cpu").settled(plain, calibrated=True)[0].preset == "exact"
+    assert Options(target="cpu").settled(plain, calibrated=True)[0].basis is None
+    assert Options().settled(oss, calibrated=True)[0].basis is None
 
 
 def test_what_is_named_is_taken() -> None:
