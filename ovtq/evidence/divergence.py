@@ -103,7 +103,7 @@ class Reference:
             tick()
         if keep:
             self.logits.flush()
-            _label(keep).write_text(json.dumps({"made": made, "shape": self.logits.shape}), encoding="utf-8")
+            files.write(_label(keep), json.dumps({"made": made, "shape": self.logits.shape}))
 
     @classmethod
     def read(cls, path: Path, text: Text, made: str) -> Reference | None:
