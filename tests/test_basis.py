@@ -24,7 +24,7 @@ from ovtq.codec.moments import Calibration
 from ovtq.codec.packed_attention import PackedAttention
 from ovtq.codec.rotation import orthogonal, randomized_hadamard
 from ovtq.errors import InputError, PreconditionFailed
-from ovtq.evidence.calibration import CALL, calibrate
+from ovtq.evidence.calibration import CALL, attended, calibrate
 from ovtq.files import sha256
 from ovtq.forms.bases import Choice
 from ovtq.forms.cpu.full import FLUSH
@@ -180,7 +180,10 @@ def test_moments_are_those_of_the_tensors() -> None:
         pieces.append(model.step(piece, np.ones(piece.shape, np.int64), np.zeros(1, np.int32))[1])
     for at, layer in enumerate(model.layers):
         some, inner = calibration().layers[layer.index], [piece[at] for piece in pieces]
-        weight = np.concatenate([_squared(layer, q[0], k[0]) for q, k, _ in inner], 1)
+        plain = dataclasses.replace(layer, sinks=None)  # with sinks all tokens weigh the same
+        q, k = (x[0, :, :40].astype(np.float64) for x in inner[0][:2])
+        np.testing.assert_allclose(attended(plain, q, k), _squared(plain, q, k), rtol=1e-6)
+        weight = np.ones((layer.kv_heads, len(ids)))
         query, key, value = (np.concatenate([x[which][0] for x in inner], 1) for which in range(3))
         for which, x in (("key", key), ("value", value)):
             x = x.astype(np.float64)
@@ -199,11 +202,11 @@ def _squared(layer: AttentionLayer, query: np.ndarray, key: np.ndarray) -> np.nd
     """Σ p² over the queries of each key, (kv_heads, tokens), one query after the other."""
     found = np.zeros(key.shape[:2])
     for head in range(layer.query_heads):
-        kv_head, sink = head // layer.group, np.inf if layer.sinks is None else layer.sinks[head]
+        kv_head = head // layer.group
         for at, q in enumerate(query[head].astype(np.float64)):
             first = 0 if layer.window is None else max(at + 1 - layer.window, 0)
-            terms = np.exp(layer.scale * key[kv_head, first : at + 1] @ q - sink)
-            found[kv_head, first : at + 1] += (terms / (terms.sum() + (layer.sinks is not None))) ** 2
+            terms = np.exp(layer.scale * key[kv_head, first : at + 1] @ q)
+            found[kv_head, first : at + 1] += (terms / terms.sum()) ** 2
     return found
 
 

