@@ -55,7 +55,7 @@ def twice(xml: Path, batch: int, properties: Mapping[str, str]) -> list[list[np.
     "options",
     [
         "k6v4 --target gpu",
-        "k6v4 --target cpu",
+        pytest.param("k6v4 --target cpu", marks=pytest.mark.slow),
         *(
             pytest.param(f"{preset} --target {target}", marks=pytest.mark.slow)
             for preset in ("exact", "u8", "k6v4 --budget 128", "exact --budget 128")
