@@ -15,6 +15,7 @@ import argparse
 import os
 import resource
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -78,6 +79,7 @@ def main() -> None:
     p.add_argument("--megabytes", type=int, default=1024, metavar="N", help="(default: %(default)s)")
     p.add_argument("--folder", type=Path, default=Path(), help="where to write (default: here)")
     options, more = p.parse_known_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it wrote goes, too
     with tempfile.TemporaryDirectory(prefix="ovtq-", dir=options.folder) as place:
         ways = variants(Path(place))
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
