@@ -210,11 +210,10 @@ def convert(
                 xml, seed, ready = folder / source.name, checks.verify_seed, written.wait_for
                 found = verify(source, xml, layers, device, seed, extent, checked, ready)
                 kept = kept_precision(xml, layers, device, extent, ready)
-                facts = dataclasses.asdict(found)
                 record["verified"] = {
                     "device": device,
                     "experts": not extent.joins,
-                    **facts,
+                    **dataclasses.asdict(found),
                     "cache_precision": kept,
                 }
             whereabouts.at("copying its weights")

@@ -100,7 +100,7 @@ class RotateHeads(BasisPass):
 
     def _told(self, bases: dict[int, LayerBases]) -> dict[str, object]:
         found = told(self.choice, bases)
-        return {name: found[name] for name in ("balanced", "condition", "statistics") if name in found}
+        return {name: found[name] for name in ("balanced", "condition", "calibration") if name in found}
 
     def ensures(self, rewrite: Rewrite) -> None:
         """What enters the attention comes from a MatMul, and what it gives goes to one and nowhere else."""

@@ -442,7 +442,7 @@ def test_convert_finds_the_statistics_verifies_and_records(stats: str, tmp_path:
     step = next(step for step in record["passes"] if step["name"] == "quantize-kv")
     assert step["options"]["basis"] == "calibrated"
     assert step["options"]["calibration"] == ""
-    assert step["facts"]["statistics"]["sha256"] == sha256(Path(stats))
+    assert step["facts"]["calibration"]["sha256"] == sha256(Path(stats))
     assert sha256(tmp_path / "out" / moments.NAME) == sha256(Path(stats))
 
 

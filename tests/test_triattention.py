@@ -16,6 +16,7 @@ from test_passes import Tapped, applied
 from test_prune_kv import EXACT, FLAGS, SMALL
 
 from ovtq.cli.convert import main
+from ovtq.codec import moments
 from ovtq.errors import InputError, PreconditionFailed, UnsupportedModel, VerificationFailed
 from ovtq.files import sha256
 from ovtq.forms.pruning import SHOWN
@@ -26,7 +27,7 @@ from ovtq.models.rope import frequencies
 from ovtq.passes import PruneKv, RotateHeads
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 from ovtq.states import SCORE
-from ovtq.verification.recheck import recheck
+from ovtq.verification.recheck import passes_of, recheck
 
 sys.path.insert(0, str(ROOT / "tools"))
 import calibrate_triattention as tool
@@ -180,6 +181,15 @@ def test_converting_takes_the_statistics_along(converted: Path) -> None:
     assert step["facts"]["statistics"]["sha256"] == sha256(converted / NAME) == sha256(queries.folder() / NAME)
     assert step["facts"]["statistics"]["tokens"] == 1200
     assert record["verified"]["packed"]["pruned"] > 48
+
+
+def test_statistics_of_another_kind_beside_it_are_not_taken_for_its_own(converted: Path, tmp_path: Path) -> None:
+    """Those of ovtq-calibrate, in the model's folder or in its own."""
+    model, copy = (Path(shutil.copytree(some, tmp_path / some.name)) for some in (TINY["5.5"], converted))
+    (model / moments.NAME).write_bytes(b"of a text")
+    (copy / moments.NAME).write_bytes(b"of another")
+    for folder, others in ((converted, (model,)), (copy, ())):
+        assert [item.score for item in passes_of(folder, *others) if isinstance(item, PruneKv)] == ["triattention"]
 
 
 @pytest.mark.slow

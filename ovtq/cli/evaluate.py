@@ -41,7 +41,7 @@ from ovtq.cli.evaluate_tables import show, show_head
 from ovtq.errors import InputError, VerificationFailed
 from ovtq.evidence import needles
 from ovtq.evidence.candidates import Candidate, Subject, as_hosts_load, look, open_candidate, parse
-from ovtq.evidence.divergence import Reference, cut
+from ovtq.evidence.divergence import Reference, cut, kept_at
 from ovtq.forms.pruning import counted
 from ovtq.ir import io
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner, check_device
@@ -54,8 +54,8 @@ Measured = tuple[dict[str, Any], list[list[int]], list[str]]  # see Evaluation.m
 SAME = 10  # a mean KLD of so many noise floors is still none
 LEAST_FLOOR = 1e-15
 GREEDY_PROMPT = 256  # tokens of text that a greedy continuation begins with
-READ = "device text_sha256 windows window chunk versions".split()  # noqa: SIM905  what decides the reference's logits
-# what decides what a row says
+# what decides the reference's logits, and what a row says
+READ = "device text_sha256 windows window chunk versions".split()  # noqa: SIM905
 SETTINGS = "device text_sha256 windows window chunk asked greedy verified max_kld versions ovtq".split()  # noqa: SIM905
 
 
@@ -119,9 +119,7 @@ def parser() -> Parser:
         "--read-chunk", type=positive, default=256, metavar="N", help="tokens per call (default: %(default)s)"
     )
     stacks.add_argument("--seed", type=int, default=0, metavar="N", help="of the haystacks (default: 0)")
-    p.add_argument(
-        "--greedy", type=count, default=8, metavar="N", help="texts continued greedily (default: 8; 0: none)"
-    )
+    p.add_argument("--greedy", type=count, default=8, metavar="N", help="greedy continuations (default: 8; 0: none)")
     p.add_argument(
         "--greedy-tokens", type=positive, default=64, metavar="N", help="of each text (default: %(default)s)"
     )
@@ -345,7 +343,8 @@ def _check(options: argparse.Namespace, candidates: Sequence[Candidate]) -> None
     if options.jobs > 1 and not options.device.startswith("CPU"):
         raise InputError("--jobs: several rows at a time share the cores of a CPU; leave it out for other devices")
     folders = [options.model_dir, *(candidate.folder for candidate in candidates)]
-    io.check_outputs({"--json": options.json, "--report": options.report}, folders, [options.text])
+    outputs = {"--json": options.json, "--report": options.report, **kept_at(options.reference)}
+    io.check_outputs(outputs, folders, [options.text])
     if options.report:
         report.check()
     for candidate in candidates:

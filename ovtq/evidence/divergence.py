@@ -93,8 +93,8 @@ class Reference:
             advice = "name another --reference FILE" if keep else "set TMPDIR"
             raise InputError(f"{where}: no space for the reference's logits ({needed >> 20} MiB); {advice}")
         self.text, self.kept = text, keep
-        if keep:
-            _label(keep).unlink(missing_ok=True)  # until the logits are whole
+        if keep:  # it is ours from here on, and not whole yet
+            files.write(_label(keep), json.dumps({"made": None}))
         self.file = keep.open("w+b") if keep else disk.scratch(folder)
         weakref.finalize(self, self.file.close)
         self.logits = np.memmap(self.file, np.float32, "w+", shape=(*text.ids.shape, subject.vocabulary))
@@ -113,11 +113,15 @@ class Reference:
         told = files.read_json(_label(path))
         if not isinstance(told, dict) or told.get("made") != made:
             return None
+        files.check_regular(path)
         found = cls.__new__(cls)
         try:
             found.__setstate__({"text": text, "name": str(path), "kept": path, "shape": tuple(told["shape"])})
-        except (OSError, ValueError, LookupError, TypeError):
-            raise InputError(f"{path}: damaged logits of a reference; delete the file") from None
+            whole = found.logits.ndim == 3 and found.logits.shape[:2] == text.ids.shape
+        except (OSError, ValueError, LookupError, TypeError, OverflowError):
+            whole = False
+        if not whole:
+            raise InputError(f"{path}: damaged logits of a reference; delete it, and {_label(path).name}")
         return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -164,8 +168,20 @@ class Reference:
         }
 
 
+def kept_at(path: Path | None) -> dict[str, Path]:
+    """The files of a reference's logits that are kept, by the option that names them.
+
+    Raises InputError if something else has the name: nothing tells that it may be lost.
+    """
+    if path is None:
+        return {}
+    if path.exists() and not _label(path).is_file():
+        raise InputError(f"--reference {path}: holds no logits that ovtq-eval kept; choose another name")
+    return {"--reference": path, "--reference, beside it": _label(path)}
+
+
 def _label(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
+    return path.with_name(f"{path.name}.logits.json")
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -21,9 +21,8 @@ from ovtq.models.description import AttentionLayer
 from ovtq.models.rope import key_centre, norms
 
 KINDS = ("rotation", "weights", "calibrated")
-ALIKE = (
-    0.25  # of a Gram matrix: what the rounding of weights to 4 bits leaves of a layer is nearer, another layer is not
-)
+# Of a Gram matrix: what the rounding of weights to 4 bits leaves of a layer is nearer, another layer is not
+ALIKE = 0.25
 CENTRES = ("auto", "bias", "mean", "none")
 
 
@@ -170,4 +169,4 @@ def statistics(choice: Choice) -> dict[str, Any]:
         "sha256": files.sha256(Path(choice.stats)), "tokens": found.tokens,
         "text_sha256": found.text_sha256, "model_sha256": found.model_sha256,
     }  # fmt: skip
-    return {"statistics": facts}
+    return {"calibration": facts}

@@ -24,7 +24,7 @@ def passes_of(folder: Path, *others: Path) -> tuple[Pass, ...]:
     for step in steps:
         if step["name"] not in PASSES:
             raise InputError(f"{folder}: made with a pass {step['name']!r} that this ovtq does not know")
-    wanted = {step["facts"]["statistics"]["sha256"] for step in steps if "statistics" in step.get("facts", {})}
+    wanted = {step["facts"]["calibration"]["sha256"] for step in steps if "calibration" in step.get("facts", {})}
     found = [path for some in (folder, *others) if wanted and (path := some / moments.NAME).is_file()]
     same = [path.parent for path in found if {files.sha256(path)} == wanted]
     if found and not same:

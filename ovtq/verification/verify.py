@@ -97,8 +97,7 @@ def play(
             tied = False
         if check and (call.reset or not done):
             check.reset()
-        beams = np.asarray(call.beams, np.int32) if call.beams else None
-        results = runner.step(ids, shown, beams)
+        results = runner.step(ids, shown, np.asarray(call.beams, np.int32) if call.beams else None)
         visible = shown.astype(bool)
         if check:
             beams = np.asarray(call.beams or range(call.batch), np.int32)
