@@ -43,9 +43,9 @@ def one_layer(bits: tuple[int, int], head_dim: int) -> tuple[ov.Model, Attention
         parameter(name, [-1, heads, -1, head_dim], ov.Type.f32)
         for name, heads in (("query", HEADS * GROUP), ("key", HEADS), ("value", HEADS))
     )
-    # tokens serve to let a refusal be seen: they are part of the result
+    # Tokens serve to let a refusal be seen: they are part of the result, and stand before the layer as in a model
     tokens = op.reshape(op.multiply(op.convert(ids, "f32"), op.constant(np.float32(0))), i64([0, 1, -1, 1]), True)
-    entry, stand_in = op.concat([query, key, value], 1), op.add(query, tokens)
+    entry, stand_in = op.concat([op.add(query, tokens), key, value], 1), op.add(query, tokens)
     ports = (Port(entry, number) for number in range(3))
     layer = AttentionLayer(
         0, None, HEADS * GROUP, HEADS, head_dim, head_dim**-0.5, SINKS, None, None, *ports, stand_in.output(0), None

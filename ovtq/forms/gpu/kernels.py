@@ -169,7 +169,8 @@ class Kernels:
         """What is behind query, key and value of one token, (1, rows, 1, head_dim): its place, whether it is shown."""
         layout = self.layout
         rows = layout.step_rows - layout.query_heads - 2 * layout.kv_heads
-        shown = op.slice(self.shown, i64([-1]), i64([ALL]), i64([1]), i64([1]))
+        # of one sequence, however many there are: else a batch fails here, before it is refused for what it is
+        shown = op.slice(self.shown, i64([0, -1]), i64([1, ALL]), i64([1, 1]), i64([0, 1]))
         shown = op.reshape(shown, i64([-1]), False)
         zeros = i64([0] * (rows * layout.head_dim - 3))
         facts = op.concat([*_in_two(self.past), op.convert(op.greater(shown, i64([0])), "i64"), zeros], 0)
