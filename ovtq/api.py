@@ -23,7 +23,7 @@ from ovtq.forms import pruning
 from ovtq.ir import cache, io
 from ovtq.models import ModelDescription
 from ovtq.models import describe as described
-from ovtq.options import Checks, Options, PassList, Settings
+from ovtq.options import Checks, Options, PassList, Settings, among
 from ovtq.passes import QuantizeKv
 from ovtq.pipeline import PRESETS
 from ovtq.prefix import load_state, read_prompt, save_state
@@ -109,10 +109,7 @@ def compress(
     target and model (`ovtq.automatic`); `target` is gpu or cpu. All else as for ovtq-convert; None: as the preset has
     it. Raises InputError, UnsupportedModel or PreconditionFailed; the model is then as it was.
     """
-    options = Options(
-        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, kernels, capacity, window_bits, basis,
-        calibration, budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
-    )  # fmt: skip
+    options = among(Options, locals())
     graph = _graph(model)
     options.refuse_bad()  # before the rest takes seconds
     facts = _config(model, config)
@@ -177,11 +174,7 @@ def convert(
     InputError. Options as of `compress`, `verify_…` as of ovtq-convert. Raises OvtqError;
     `model_dir` is never changed.
     """
-    options = Options(
-        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, kernels, capacity, window_bits, basis,
-        calibration, budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
-    )  # fmt: skip
-    checks = Checks(verify, verify_device, verify_seed, verify_layers)
+    options, checks = among(Options, locals()), among(Checks, locals())
     raised: list[Exception] = []
 
     def told(stage: str, done: int, total: int) -> None:

@@ -1,11 +1,17 @@
-"""What a conversion is asked for: the options of ovtq-convert and of `ovtq.convert`, as values."""
+"""What a conversion is asked for: the options of ovtq-convert and of `ovtq.convert`, as values.
+
+Their names, defaults and meanings stand here, or, of options of a pass, there: the command line is made of these
+fields, and `tests/test_options.py` holds the keywords of `ovtq.api` to them.
+"""
+
+# ruff: noqa: RUF009  (defaults are fields, made by functions)
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ovtq import pipeline
 from ovtq.advice import BY_TEXT, Advice, gains_by_text
@@ -15,13 +21,25 @@ from ovtq.forms.table import TARGETS
 from ovtq.models import ModelDescription
 from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
 from ovtq.passes.base import BasisPass
+from ovtq.verification.extent import BIG, BIG_LAYERS
 from ovtq.wording import PROGRAM, Wording
-
-PACKING = ("k_bits", "v_bits", "residual_window", "protect", "centre", "kernels", "capacity")
-PRUNING = ("budget", "recent_window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv
 
 PassList = str | Sequence[str | Pass]  # as on the command line, or each so or made
 Settings = Mapping[str, Mapping[str, Any]]  # options by pass
+BASIS = "basis"  # the group of the options that all passes have which store heads in a basis
+
+
+def _option(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field with the meaning and the choices that its flag shows."""
+    return field(default=default, metadata={"help": meaning, "choices": choices})
+
+
+def _of(kind: type[Pass], meaning: str = "", group: str = "") -> Any:
+    """A field that stands for the option of that name of a pass, whose meaning it has if it has none of its own.
+
+    Options of one `group` go to the same passes: to that pass, unless another group is named.
+    """
+    return field(default=None, metadata={"pass": kind, "help": meaning, "group": group or kind.name})
 
 
 @dataclass(frozen=True)
@@ -34,28 +52,40 @@ class Options:
     options by pass, such as {"truncate-window": {"slack": 16}}.
     """
 
-    preset: str | None = None
-    target: str = "gpu"
-    passes: PassList | None = None
-    k_bits: int | str | None = None
-    v_bits: int | str | None = None
-    residual_window: int | None = None
-    protect: str | None = None
-    centre: str | None = None
-    kernels: bool | None = None
-    capacity: int | None = None
-    window_bits: Sequence[int | str] | None = None
-    basis: str | None = None
-    calibration: str | Path | None = None
-    budget: int | None = None
-    recent_window: int | None = None
-    prefix: int | None = None
-    score: str | None = None
-    stats: str | Path | None = None
-    mode: str | None = None
-    slack: int | None = None
-    heads: str | None = None
-    settings: Settings | None = None
+    preset: str | None = _option(
+        None,
+        "auto (the default) takes what was measured to be best for target and model, and says why",
+        (AUTO, *pipeline.PRESETS, *pipeline.ALIASES),
+    )
+    target: str = _option(
+        "gpu",
+        "where the model will run: chooses the form of packed caches that is fast there, and counts bytes at f16 (gpu) "
+        "or f32 (cpu); each form is for its own device alone: packed layers of gpu's can be wrong on a CPU, cpu's do "
+        "not run on a GPU (default: gpu)",
+        TARGETS,
+    )
+    passes: PassList | None = _option(None, "passes in order, NAME[:OPTION=VALUE]…,NAME…")
+    k_bits: int | str | None = _of(QuantizeKv)
+    v_bits: int | str | None = _of(QuantizeKv)
+    residual_window: int | None = _of(QuantizeKv)
+    protect: str | None = _of(QuantizeKv)
+    centre: str | None = _of(QuantizeKv)
+    kernels: bool | None = _of(QuantizeKv)
+    capacity: int | None = _of(QuantizeKv)
+    window_bits: Sequence[int | str] | None = _option(
+        None, "pack what sliding layers keep, too: bits of a key's and of a value's coordinate (default none,none)"
+    )
+    basis: str | None = _of(QuantizeKv, group=BASIS)
+    calibration: str | Path | None = _of(QuantizeKv, group=BASIS)
+    budget: int | None = _of(PruneKv, "tokens kept in each full layer (default: all)")
+    recent_window: int | None = _of(PruneKv)
+    prefix: int | None = _of(PruneKv)
+    score: str | None = _of(PruneKv)
+    stats: str | Path | None = _of(PruneKv)
+    mode: str | None = _of(PruneKv)
+    slack: int | None = _of(PruneKv)
+    heads: str | None = _of(PruneKv)
+    settings: Settings | None = _option(None, "change an option of a pass; may be repeated")
 
     @property
     def named(self) -> str | None:
@@ -68,7 +98,7 @@ class Options:
     def packs(self) -> bool:
         """Whether options were given that a packed or pruned cache alone has."""
         settings = self.settings if isinstance(self.settings, Mapping) else {}
-        return bool(self._given((*PACKING, *PRUNING))) or bool({QuantizeKv.name, PruneKv.name} & {*settings})
+        return bool(self._given(QuantizeKv.name, PruneKv.name)) or bool({QuantizeKv.name, PruneKv.name} & {*settings})
 
     def settled(self, description: ModelDescription, calibrated: bool = False) -> tuple[Options, Advice | None]:
         """These options with a preset in the place of `auto`, and why that one; None if another was named.
@@ -98,12 +128,12 @@ class Options:
         Raises InputError for options that can't be used together.
         """
         passes = self._listed(wording, description)
-        pruning = self._given(PRUNING)
+        pruning = self._given(PruneKv.name)
         if pruning and self.budget is None and not any(isinstance(item, PruneKv) for item in passes):
             raise InputError(f"{wording.option(next(iter(pruning)))} has no effect without {wording.option('budget')}")
         if self.capacity is not None and not self.kernels:
             raise InputError(f"{wording.option('capacity')} has no effect without {wording.option('kernels')}")
-        packing = {QuantizeKv.name: self._given(PACKING)}
+        packing = {QuantizeKv.name: self._given(QuantizeKv.name)}
         if self.window_bits is not None:
             bits = self.window_bits
             if isinstance(bits, str) or not isinstance(bits, Sequence) or len(bits) != 2:
@@ -113,7 +143,7 @@ class Options:
         if self.budget is not None:
             passes = pipeline.with_pruning(passes, self.target, wording)
         settings = {name: dict(some) for name, some in self._settings(wording).items()}
-        passes = pipeline.with_basis(passes, self._given(("basis", "calibration")), wording)
+        passes = pipeline.with_basis(passes, self._given(BASIS), wording)
         if pruning:
             settings[PruneKv.name] = pruning | settings.get(PruneKv.name, {})
         passes = pipeline.with_settings(passes, settings, wording)
@@ -142,7 +172,8 @@ class Options:
             raise InputError(f"{wording.option('passes')} names no pass")
         return pipeline.for_target(found, self.target)
 
-    def _given(self, names: Sequence[str]) -> dict[str, Any]:
+    def _given(self, *groups: str) -> dict[str, Any]:
+        names = [name for group in groups for name in grouped(group)]
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def _settings(self, wording: Wording) -> Settings:
@@ -160,10 +191,14 @@ class Checks:
     `verify_layers` None: all, or the first few of a big model.
     """
 
-    verify: bool = True
-    verify_device: str = "CPU"
-    verify_seed: int = 0
-    verify_layers: int | None = None
+    verify: bool = _option(
+        True, "run original and converted side by side, and refuse to write if they differ (default: on)"
+    )
+    verify_device: str = _option("CPU", "where to run them (default: CPU)")
+    verify_seed: int = _option(0, "of the random prompts (default: 0)")
+    verify_layers: int | None = _option(
+        None, f"run the first N layers only (default: all, or {BIG_LAYERS} of a model over {BIG >> 30} GiB)"
+    )
 
     def refuse_bad(self, wording: Wording = PROGRAM) -> None:
         """Raise InputError for a number out of range."""
@@ -172,3 +207,22 @@ class Checks:
         layers = self.verify_layers
         if layers is not None and (not isinstance(layers, int) or layers < 1):
             raise InputError(f"{wording.option('verify_layers')} must be at least 1, got {layers}")
+
+
+Asked = TypeVar("Asked", Options, Checks)
+
+
+def among(kind: type[Asked], given: Mapping[str, Any]) -> Asked:
+    """The options of that kind among what is `given` by name: a function's arguments, or a parsed command line."""
+    return kind(**{item.name: given[item.name] for item in fields(kind)})
+
+
+def grouped(group: str) -> list[str]:
+    """The names of the options of a group: BASIS, or the name of the pass that they are of."""
+    return [item.name for item in fields(Options) if item.metadata.get("group") == group]
+
+
+def meaning(kind: type[Asked], name: str) -> str:
+    """What an option means, with its choices and default if it is one of a pass, for the help text."""
+    facts = kind.__dataclass_fields__[name].metadata
+    return str(facts["help"] or facts["pass"].option_help()[name])

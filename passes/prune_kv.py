@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -100,10 +100,8 @@ class PruneKv(BasisPass):
     @classmethod
     def packing(cls, item: QuantizeKv) -> PruneKv:
         """In place of a quantize-kv: with its options."""
-        return cls(
-            k_bits=item.k_bits, v_bits=item.v_bits, residual_window=item.residual_window, protect=item.protect,
-            centre=item.centre, seed=item.seed, target=item.target, basis=item.basis, calibration=item.calibration,
-        )  # fmt: skip
+        shared = {each.name for each in fields(cls)} & {each.name for each in fields(item)}
+        return cls(**{name: getattr(item, name) for name in shared})
 
     @property
     def packed(self) -> FullCache:

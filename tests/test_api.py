@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import re
 import shutil
@@ -24,7 +23,6 @@ from ovtq.api import PruningCounts
 from ovtq.cli.inspect import main as inspect_main
 from ovtq.evidence.calibration import calibrate
 from ovtq.ir import io
-from ovtq.options import Checks, Options
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 
 SMALL = TINY["5.5"]
@@ -128,22 +126,6 @@ assert all(map(callable, (ovtq.convert, ovtq.verify, main)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_options_are_those_of_the_command_line() -> None:
-    """All keyword-only, with the same defaults in both functions and in the dataclasses behind them."""
-    fields = {field.name: field.default for cls in (Options, Checks) for field in dataclasses.fields(cls)}
-    for function, more in ((ovtq.compress, set()), (ovtq.convert, {"force", "card", "on_progress"})):
-        given = {p.name: p for p in inspect.signature(function).parameters.values()}
-        keywords = {name: p.default for name, p in given.items() if p.kind is p.KEYWORD_ONLY}
-        expected = {name for name in fields if function is ovtq.convert or not name.startswith("verify")}
-        assert keywords.keys() == expected | more
-        assert all(keywords[name] == fields[name] for name in expected)
-    from ovtq.cli.convert import parser
-
-    known = vars(parser().parse_args([str(SMALL)]))
-    assert fields.keys() <= known.keys()
-    assert {name for name in fields if (known[name] or None) != (fields[name] or None)} == set()
 
 
 # ---------------------------------------------------------------------------------------------- compress
