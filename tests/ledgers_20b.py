@@ -16,36 +16,16 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from conftest import GPU_TOOLS, ROOT
 from ledgers import PRESETS, counts
 
+sys.path.insert(0, str(GPU_TOOLS))
+from at_24 import EXPORTED, LAYERS, MEMORY, kernels, needs
+
 RECORD = ROOT / "tests" / "data" / "ledger_20b.json"
-LAYERS = (2, 4, 6)
-MEMORY = LAYERS[:2]  # of which memory is recorded
-EXPORTED = "stock"  # not converted; does not compile
-SCRATCH = ("chunk", "decode", "decode_alone", "whole")  # what tools/gpu/memory.py tells
-
-
-def at_24(fewer: float, more: float, layers: int) -> float:
-    """A figure of the 24-layer model, from that of `layers` layers and of two fewer."""
-    return more + (24 - layers) // 2 * (more - fewer)
-
-
-def kernels(found: Mapping[str, Any]) -> float:
-    """Those of a decode step of 24 layers with a preset."""
-    return at_24(*(found[str(count)]["kernels"] for count in LAYERS[1:]), LAYERS[-1])
-
-
-def needs(found: Mapping[str, Any], context: int) -> dict[str, float | None]:
-    """Bytes that 24 layers take with a preset at a context: weights, states, and each kind of scratch."""
-    memory = [found[str(count)]["memory"] for count in MEMORY]
-    two, four = (next(row for row in one["rows"] if row["context"] == context) for one in memory)
-    columns = {name: None if two[name] is None else at_24(two[name], four[name], 4) for name in ("states", *SCRATCH)}
-    return {"weights": at_24(*(one["weights"] for one in memory), 4), **columns}
 
 
 def tool(name: str, model_dir: Path) -> dict[str, Any]:

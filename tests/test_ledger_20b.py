@@ -13,13 +13,14 @@ import openvino as ov
 import pytest
 from conftest import GPU_TOOLS, MINI, ROOT
 from ledgers import COUNTS, PRESETS
-from ledgers_20b import EXPORTED, RECORD, SCRATCH, at_24, kernels, measured, needs, synthetic
+from ledgers_20b import RECORD, measured, synthetic
 from test_ledger import on_lunar_lake
 
 from ovtq.evidence import roofline
 
 sys.path.insert(0, str(GPU_TOOLS))
 import probe
+from at_24 import EXPORTED, SCRATCH, at_24, kernels, needs
 
 QUERY, KV, WIDTH = 64, 8, 64  # heads, and their width
 FOUND: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))

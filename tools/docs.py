@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Write what of docs/ follows from the code: docs/cli.md, and the tables of docs/presets.md.
+"""Write what of docs/ follows from code and figures: docs/cli.md, and tables of docs/presets.md and docs/benchmarks.
 
 usage: docs.py [--check]
 
 The command line comes from the parsers and the passes' options, the presets from `ovtq.pipeline.PRESETS`, the bytes in
-their table from `ovtq-convert --dry-run` of the bundled model. --check writes nothing, and ends with exit code 1 and a
+their table from `ovtq-convert --dry-run` of the bundled model, the benchmarks from the JSON beside their pages
+(tools/benchmark_tables.py). --check writes nothing, and ends with exit code 1 and a
 line for each page that is not what would be written.
 """
 
@@ -22,21 +23,19 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ovtq.cli import entry
+from ovtq.forms.table import TARGETS
 from ovtq.passes import PASSES, Pass
 from ovtq.pipeline import PRESETS
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = {
-    "ovtq-convert": "ovtq.cli.convert",
-    "ovtq-inspect": "ovtq.cli.inspect",
-    "ovtq-eval": "ovtq.cli.evaluate",
-    "ovtq-bench": "ovtq.cli.bench",
-    "ovtq-infer": "ovtq.cli.infer",
-    "ovtq-calibrate": "ovtq.cli.calibrate",
-    "ovtq-doctor": "ovtq.cli.doctor",
-    "ovtq-report": "ovtq.cli.report",
-}
-TARGETS = ("gpu", "cpu")
+sys.path.insert(0, str(ROOT / "tools"))  # run by its path, as tests do, too
+import benchmark_tables  # noqa: E402
+from benchmark_tables import markdown  # noqa: E402
+
+# In the order of the page: convert, what others are told by, first the most used
+ORDER = ("convert", "inspect", "eval", "bench", "infer", "calibrate", "doctor", "report")
+COMMANDS = {f"ovtq-{name}": f"ovtq.cli.{entry.COMMANDS[name][0]}" for name in ORDER}
 BUNDLED = ROOT / "models" / "gpt-oss-mini"
 TIMES = 16  # GPT-OSS-20B has 24 layers of 8 KV heads of 64, the bundled model 6 of 2: every state is 16 times as large
 MARK = "<!-- {} -->"
@@ -51,7 +50,10 @@ def parser(command: str) -> argparse.ArgumentParser:
 def pages() -> dict[Path, str]:
     """The text that each generated page should have."""
     presets = ROOT / "docs" / "presets.md"
-    return {ROOT / "docs" / "cli.md": command_line(), presets: filled(presets.read_text(encoding="utf-8"))}
+    found = {ROOT / "docs" / "cli.md": command_line(), presets: filled(presets.read_text(encoding="utf-8"))}
+    for page in sorted(benchmark_tables.FOLDER.glob("*.md")):
+        found[page] = benchmark_tables.filled(page.read_text(encoding="utf-8"))
+    return found
 
 
 def filled(page: str) -> str:
@@ -83,7 +85,9 @@ def preset_tables() -> str:
         for target, some in (preset.plain or {}).items():
             lists.append(["", f"{target.upper()}, a model without sinks", spelled(some)])
     heads = ["preset", "lossless", "paged attention", "bytes per token, GPU", "CPU", "flat MB, GPU", "CPU"]
-    return f"{table(heads, rows, 3)}\n\n{table(['preset', 'target', 'passes, in order'], lists)}"
+    return (
+        f"{markdown(heads, rows, range(3, len(heads)))}\n\n{markdown(['preset', 'target', 'passes, in order'], lists)}"
+    )
 
 
 def stored(preset: str, target: str) -> dict[str, int]:
@@ -142,7 +146,7 @@ def of_command(name: str, p: argparse.ArgumentParser) -> Iterator[str]:
         if title:
             yield f"**{title}**"
         heads = ["option" if actions[0].option_strings else "argument", "meaning"]
-        yield table(heads, [[written(action), explained(action, p)] for action in actions])
+        yield markdown(heads, [[written(action), explained(action, p)] for action in actions])
 
 
 def written(action: argparse.Action) -> str:
@@ -180,7 +184,7 @@ def of_pass(name: str, cls: type[Pass]) -> Iterator[str]:
         default = field.default if field.default != "" else "none given"
         rows.append([f"`{dashed(field.name)}`", flowing(field.metadata.get("help", "")), choices, str(default)])
     if rows:
-        yield table(["option", "meaning", "choices", "default"], rows)
+        yield markdown(["option", "meaning", "choices", "default"], rows)
 
 
 # ---------------------------------------------------------------------------------------------------- Markdown
@@ -194,12 +198,6 @@ def dashed(name: str) -> str:
 def flowing(text: str) -> str:
     """One line; what Markdown would take for its own is escaped."""
     return re.sub(r"([|<*])", r"\\\1", " ".join(text.split()))
-
-
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]], numbers_from: int | None = None) -> str:
-    """A Markdown table; columns from the `numbers_from`-th on stand right."""
-    rule = ["---" if numbers_from is None or at < numbers_from else "---:" for at in range(len(heads))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, rule, *rows))
 
 
 def main() -> int:

@@ -1,0 +1,84 @@
+"""The tables of docs/benchmarks are those of the figures beside them, which say how they were measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "tools"))
+import benchmark_tables
+
+FOLDER = ROOT / "docs" / "benchmarks"
+# Not these: a list of the pages, and tables that `tools/measure_real_models.py --table` makes
+PAGES = sorted(path for path in FOLDER.glob("*.md") if path.stem not in ("README", "real-models"))
+FIGURES = sorted(FOLDER.glob("*.json"))
+
+
+def tables(path: Path) -> dict[str, dict[str, Any]]:
+    """Those of a file, by name; none of a run of ovtq-bench."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return found.get("tables") or found.get("runs") or {}
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_table_of_a_page_is_made_of_figures(page: Path) -> None:
+    """`tests/test_docs.py` holds them to be current."""
+    text = page.read_text(encoding="utf-8")
+    assert benchmark_tables.PART.search(text)
+    assert not re.search(r"^\|", benchmark_tables.PART.sub("", text), re.M), "a table without figures beside it"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_figure_that_was_changed_in_a_page_alone_is_seen(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for part in benchmark_tables.PART.finditer(text):
+        *_, last = re.finditer(r"\d", part[4])
+        at = part.start(4) + last.start()
+        changed = text[:at] + str((int(text[at]) + 1) % 10) + text[at + 1 :]
+        assert benchmark_tables.filled(changed) == text != changed
+
+
+@pytest.mark.parametrize("path", FIGURES, ids=lambda path: path.name)
+def test_figures_are_used_and_say_how_they_were_measured(path: Path) -> None:
+    """Command, commit, date and machine; the page beside them names command and commit, too."""
+    used = {
+        (part[3], part[2]): page for page in PAGES for part in benchmark_tables.PART.finditer(page.read_text("utf-8"))
+    }
+    assert path.name in {name for name, _ in used}
+    for name, table in tables(path).items():
+        about = table["about"]
+        assert about.keys() == {"command", "commit", "date", "machine"}
+        assert all(about.values())
+        assert re.fullmatch(r"2\d{3}-\d\d-\d\d", about["date"])
+        text = flat((path.with_suffix(".md")).read_text(encoding="utf-8"))
+        assert (path.name, name) in used
+        for word in about["command"]:
+            assert _said(word, text), word
+        for commit in about["commit"].split(" and "):
+            assert commit in text
+
+
+def _said(command: str, text: str) -> bool:
+    """Whether a page has a command: as it is, or "the same without" a flag of it."""
+    return flat(command).split(" --")[0] in text
+
+
+def test_a_cell_is_written_as_its_column_says() -> None:
+    assert benchmark_tables.cell([1.03, 1.0, 1.046], "{.2f} ({.1f}–{.2f})") == "1.03 (1.0–1.05)"
+    assert benchmark_tables.cell(12_582_912, "{,}") == "12,582,912"
+    assert benchmark_tables.cell(1.12e-4, "{.2e}") == "1.12e-4"
+    assert benchmark_tables.cell(2.5e10, "{.1e}") == "2.5e10"
+    assert benchmark_tables.cell({"form": "{.1f} GB", "values": [3.2]}, "{} MB") == "3.2 GB"
+    assert benchmark_tables.cell("–", "{.2f}") == "–"
+    with pytest.raises(ValueError, match="too many numbers"):
+        benchmark_tables.cell([1, 2], "{}")
