@@ -26,7 +26,7 @@ from ovtq.passes import Pass, QuantizeKv
 from ovtq.pipeline import Step
 from ovtq.runtime.runner import check_device
 from ovtq.states import StateSpec
-from ovtq.verification.extent import usual
+from ovtq.verification.extent import default_scope
 from ovtq.verification.verify import Difference, calls_of, kept_precision, verify
 from ovtq.wording import PROGRAM, Wording
 
@@ -172,7 +172,7 @@ def convert(
     device = _device(passes, checks.verify_device) if checks.verify else None
     tick()
     weights = source.with_suffix(".bin").stat().st_size
-    extent = usual(description, source, checks.verify_layers)
+    extent = default_scope(description, source, checks.verify_layers)
     whereabouts.at("rewriting the model")
     tick = _stage(on_progress, "rewrite", len(passes))
 

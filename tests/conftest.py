@@ -38,7 +38,7 @@ SLOW = re.compile(
     |test_system\.py::test_nothing_is_open_at_the_swap\[options1\]
     |test_system\.py::test_nothing_is_open_when_a_failed_run_is_removed\[.*MemoryError\]
     |test_families\.py::test_the_first_layers_alone_keep_their_attentions\[(?!cohere2|gemma3|qwen3-moe|gptj|falcon).*
-    |test_prune_kv\.py::test_converting_verifies_what_is_pruned\[flags3\]
+    |test_prune_commands\.py::test_converting_verifies_what_is_pruned\[flags3\]
     |test_quantize_kv\.py::test_attention_equals_numpy\[.*(K5V2|K3V8|keys\ alone).*\]
     |test_genai\.py::test_chat_whose_history_diverges\[k6v4.*\]
     |test_genai\.py::test_packed_greedy_in_every_host\[.*default-longer.*\]
@@ -52,7 +52,7 @@ SLOW = re.compile(
     |test_bench\.py::test_prefills_and_contexts_in_one_process
     |test_basis\.py::test_convert_finds_the_statistics_verifies_and_records
     |test_families\.py::test_exact_and_packed_in_short_texts\[(smollm2|mistral|granite|stablelm|phi|olmo2|qwen2|.*4\.57)\]
-    |test_verify\.py::test_a_broken_packed_cache_is_refused\[(_scales|_tokens|_sink).*cpu\]
+    |test_verify\.py::test_a_broken_packed_cache_is_refused\[(scales|tokens|sink).*cpu\]
     |test_verify_host\.py::test_what_is_wrong_as_hosts_load_it_alone_is_refused\[_masks_that_cancel_in_one_block\]
     |test_quantize_kv\.py::test_attention_equals_numpy\[cpu,\ (K2V3|K4V4|K6V4-from).*\]
     |test_text\.py::test_the_answer_to_a_pasted_text\[k6v4.*by_optimum\]
@@ -64,22 +64,29 @@ SLOW = re.compile(
     |test_quantize_kv\.py::test_attention_equals_numpy\[cpu,\ (no\ window-(padding|beams)|K8V4-|values\ alone-).*\]
     |test_quantize_kv\.py::test_attention_equals_numpy\[gpu,\ (no\ window-(padding|beams)|K4V4).*\]
     |test_quantize_kv\.py::test_state_bytes_are_the_formula\[(cpu|gpu)-(2|5|8)\]
-    |test_verify\.py::test_(a_cut_model_holds_no_later_layers|the_first_layers_alone)\[4\.57-.*\]
-    |test_verify\.py::test_scales_of_all_layers_that_are_mixed_up_are_refused\[_scales_(of_another|joined).*\]
-    |test_verify\.py::test_a_broken_packed_window_is_refused\[_(window_lags|window_not_turned|padding_ignored)\]
-    |test_verify\.py::test_(packed_windows_of_the_first_layers_alone\[2-1\]|the_first_packed_layers_alone\[gpu\])
-    |test_verify\.py::test_a_broken_packed_cache_is_refused\[_(packed_in_another_order-gpu|not_causal-gpu)\]
+    |test_verify_layers\.py::test_(a_cut_model_holds_no_later_layers|the_first_layers_alone)\[4\.57-.*\]
+    |test_verify\.py::test_scales_of_all_layers_that_are_mixed_up_are_refused\[scales_(of_another|joined).*\]
+    |test_verify\.py::test_a_broken_packed_window_is_refused\[(window_lags|window_not_turned|padding_ignored)\]
+    |test_verify_layers\.py::test_(packed_windows_of_the_first_layers_alone\[2-1\]|the_first_packed_layers_alone\[gpu\])
+    |test_verify\.py::test_a_broken_packed_cache_is_refused\[(packed_in_another_order-gpu|not_causal-gpu)\]
     |test_passes\.py::test_attention_equals_numpy\[(truncate,\ slack|simplify|rotate)-(blocks|long\ prefill|grow)\]
     |test_passes\.py::test_attention_equals_numpy\[sink\ row,\ padded-(?!padded\ blocks).*\]
     |test_passes\.py::test_logits_equal_the_original\[5\.5-(truncate,\ slack|rotate\ (first|qk)|sink\ row,\ ex.*)\]
-    |test_prune_kv\.py::test_converting_verifies_what_is_pruned\[flags0\]
+    |test_prune_commands\.py::test_converting_verifies_what_is_pruned\[flags0\]
     |test_verify\.py::test_a_single_packed_layer_is_right_and_forgets\[.*gpu\]
     |test_states\.py::test_bytes_are_the_devices_own\[exact-cpu-(evict|mask)\]
     """,
     re.VERBOSE,
 )
 
-UNSHORTENED = ("test_api", "test_prune_faults", "test_prune_kv", "test_verify_host", "test_windows")
+UNSHORTENED = (
+    "test_api",
+    "test_prune_commands",
+    "test_prune_faults",
+    "test_prune_kv",
+    "test_verify_host",
+    "test_windows",
+)
 
 
 @pytest.hookimpl(tryfirst=True)

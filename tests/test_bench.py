@@ -17,7 +17,7 @@ from conftest import MINI, ROOT
 from ovtq.cli import infer
 from ovtq.cli.bench import main
 from ovtq.evidence.candidates import parse
-from ovtq.evidence.worker import Bare
+from ovtq.evidence.worker import PlainOpenVINO
 from ovtq.runtime.runner import Runner
 
 pytest.importorskip("openvino_genai", reason="needs the extra [eval]")
@@ -88,7 +88,7 @@ def test_prefills_and_contexts_in_one_process(exact: Path, tmp_path: Path, capsy
 
 def test_a_prefill_stands_behind_its_depth(exact: Path) -> None:
     """The states are then those of all tokens together."""
-    bare, runner = Bare(parse(str(exact), MINI), "CPU", {}), Runner(exact / "openvino_model.xml", "CPU")
+    bare, runner = PlainOpenVINO(parse(str(exact), MINI), "CPU", {}), Runner(exact / "openvino_model.xml", "CPU")
     for depth in (300, 0):
         assert bare.read(np.arange(96) % 50, 40, depth)["seconds"] > 0
         runner.fill(depth + 96)

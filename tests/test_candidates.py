@@ -12,7 +12,7 @@ from conftest import MINI, TINY
 
 from ovtq.cli.command import tokens
 from ovtq.errors import InputError
-from ovtq.evidence.candidates import Cache, look, open_candidate, parse
+from ovtq.evidence.candidates import Cache, inspect_cache, open_candidate, parse
 from ovtq.runtime.host import Quantize, ZeroLowNorms
 from ovtq.runtime.paged import PagedRunner
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
@@ -25,7 +25,7 @@ CALLS = (40, 1, 1, 7, 23)  # past the tiny model's window of 16, and over the en
 def seen(text: str, reference: Path = MINI) -> Cache:
     """What the cache of a candidate is."""
     candidate = parse(text, reference)
-    return look(candidate, open_candidate(candidate, "CPU", EXACT_PROPERTIES), "CPU")
+    return inspect_cache(candidate, open_candidate(candidate, "CPU", EXACT_PROPERTIES), "CPU")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,9 @@ def test_what_the_model_asks_for_is_left_to_it(convert: Callable[..., Path]) -> 
 def test_a_property_that_is_accepted_and_not_obeyed_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     candidate = parse("stock:KV_CACHE_PRECISION=u8", MINI)
     other = Runner(MINI / "openvino_model.xml", "CPU", EXACT_PROPERTIES)  # a cache of f32
-    assert look(candidate, other, "CPU").wrong == ("keys are kept in f32, not in u8; values are kept in f32, not in u8")
+    assert inspect_cache(candidate, other, "CPU").wrong == (
+        "keys are kept in f32, not in u8; values are kept in f32, not in u8"
+    )
 
 
 @pytest.mark.parametrize(

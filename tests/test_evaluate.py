@@ -11,7 +11,7 @@ import numpy as np
 import openvino as ov
 import pytest
 from conftest import MINI, ROOT
-from test_verify import _band_off_by_one, _not_undone, _scales_too_large
+from faults import band_off_by_one, not_undone, scales_too_large
 
 from ovtq.cli.convert import main as convert_by
 from ovtq.cli.evaluate import main
@@ -108,7 +108,7 @@ def test_rows_at_a_time_are_the_same(convert: Callable[..., Path], tmp_path: Pat
 def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Conversions that load, run and are wrong: a rotation not undone, a mask off by one, a codebook times 1.1."""
     folder, made = tmp_path_factory.mktemp("broken"), {}
-    for harm, preset in ((_not_undone, "exact"), (_band_off_by_one, "exact"), (_scales_too_large, "k6v4")):
+    for harm, preset in ((not_undone, "exact"), (band_off_by_one, "exact"), (scales_too_large, "k6v4")):
         name = harm.__name__.strip("_")
         with pytest.MonkeyPatch.context() as patch:
             harm(patch)

@@ -25,7 +25,8 @@ demo __main__
 cli
 api
 conversion evidence prefix
-options verification card
+options
+verification card
 automatic
 advice
 pipeline runtime
@@ -235,3 +236,12 @@ def test_types() -> None:
 def test_style() -> None:
     pytest.importorskip("ruff", reason="needs the extra [dev]")
     subprocess.run([sys.executable, "-m", "ruff", "check", "--quiet", ROOT], check=True)
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    """Of the package, the tests and the tools, Python and OpenCL."""
+    folders = (*PACKAGES, "tests", "tools")
+    code = [path for folder in folders for kind in ("*.py", "*.cl") for path in (ROOT / folder).rglob(kind)]
+    assert len(code) > 200
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text("utf-8").splitlines()) for path in code}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}

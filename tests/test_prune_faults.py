@@ -16,8 +16,8 @@ import ovtq.forms.gpu.histories
 import ovtq.forms.gpu.prune
 from ovtq.cli.convert import main
 from ovtq.forms.beams import Beams
-from ovtq.forms.cpu.block import Far
-from ovtq.forms.pruning import SHOWN
+from ovtq.forms.cpu.block import HistoryMask
+from ovtq.forms.pruning import VISIBLE_ABOVE
 from ovtq.forms.scores import Arriving
 from ovtq.forms.scores.keydiff import KeyDiff
 from ovtq.states import SCORE, StateSpec
@@ -34,7 +34,7 @@ def _flipped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _prefix_not_protected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ovtq.forms.cpu.prune, "FIRST", SHOWN + 1)
+    monkeypatch.setattr(ovtq.forms.cpu.prune, "FIRST", VISIBLE_ABOVE + 1)
 
 
 def _one_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,11 +45,11 @@ def _one_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
 def _mask_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     masks = ovtq.forms.cpu.prune.CpuEviction._masks
 
-    def shifted(self: ovtq.forms.cpu.prune.CpuEviction) -> dict[int, Far]:
+    def shifted(self: ovtq.forms.cpu.prune.CpuEviction) -> dict[int, HistoryMask]:
         op, by_one = ov.opset15, ov.opset15.constant(np.int64([-1]))
         return {
-            index: far.filled([op.roll(x, by_one, op.constant(np.int64([3]))).output(0) for x in far.flatten()])
-            for index, far in masks(self).items()
+            index: mask.filled([op.roll(x, by_one, op.constant(np.int64([3]))).output(0) for x in mask.flatten()])
+            for index, mask in masks(self).items()
         }
 
     monkeypatch.setattr(ovtq.forms.cpu.prune.CpuEviction, "_masks", shifted)
@@ -115,7 +115,7 @@ def _places_off_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _miscounted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but the counter is wrong: it counts padding."""
-    monkeypatch.setattr(ovtq.forms.cpu.prune, "SHOWN", ovtq.forms.cpu.prune.EMPTY)
+    monkeypatch.setattr(ovtq.forms.cpu.prune, "VISIBLE_ABOVE", ovtq.forms.cpu.prune.EMPTY)
 
 
 FLAGS = ["--preset", "exact", "--target", "cpu", "--budget", "48", "--recent-window", "16", "--slack", "7"]

@@ -13,13 +13,14 @@ import pytest
 import queries
 from conftest import MINI, ROOT, TINY, load
 from test_passes import Tapped, applied
-from test_prune_kv import EXACT, FLAGS, SMALL
+from test_prune_commands import FLAGS
+from test_prune_kv import EXACT, SMALL
 
 from ovtq.cli.convert import main
 from ovtq.codec import moments
 from ovtq.errors import InputError, PreconditionFailed, UnsupportedModel, VerificationFailed
 from ovtq.files import sha256
-from ovtq.forms.pruning import SHOWN
+from ovtq.forms.pruning import VISIBLE_ABOVE
 from ovtq.forms.triattention import NAME, Statistics
 from ovtq.forms.triattention import load as load_statistics
 from ovtq.ir import io
@@ -154,7 +155,7 @@ def test_the_graph_keeps_what_scores_most(taken: tuple[dict[int, np.ndarray], di
     expected = item.pruning.statistics.scores(1, taken[1][1][:1, :, :200])
     older = item.pruning.older(200)
     expected = expected[0, :, :older]
-    kept = states[SCORE][0, :2, :, 0] > SHOWN  # layer 1 has the first two heads
+    kept = states[SCORE][0, :2, :, 0] > VISIBLE_ABOVE  # layer 1 has the first two heads
     assert kept.sum(1).tolist() == [32, 32]
     for head in range(2):
         edge = np.sort(expected[head])[-32]

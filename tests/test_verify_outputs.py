@@ -9,8 +9,8 @@ import numpy as np
 import openvino as ov
 import pytest
 from conftest import TINY
+from faults import band_off_by_one
 from openvino import opset15 as op
-from test_verify import _band_off_by_one
 from test_verify_host import normal
 
 from ovtq.cli.convert import main
@@ -98,7 +98,7 @@ def test_odd_outputs_hide_nothing_and_refuse_nothing(
     """The fault: a window's mask that is one token too narrow."""
     made(tiny_copy, OUTPUTS[output])
     if wrong:
-        _band_off_by_one(monkeypatch)
+        band_off_by_one(monkeypatch)
     code = main([str(tiny_copy), str(tmp_path / "out"), "--preset", "exact", "--target", "cpu"])
     said = capsys.readouterr().err
     assert code == (2 if wrong else 0), said

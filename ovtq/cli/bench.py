@@ -7,12 +7,6 @@ both. Every candidate runs in a process of its own, unless --one-process; whoeve
 MODEL_DIR's block or run beside it, figures are medians with the quartiles. The plugin's defaults apply (on a CPU a u8
 cache) but for what is given. `read` is the bandwidth of summing a large array with all cores: what memory gives at
 best.
-
-candidates:
-  DIR[,KEY=VALUE]…            a model folder, with properties of the plugin
-  stock[:KEY=VALUE,…]         MODEL_DIR with properties, such as stock:KV_CACHE_PRECISION=f32
-  host:k6v4, host:prune128    MODEL_DIR, its states changed by the host in numpy, as model cards do
-  paged:DIR[,KEY=VALUE]…      under paged attention (CPU); DIR may be stock
 """
 
 from __future__ import annotations
@@ -36,9 +30,9 @@ from ovtq.cli import report
 from ovtq.cli.bench_tables import show_contexts, show_prefills, show_prompts
 from ovtq.cli.command import Out, Parser, listed, path_of, phase, positive, progress, run, tokens, turns
 from ovtq.errors import InputError
-from ovtq.evidence.candidates import Candidate, parse
+from ovtq.evidence.candidates import GRAMMAR, Candidate, parse
 from ovtq.evidence.roofline_cpu import read_bandwidth
-from ovtq.evidence.worker import THROUGH, Here, Worker
+from ovtq.evidence.worker import THROUGH, InProcess, Worker
 from ovtq.ir import io
 from ovtq.runtime.runner import check_device
 from ovtq.runtime.text import Tokenizer
@@ -60,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> Parser:
     """The command line."""
-    p = Parser("ovtq-bench", __doc__)
+    p = Parser("ovtq-bench", f"{__doc__}\n{GRAMMAR}")
     p.add_argument("model_dir", type=path_of, help="the model as exported: what ratios are to")
     p.add_argument("others", nargs="*", metavar="CANDIDATE", help="see above")
     p.add_argument("--candidate", action="append", default=[], metavar="CANDIDATE", help="the same; may be repeated")
@@ -127,11 +121,11 @@ def bench(options: argparse.Namespace, console: Out, errors: Console) -> None:
     found: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     with progress(errors) as bars:
         for group in groups:
-            workers: list[Worker | Here] = []
+            workers: list[Worker | InProcess] = []
             try:
                 with phase(bars, "load", len(group)) as tick:
                     for candidate, runtime in group:
-                        make = Here if options.one_process else Worker
+                        make = InProcess if options.one_process else Worker
                         workers.append(make(candidate, runtime, options.device, properties))
                         tick()
                 for kind, measure in kinds.items():
@@ -188,12 +182,12 @@ def _check(options: argparse.Namespace, candidates: Sequence[Candidate], through
         report.check()
 
 
-def _in_turn(workers: Sequence[Worker | Here], turn: int) -> Sequence[int]:
+def _in_turn(workers: Sequence[Worker | InProcess], turn: int) -> Sequence[int]:
     """The order of this turn: whoever follows another finds its caches cold, so all do in turn."""
     return [(turn + place) % len(workers) for place in range(len(workers))]
 
 
-def _prompts(options: argparse.Namespace, workers: list[Worker | Here], bars: Any) -> list[dict[str, Any]]:
+def _prompts(options: argparse.Namespace, workers: list[Worker | InProcess], bars: Any) -> list[dict[str, Any]]:
     """Raw figures of every prompt and worker, as lists over the runs; a run before them is not counted."""
     tokenizer = Tokenizer(options.model_dir)
     rows = []
@@ -221,7 +215,7 @@ def _prompts(options: argparse.Namespace, workers: list[Worker | Here], bars: An
     return rows
 
 
-def _contexts(options: argparse.Namespace, workers: list[Worker | Here], bars: Any) -> list[dict[str, Any]]:
+def _contexts(options: argparse.Namespace, workers: list[Worker | InProcess], bars: Any) -> list[dict[str, Any]]:
     """Raw figures of every context and worker, as lists over blocks of steps."""
     draw, rows, blocks = np.random.default_rng(0), [], math.ceil(options.steps / BLOCK)
     ids = draw.integers(0, min(worker.facts["vocabulary"] for worker in workers), max(options.contexts))
@@ -260,7 +254,7 @@ def _contexts(options: argparse.Namespace, workers: list[Worker | Here], bars: A
     return rows
 
 
-def _prefills(options: argparse.Namespace, workers: list[Worker | Here], bars: Any) -> list[dict[str, Any]]:
+def _prefills(options: argparse.Namespace, workers: list[Worker | InProcess], bars: Any) -> list[dict[str, Any]]:
     """Raw figures of every length and worker, as lists over the runs, once a short prompt has made most kernels.
 
     Those for its length a prompt still makes itself, in its first run, as most prompts do.
@@ -287,7 +281,7 @@ def _prefills(options: argparse.Namespace, workers: list[Worker | Here], bars: A
     return rows
 
 
-def _facts(worker: Worker | Here) -> dict[str, Any]:
+def _facts(worker: Worker | InProcess) -> dict[str, Any]:
     names = ("cache", "computes", "wrong", "bytes_per_token", "flat_bytes")
     facts = {name: worker.facts[name] for name in names}
     return {"candidate": worker.candidate.label, "through": worker.through, **facts}

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ovtq.cli.command import Out, Parser, path_of, phase, positive, progress, run, turns
 from ovtq.errors import InputError
-from ovtq.evidence.candidates import look, open_candidate, parse
+from ovtq.evidence.candidates import inspect_cache, open_candidate, parse
 from ovtq.forms.pruning import counted, told
 from ovtq.ir import io
 from ovtq.runtime.runner import Runner, check_device
@@ -70,7 +70,7 @@ def infer(options: argparse.Namespace, console: Out, errors: Out) -> None:
     subject = open_candidate(candidate, options.device, properties)
     if not isinstance(subject, Runner):
         raise InputError(f"{options.model_dir}: ovtq-infer runs a plain model folder")
-    cache, ends = look(candidate, subject, options.device), tokenizer.ends()
+    cache, ends = inspect_cache(candidate, subject, options.device), tokenizer.ends()
     draw, times = np.random.default_rng(options.seed), [time.perf_counter()]
     written: list[int] = []
     step, shown, text = _read(subject, ids, errors), "", ""

@@ -1,10 +1,4 @@
-"""What ovtq-eval and ovtq-bench compare: a model folder with the plugin's properties, and what its cache really is.
-
-DIR[,KEY=VALUE]…          a model folder, with properties of the plugin
-stock[:KEY=VALUE,…]       the reference's folder, with properties of the plugin
-host:k6v4, host:prune128  the reference, its states compressed by the host in numpy, as model cards do
-paged:DIR[,KEY=VALUE]…    a model folder under paged attention (CPU)
-"""
+"""What ovtq-eval and ovtq-bench compare: a model folder with the plugin's properties, and what its cache really is."""
 
 from __future__ import annotations
 
@@ -28,6 +22,13 @@ from ovtq.runtime.paged import PagedRunner
 from ovtq.runtime.runner import Runner, computes_in
 from ovtq.states import TURBO, StateSpec
 
+# How one is written.
+GRAMMAR = """candidates:
+  DIR[,KEY=VALUE]…            a model folder, with properties of the plugin
+  stock[:KEY=VALUE,…]         MODEL_DIR with properties, such as stock:KV_CACHE_PRECISION=u8
+  host:k6v4, host:prune128    MODEL_DIR, its states changed by the host in numpy, as model cards do
+  paged:DIR[,KEY=VALUE]…      under paged attention (CPU); DIR may be stock
+"""
 GRIDS = {"u4": 15, "u8": 255}  # steps between a row's smallest and largest element
 PROBE = 40  # tokens after which a cache is looked at
 HOSTS = ("INFERENCE_NUM_THREADS", "ENABLE_CPU_PINNING", "PERFORMANCE_HINT")  # what changes no number
@@ -69,7 +70,7 @@ class Candidate:
 
 
 def parse(text: str, reference: Path) -> Candidate:
-    """The candidate of such a text. Raises InputError if it can't be read, or its folder holds no model."""
+    """The candidate of a text, as in GRAMMAR. Raises InputError if it can't be read, or its folder holds no model."""
     kind, colon, rest = text.partition(":")
     if kind == "stock" and (colon or text == "stock"):
         candidate = Candidate(text, reference, _properties(text, rest.split(",") if rest else []))
@@ -146,7 +147,7 @@ class Cache:
     computes: str = ""  # the precision of all else, as the device tells it
 
 
-def look(candidate: Candidate, subject: Opened, device: str) -> Cache:
+def inspect_cache(candidate: Candidate, subject: Opened, device: str) -> Cache:
     """What the compiled model keeps, from its states, its runtime graph and the values of its cache; leaves it reset.
 
     On the CPU a compressed cache is seen in its values: a row of u8 lies on 256 equidistant levels, one of u4 on 16.

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ovtq.errors import InputError, OvtqError
-from ovtq.evidence.candidates import Candidate, look, open_candidate
+from ovtq.evidence.candidates import Candidate, inspect_cache, open_candidate
 from ovtq.forms.pruning import counted
 from ovtq.ir.io import last_line
 from ovtq.runtime.runner import Runner
@@ -83,7 +83,7 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, OvtqError) else last_line(error)
 
 
-class Here:
+class InProcess:
     """The same in this process: what it costs to load several at once is then shared, and so is the peak of memory."""
 
     def __init__(self, candidate: Candidate, through: str, device: str, properties: Mapping[str, str]) -> None:
@@ -117,12 +117,12 @@ class Runtime(Protocol):
         """Answer a prompt of `ids` (tokens,) greedily with `tokens` tokens."""
 
 
-class Bare:
+class PlainOpenVINO:
     """The compiled model, fed call by call."""
 
     def __init__(self, candidate: Candidate, device: str, properties: dict[str, str]) -> None:
         self.subject = open_candidate(candidate, device, properties, capacity=1 << 16)
-        cache = look(candidate, self.subject, device)
+        cache = inspect_cache(candidate, self.subject, device)
         self.facts = {"vocabulary": self.subject.vocabulary, "cache": cache.text, "wrong": cache.wrong}
         self.facts |= {"computes": cache.computes}
         self.facts |= {"bytes_per_token": cache.per_token, "flat_bytes": cache.flat}
@@ -269,7 +269,7 @@ def _plain(candidate: Candidate, through: str) -> None:
 
 
 RUNTIMES: dict[str, Callable[[Candidate, str, dict[str, str]], Runtime]] = {
-    "openvino": Bare,
+    "openvino": PlainOpenVINO,
     "genai": GenAI,
     "optimum": Optimum,
 }

@@ -179,7 +179,7 @@ class Columns:
         self.past = op.subtract(self.total, self.new)
         self.recent = op.add(self.new, i64([1 + rows]))
 
-    def far_mask(self, older: Node, columns: Node | None = None) -> Node:
+    def history_mask(self, older: Node, columns: Node | None = None) -> Node:
         """(batch, 1, 1, columns or older), additive: every query sees the history, but for padding and what follows."""
         old = op.slice(self.shown, i64([0]), older, i64([1]), i64([1]))
         if columns is not None:
@@ -187,14 +187,14 @@ class Columns:
             old = op.pad(old, i64([0, 0]), behind, "constant", i64(0))
         return op.select(op.equal(op.unsqueeze(old, i64([1, 2])), i64(0)), f32(MASKED), f32(0))
 
-    def near(self, older: Node) -> Node:
+    def recent_tokens(self, older: Node) -> Node:
         """(batch, 1, recent) boolean: the columns that are tokens and no padding. The sink's is not shown yet."""
-        near = op.slice(self.shown, older, i64([ALL]), i64([1]), i64([1]))
+        tokens = op.slice(self.shown, older, i64([ALL]), i64([1]), i64([1]))
         before = op.concat([i64([0]), op.subtract(self.recent, op.subtract(self.total, older))], 0)
-        near = op.pad(near, before, i64([0, 0]), "constant", i64(0))
-        return op.unsqueeze(op.not_equal(near, i64(0)), i64([1]))
+        tokens = op.pad(tokens, before, i64([0, 0]), "constant", i64(0))
+        return op.unsqueeze(op.not_equal(tokens, i64(0)), i64([1]))
 
-    def near_mask(self, near: Node | Output, columns: Node, first: Node, count: Node) -> Node:
+    def recent_mask(self, tokens: Node | Output, columns: Node, first: Node, count: Node) -> Node:
         """(batch, 1, 1, count, recent), additive: query first + i sees the sink and columns ≤ rows + 1 + first + i.
 
         The conditions are joined at rank 3: with a boolean of rank 5 and one of rank 2 the GPU plugin joins wrong rows.
@@ -202,18 +202,18 @@ class Columns:
         query = op.range(scalar(first), scalar(op.add(first, count)), i64(1), "i64")
         column = op.unsqueeze(op.range(i64(0), scalar(columns), i64(1), "i64"), i64([0]))
         causal = op.less_equal(column, op.add(op.unsqueeze(query, i64([1])), i64([self.rows + 1])))
-        visible = op.logical_and(op.unsqueeze(causal, i64([0])), near)  # (batch, count, recent)
+        visible = op.logical_and(op.unsqueeze(causal, i64([0])), tokens)  # (batch, count, recent)
         mask = op.select(visible, f32(0), f32(MASKED))
         mask = op.select(op.unsqueeze(op.less(column, i64([1])), i64([0])), f32(0), mask)
         return op.unsqueeze(mask, i64([1, 2]))
 
-    def limits(self, near: Node | Output) -> Node:
+    def limits(self, tokens: Node | Output) -> Node:
         """(batch, 1, 1, recent) i64: the first new query that sees a recent column, NEVER for padding.
 
         The sink's column, seen by all, is that of a past token.
         """
         number = numbers(self.recent, 3)
-        real = op.logical_or(op.unsqueeze(near, i64([1])), op.less(number, i64([1])))
+        real = op.logical_or(op.unsqueeze(tokens, i64([1])), op.less(number, i64([1])))
         return op.select(real, op.subtract(number, i64([self.rows + 1])), i64(NEVER))
 
 

@@ -20,7 +20,7 @@ MODES = ("evict", "mask", "zero")
 DIGIT = 2**10
 # What stands in place of a score:
 EMPTY, DROPPED, PADDED, FIRST = -(2**23), -(3 * 2**21), -(2**22), 2**22
-SHOWN = -(3 * 2**20)  # a token that may be attended to has a higher score
+VISIBLE_ABOVE = -(3 * 2**20)  # a token that may be attended to has a higher score
 TIE = 64 * float(np.finfo(np.float32).eps)
 
 
@@ -70,15 +70,15 @@ class Pruning:
         return max(past - self.window, 0) // self.flush * self.flush
 
     def scores(
-        self, layer: int, keys: np.ndarray, values: np.ndarray, shown: np.ndarray, straight: np.ndarray | None = None
+        self, layer: int, keys: np.ndarray, values: np.ndarray, shown: np.ndarray, pre_rope: np.ndarray | None = None
     ) -> np.ndarray:
         """fraction·score, (batch, kv_heads, tokens), of all tokens, not rounded yet.
 
-        keys, after RoPE, and values (batch, kv_heads, tokens, d); `straight` are the keys before RoPE, which
+        keys, after RoPE, and values (batch, kv_heads, tokens, d); `pre_rope` are the keys before RoPE, which
         triattention needs.
         """
         real = shown != 0
-        found = self.method.numpy(Tokens(layer, keys, values, real, straight))
+        found = self.method.numpy(Tokens(layer, keys, values, real, pre_rope))
         if self.shared:
             found = np.broadcast_to(found.mean(1, keepdims=True), found.shape)
         first = real & (np.cumsum(real, 1) <= self.prefix)
@@ -104,19 +104,19 @@ class PrunedAttention(PackedAttention):
     def __init__(self, *args: Any, pruning: Pruning, layer: int, first: int, beside: Sequence[ov.Output] = ()) -> None:
         super().__init__(*args)
         self.pruning, self.layer, self.first, self.beside = pruning, layer, first, tuple(beside)
-        self.straight: np.ndarray | None = None  # all keys before RoPE, (batch, kv_heads, tokens, d)
+        self.pre_rope: np.ndarray | None = None  # all keys before RoPE, (batch, kv_heads, tokens, d)
         self.seen: Mapping[str, np.ndarray] = {}  # states that the graph's next call finds; {}: not known
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.straight = None
+        self.pre_rope = None
 
     def shown_beside(self, projected: np.ndarray, beams: np.ndarray) -> None:
         """Be told the next call's keys before RoPE, (batch, new, kv_heads·d), and its beams (batch,)."""
         batch, count, _ = projected.shape
         new = projected.reshape(batch, count, len(self.centre[0]), -1).swapaxes(1, 2)
-        self.straight = new if self.straight is None else np.concatenate([self.straight[beams], new], 2)
+        self.pre_rope = new if self.pre_rope is None else np.concatenate([self.pre_rope[beams], new], 2)
 
     def lossy(self, past: int) -> bool:
         """Whether a call after `past` tokens differs from the original: it reads codes, or misses tokens."""
@@ -158,14 +158,14 @@ class PrunedAttention(PackedAttention):
         keys = (self.tokens[0] + self.centre) / self.scale
         count = self.older(past)
         values = self.tokens[1] + self.value_centre
-        scores = self.pruning.scores(self.layer, keys, values, shown, self.straight)[:, :, :count]
+        scores = self.pruning.scores(self.layer, keys, values, shown, self.pre_rope)[:, :, :count]
         chosen = best(np.floor(scores), self.room)
         graph = self._chosen_by_graph(scores.shape)
         if graph is not None and count > self.room:
             # where two scores are a rounding apart, either may stay: the graph's choice is taken
             edge = np.sort(scores, -1)[..., -self.room, None]
             tie = np.abs(scores - edge) <= 1 + TIE * np.abs(edge)
-            chosen = np.where(tie & (scores > SHOWN) & (scores < FIRST), graph, chosen)
+            chosen = np.where(tie & (scores > VISIBLE_ABOVE) & (scores < FIRST), graph, chosen)
         own = np.ones((*chosen.shape[:2], keys.shape[2] - count), bool)
         return np.concatenate([chosen, own], 2)
 

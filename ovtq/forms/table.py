@@ -86,7 +86,7 @@ class Target:
 
 
 # The GPU's is verified on a CPU, too, but not to be run there: with a single packed layer it can't be reset (P01,
-# `extent.rooted`).
+# `extent.keep_initial_values`).
 TARGET = {
     "gpu": Target(GpuBeams, _gpu, GpuWindow, WindowState, 0, gpu_histories.unfit, kernels=True, counts=False),
     "cpu": Target(CpuBeams, _cpu, CpuWindow, CpuWindowState, 127, cpu_prune.unfit, kernels=False, counts=True),

@@ -50,7 +50,7 @@ def scope(description: ModelDescription, layers: int | None = None, experts: boo
     return Scope(some, last, tuple(joins))
 
 
-def usual(description: ModelDescription, xml: Path, layers: int | None = None) -> Scope:
+def default_scope(description: ModelDescription, xml: Path, layers: int | None = None) -> Scope:
     """The scope of `layers` layers of a model still as exported; by default all, of a big one the first few."""
     big = xml.with_suffix(".bin").stat().st_size > BIG
     return scope(description, layers or (BIG_LAYERS if big else None), experts=not big)
@@ -124,7 +124,7 @@ def cut(model: ov.Model, extent: Scope) -> ov.Model:
     return part
 
 
-def rooted(model: ov.Model) -> ov.Model:
+def keep_initial_values(model: ov.Model) -> ov.Model:
     """`model` with the Broadcasts that one ReadValue alone reads as further results.
 
     The CPU plugin takes such a node into the ReadValue, and a growing state then keeps its rows at a reset. Of the GPU

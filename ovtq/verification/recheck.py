@@ -10,7 +10,7 @@ from ovtq.errors import InputError, VerificationFailed
 from ovtq.ir import io
 from ovtq.models import describe
 from ovtq.passes import PASSES, Pass
-from ovtq.verification.extent import usual
+from ovtq.verification.extent import default_scope
 from ovtq.verification.verify import Difference, verify
 
 
@@ -44,7 +44,7 @@ def recheck(model_dir: Path, converted: Path, device: str, *others: Path) -> Dif
     """
     model = io.load(model_dir)
     description = describe(model, io.load_config(model_dir))
-    extent = usual(description, io.model_xml(model_dir))
+    extent = default_scope(description, io.model_xml(model_dir))
     made, description, _ = pipeline.run(model, description, passes_of(converted, model_dir, *others))
     names, written = (
         {node.get_friendly_name() for node in graph.get_ops() if node.get_type_name() != "Parameter"}

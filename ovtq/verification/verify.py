@@ -29,7 +29,7 @@ from ovtq.verification.closeness import (
     scale_of,
     too_lossy,
 )
-from ovtq.verification.extent import Scope, cut, rooted, shortened
+from ovtq.verification.extent import Scope, cut, keep_initial_values, shortened
 from ovtq.verification.hosts import HostDifference, Hosted, hosted, recurring
 from ovtq.verification.packed_check import PackedCheck
 from ovtq.verification.rounding import RUNS as ROUNDINGS
@@ -246,7 +246,7 @@ def _verify(
     own = kernels.properties(converted.parent)
     model = _part(converted, extent, ready)[0]
     if check.layers:
-        model = rooted(check.tapped(model))
+        model = keep_initial_values(check.tapped(model))
     whereabouts.at("running the converted model")
     after = _played(model, device, *at, tick, check=check, properties=own)
     del model
@@ -262,7 +262,7 @@ def _verify(
     def as_hosts(seed: int, at_f32: Sequence[Played], tick: Callable[[], None] = lambda: None) -> Hosted:
         model = _part(converted, extent, ready)[0]
         if foreign:  # what only a CPU gets wrong in a form that is not for it (P01) no GPU does
-            model = rooted(model)
+            model = keep_initial_values(model)
         found = hosted(model, device, own, calls, vocabulary, seed, at_f32, tick)
         gc.collect()
         return found

@@ -15,7 +15,7 @@ from ovtq.models.description import AttentionLayer
 
 
 @dataclass(frozen=True)
-class Far(Tensors):
+class HistoryMask(Tensors):
     """What is done to the scores of the history, (batch, 1 or kv_heads, 1, stay): `mask` is added to them.
 
     They, and the weights, are multiplied by `factor`, if there is one.
@@ -42,15 +42,16 @@ class Block(Tensors):
     """What attention reads: queries (batch, kv_heads, group, count, d), recent keys and values, and the history.
 
     Of the recent columns the sink's is the first: keys and values (batch, kv_heads, recent, d); `sinks`, (1, kv_heads,
-    group, 1, recent), are added to their scores; `near`, (batch, 1, recent), says which are tokens.
+    group, 1, recent), are added to their scores; `recent_tokens`, (batch, 1, recent), says which are tokens. To the
+    scores of the history `history_mask` is done.
     """
 
     queries: Output
     keys: Output
     values: Output
     sinks: Output
-    near: Output
-    far: Far
+    recent_tokens: Output
+    history_mask: HistoryMask
     history: History
 
 
@@ -77,33 +78,36 @@ class BlockAttention:
         self.keys, self.values = plan.layouts
         self.parts = plan.packed
 
-    def __call__(self, read: Block, near_mask: Node | Output, sizes: Sizes) -> Node:
-        """The context, of the queries' shape; `near_mask`, (batch, 1, 1, count, recent), is added to recent scores."""
+    def __call__(self, read: Block, recent_mask: Node | Output, sizes: Sizes) -> Node:
+        """The context, of the queries' shape.
+
+        `recent_mask`, (batch, 1, 1, count, recent), is added to the scores of recent columns.
+        """
         G, d = self.layer.group, self.layer.head_dim
         key_scales, value_scales = self._columns(read.history.scales, sizes)
         rows = op.reshape(read.queries, i64([0, 0, -1, d]), True)  # (batch, H, G·count, d)
         by_query = op.concat([i64([0, 0, G]), sizes.count, i64([-1])], 0)
-        near = op.reshape(op.matmul(rows, read.keys, False, True), by_query, True)
-        near = op.add(op.add(near, near_mask), read.sinks)
-        near = op.reshape(near, op.concat([i64([0, 0, -1]), sizes.columns], 0), True)
-        far = self._products(rows, read.history.keys)
+        recent = op.reshape(op.matmul(rows, read.keys, False, True), by_query, True)
+        recent = op.add(op.add(recent, recent_mask), read.sinks)
+        recent = op.reshape(recent, op.concat([i64([0, 0, -1]), sizes.columns], 0), True)
+        history = self._products(rows, read.history.keys)
         if key_scales is not None:
-            far = op.multiply(far, key_scales)
-        if read.far.factor is not None:
-            far = op.multiply(far, read.far.factor)
-        far = op.add(far, read.far.mask)
-        weights = op.softmax(op.concat([near, far], 3), 3)
-        near, far = op.variadic_split(weights, i64(3), op.concat([sizes.columns, sizes.past], 0)).outputs()
-        if read.far.factor is not None:
-            far = op.multiply(far, read.far.factor)
+            history = op.multiply(history, key_scales)
+        if read.history_mask.factor is not None:
+            history = op.multiply(history, read.history_mask.factor)
+        history = op.add(history, read.history_mask.mask)
+        weights = op.softmax(op.concat([recent, history], 3), 3)
+        recent, history = op.variadic_split(weights, i64(3), op.concat([sizes.columns, sizes.past], 0)).outputs()
+        if read.history_mask.factor is not None:
+            history = op.multiply(history, read.history_mask.factor)
         if value_scales is not None:
-            far = op.multiply(far, value_scales)
-        context = op.add(self._sums(far, read.history.values), op.matmul(near, read.values, False, False))
+            history = op.multiply(history, value_scales)
+        context = op.add(self._sums(history, read.history.values), op.matmul(recent, read.values, False, False))
         return op.reshape(context, i64([0, 0, G, -1, d]), True)
 
-    def of(self, read: Block, queries: Node | Output, near_mask: Node | Output, sizes: Sizes) -> Node:
+    def of(self, read: Block, queries: Node | Output, recent_mask: Node | Output, sizes: Sizes) -> Node:
         """The same for other queries."""
-        return self(replace(read, queries=queries), near_mask, sizes)
+        return self(replace(read, queries=queries), recent_mask, sizes)
 
     def _columns(self, scales: Output | None, sizes: Sizes) -> list[Node | None]:
         """Those of keys and of values, (batch, kv_heads, 1, past); None for what is not packed."""

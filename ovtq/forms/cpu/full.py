@@ -22,7 +22,7 @@ from openvino import opset15 as op
 from ovtq.codec.packed_attention import StateSlice
 from ovtq.forms.attend import Columns, FullCacheSpec, GrowingState, LayerEncoder, sink_columns
 from ovtq.forms.cpu.beams import CpuBeams
-from ovtq.forms.cpu.block import Block, BlockAttention, Far, History, Sizes, flat
+from ovtq.forms.cpu.block import Block, BlockAttention, History, HistoryMask, Sizes, flat
 from ovtq.forms.cpu.window import CpuWindowState
 from ovtq.ir.graph import ALL, Nothing, Port, Tensors, body, dim, f32, i64, if_else, precise, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription, TokenRows
@@ -63,7 +63,7 @@ class Keeping(Protocol):
     rule: Growing  # how many rows its states have
     stay: Node  # how many they have now
 
-    def far(self, layer: AttentionLayer) -> Far:
+    def history_mask(self, layer: AttentionLayer) -> HistoryMask:
         """What is done to the scores of a layer's history."""
 
     def finish(self) -> tuple[dict[int, Output], list[Node]]:
@@ -75,9 +75,9 @@ class Appended:
 
     def __init__(self, nodes: Nodes) -> None:
         self.rule, self.stay = Growing(nodes.plan.window, nodes.flush), nodes.older
-        self.mask = Far(nodes.columns.far_mask(nodes.older).output(0))
+        self.mask = HistoryMask(nodes.columns.history_mask(nodes.older).output(0))
 
-    def far(self, layer: AttentionLayer) -> Far:
+    def history_mask(self, layer: AttentionLayer) -> HistoryMask:
         """The same for every layer."""
         return self.mask
 
@@ -97,7 +97,7 @@ class Call(Tensors):
 
 
 @dataclass(frozen=True)
-class Seldom(Tensors):
+class FlushOrPrefill(Tensors):
     """As vectors: the context of the leading blocks, batch first, and the rows that join the states."""
 
     context: Node
@@ -119,10 +119,10 @@ class CpuFull:
 
         trips = op.divide(op.subtract(columns.new, i64([1])), i64([BLOCK]))
         self.lead = op.multiply(trips, i64([BLOCK]))  # queries in the Loop
-        self.seldom = op.greater(op.add(trips, nodes.joining), i64([0])).output(0)
-        self.near = columns.near(nodes.older)
+        self.is_flush_or_prefill = op.greater(op.add(trips, nodes.joining), i64([0])).output(0)
+        self.recent_tokens = columns.recent_tokens(nodes.older)
         self.rest = op.subtract(columns.new, self.lead)
-        self.near_mask = columns.near_mask(self.near, columns.recent, self.lead, self.rest)
+        self.recent_mask = columns.recent_mask(self.recent_tokens, columns.recent, self.lead, self.rest)
         self.sinks = sink_columns({layer.index: layer.sink_logits for layer in plan.layers}, columns.recent)
 
     @property
@@ -175,26 +175,28 @@ class CpuFull:
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
         columns = self.columns
         rows = op.reshape(layer.query.source, i64([0, H, G, -1, d]), True)
-        store = LayerEncoder(self.beams, self.plan, layer, self.keeping.rule)
-        held_keys, held_values = (held.past for held in store.held)
+        encoder = LayerEncoder(self.beams, self.plan, layer, self.keeping.rule)
+        held_keys, held_values = (held.past for held in encoder.held)
         history = History(held_keys, held_values, self.scales.groups[layer.index] if self.scales else None)
-        read = Block(rows, keys, values, self.sinks[layer.index], self.near, self.keeping.far(layer), history)
+        read = Block(
+            rows, keys, values, self.sinks[layer.index], self.recent_tokens, self.keeping.history_mask(layer), history
+        )
         attention = BlockAttention(layer, self.plan)
-        found = self._seldom(store, attention, read)
+        found = self._flush_or_prefill(encoder, attention, read)
         if self.scales:
             self.scales.joined[layer.index] = found.scales
-        for held, some in zip(store.held, (found.keys, found.values), strict=True):
+        for held, some in zip(encoder.held, (found.keys, found.values), strict=True):
             shape = op.concat([columns.batch, i64([held.heads]), self.nodes.joining, i64([held.width])], 0)
             held.append(op.reshape(some, shape, False))
-        self.held[layer.index] = store.held
+        self.held[layer.index] = encoder.held
         rest = op.slice(rows, self.lead, i64([ALL]), i64([1]), i64([3]))
         sizes = Sizes(columns.batch, self.keeping.stay, columns.recent, self.rest)
-        direct = attention.of(read, rest, self.near_mask, sizes)
+        direct = attention.of(read, rest, self.recent_mask, sizes)
         direct = op.reshape(op.transpose(direct, i64([0, 3, 1, 2, 4])), i64([0, 0, H * G, d]), True)
         leading = op.reshape(found.context, op.concat([columns.batch, self.lead, i64([H * G, d])], 0), False)
         return op.transpose(op.concat([leading, direct], 1), i64([0, 2, 1, 3]))
 
-    def _seldom(self, store: LayerEncoder, attention: BlockAttention, block: Block) -> Seldom:
+    def _flush_or_prefill(self, encoder: LayerEncoder, attention: BlockAttention, block: Block) -> FlushOrPrefill:
         """What in most decode steps there is nothing of, and nothing runs.
 
         The other branch then holds constants, which is why results are vectors. One If for both: with a second one for
@@ -202,24 +204,24 @@ class CpuFull:
         """
         layer = attention.layer
 
-        def some(call: Call) -> Seldom:
+        def some(call: Call) -> FlushOrPrefill:
             recent = (call.block.keys, call.block.values)
             leaving = op.concat([op.slice(rows, call.leave, call.left, i64([1]), i64([2])) for rows in recent], 1)
             batch = dim(call.block.queries, 0)
             shape = op.concat([call.lead, batch, i64([layer.query_heads, layer.head_dim])], 0)
             leading = op.reshape(self._loop(attention, call.lead, call.block), shape, False)
-            (keys, values), scales = store.packed(leaving)
+            (keys, values), scales = encoder.packed(leaving)
             found = op.transpose(leading, i64([1, 0, 2, 3])), keys, values, *scales
             vectors = [op.reshape(x, i64([-1]), False) for x in found]
-            return Seldom(vectors[0], vectors[1], vectors[2], vectors[3] if scales else None)
+            return FlushOrPrefill(vectors[0], vectors[1], vectors[2], vectors[3] if scales else None)
 
-        def none(_: Nothing) -> Seldom:
-            kinds = [np.float32, *(held.kind.to_dtype() for held in store.held), np.float32]
+        def none(_: Nothing) -> FlushOrPrefill:
+            kinds = [np.float32, *(held.kind.to_dtype() for held in encoder.held), np.float32]
             context, keys, values, scales = (op.constant(np.zeros(0, kind)) for kind in kinds)
-            return Seldom(context, keys, values, scales if self.scales else None)
+            return FlushOrPrefill(context, keys, values, scales if self.scales else None)
 
         call = Call(self.lead, self.nodes.leave, self.nodes.left, block)
-        return if_else(self.seldom, (call, some), (Nothing(), none), ("seldom", "usually"))
+        return if_else(self.is_flush_or_prefill, (call, some), (Nothing(), none), ("flush_or_prefill", "idle"))
 
     def _loop(self, attention: BlockAttention, lead: Output, block: Block) -> Node:
         """The context of the leading blocks, as a vector, tokens first."""
@@ -230,9 +232,10 @@ class CpuFull:
             # Precise, for of what it must convert before a Loop the CPU plugin goes on to read an earlier call's
             return None if x is None else precise(op.slice(x, i64([0]), end, i64([1]), i64([axis]))).output(0)
 
+        seen = block.history_mask
         outer = Block(
             cut(block.queries, 3, lead), cut(block.keys, 2), cut(block.values, 2), cut(block.sinks, 4),
-            cut(block.near, 2), Far(cut(block.far.mask, 3), cut(block.far.factor, 3)),
+            cut(block.recent_tokens, 2), HistoryMask(cut(seen.mask, 3), cut(seen.factor, 3)),
             History(cut(block.history.keys, 2), cut(block.history.values, 2), cut(block.history.scales, 3)),
         )  # fmt: skip
         inner = [op.parameter(x.get_partial_shape(), x.get_element_type()) for x in outer.flatten()]
@@ -240,9 +243,9 @@ class CpuFull:
         turn = op.parameter([], np.int64)
         first = op.multiply(op.unsqueeze(turn, i64([0])), i64([BLOCK]))
         some = op.slice(read.queries, first, op.add(first, i64([BLOCK])), i64([1]), i64([3]))
-        width = dim(read.near, 2)
-        mask = self.columns.near_mask(read.near, width, first, i64([BLOCK]))
-        sizes = Sizes(dim(some, 0), dim(read.far.mask, 3), width, i64([BLOCK]))
+        width = dim(read.recent_tokens, 2)
+        mask = self.columns.recent_mask(read.recent_tokens, width, first, i64([BLOCK]))
+        sizes = Sizes(dim(some, 0), dim(read.history_mask.mask, 3), width, i64([BLOCK]))
         context = attention.of(read, some, mask, sizes)
         results = [op.result(op.constant(np.array(True))), op.result(op.unsqueeze(flat(context), i64([0])))]
         loop = op.loop(scalar(trips), op.constant(np.array(True)))

@@ -17,7 +17,7 @@ from openvino import opset15 as op
 
 from ovtq.forms.attend import Columns, GrowingState
 from ovtq.forms.beams import Beams
-from ovtq.forms.cpu.block import Far
+from ovtq.forms.cpu.block import HistoryMask
 from ovtq.forms.cpu.full import Nodes
 from ovtq.forms.pruning import (
     DIGIT,
@@ -25,7 +25,7 @@ from ovtq.forms.pruning import (
     EMPTY,
     FIRST,
     PADDED,
-    SHOWN,
+    VISIBLE_ABOVE,
     Pruning,
 )
 from ovtq.forms.scores import Arriving
@@ -123,7 +123,7 @@ class CpuEviction(Scores, ABC):
         self.scores.append(leaving)
         self.masks = self._masks()
 
-    def far(self, layer: AttentionLayer) -> Far:
+    def history_mask(self, layer: AttentionLayer) -> HistoryMask:
         """What is done to the scores of a layer's history."""
         return self.masks[layer.index]
 
@@ -133,7 +133,7 @@ class CpuEviction(Scores, ABC):
         rows = dim(scores, 2)
         leaving = op.subtract(self.nodes.later, self.nodes.older)
         best = _best(scores, room, op.minimum(op.subtract(rows, i64([room])), leaving))
-        alive = op.greater(scores, i32(SHOWN))
+        alive = op.greater(scores, i32(VISIBLE_ABOVE))
         gone = op.logical_and(alive, op.logical_not(best))
         count = op.squeeze(op.reduce_sum(op.convert(gone, "i32"), i64([2]), True), i64([3]))
         kept, assigns = self._kept(rows, leaving, best, gone)
@@ -149,9 +149,9 @@ class CpuEviction(Scores, ABC):
     def _held(self, name: str, holds: str) -> GrowingState:
         return GrowingState(self.beams, StateSpec.growing(name, "i32", self.heads, 1, self.rule, holds, self.indices))
 
-    def _masks(self) -> dict[int, Far]:
+    def _masks(self) -> dict[int, HistoryMask]:
         scores = op.reshape(self.scores.past, i64([0, 0, 1, -1]), True)  # (batch, heads, 1, rows)
-        hidden = op.less_equal(scores, i32(SHOWN))
+        hidden = op.less_equal(scores, i32(VISIBLE_ABOVE))
         if self.pruning.mode == "zero":  # what is pruned is not masked, only padding is
             dropped = op.equal(scores, i32(DROPPED))
             hidden = op.logical_and(hidden, op.logical_not(dropped))
@@ -159,7 +159,7 @@ class CpuEviction(Scores, ABC):
         if self.pruning.mode == "zero":
             found.append(op.select(dropped, f32(0), f32(1)))
         split = zip(*(op.split(x, i64(1), self.count).outputs() for x in found), strict=True)
-        return {index: Far(*some) for index, some in zip(self.indices, split, strict=True)}
+        return {index: HistoryMask(*some) for index, some in zip(self.indices, split, strict=True)}
 
 
 class Masked(CpuEviction):

@@ -46,7 +46,7 @@ class Nodes:
 class Keeping(Protocol):
     """The history, and what becomes of tokens in it."""
 
-    def far(self, layer: AttentionLayer) -> Output:
+    def history_mask(self, layer: AttentionLayer) -> Output:
         """What is added to the scores of a layer's history, (batch, 1 or kv_heads, 1, rows)."""
 
     def read(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
@@ -71,20 +71,20 @@ class Appended:
         self.assigns: list[Node] = []
         self.histories: dict[int, Output] = {}  # what was held of each layer's keys
 
-    def far(self, layer: AttentionLayer) -> Output:
+    def history_mask(self, layer: AttentionLayer) -> Output:
         """The same for every layer."""
         if self.mask is None:
             columns = self.nodes.columns
-            self.mask = columns.far_mask(self.nodes.older, columns.total).output(0)
+            self.mask = columns.history_mask(self.nodes.older, columns.total).output(0)
         return self.mask
 
     def read(self, layer: AttentionLayer, new: Node, recent: Node) -> tuple[Output, Output]:
         """Of past and new tokens."""
-        store = LayerEncoder(self.nodes.beams, self.plan, layer, Growing())
-        self.histories[layer.index] = store.held[0].past
-        rows, scales = store.packed(new)
+        encoder = LayerEncoder(self.nodes.beams, self.plan, layer, Growing())
+        self.histories[layer.index] = encoder.held[0].past
+        rows, scales = encoder.packed(new)
         parts = iter(op.split(scales[0], i64(1), self.plan.packed).outputs() if self.plan.packed > 1 else scales)
-        keys, values = (self._dense(*some, parts) for some in zip(store.held, rows, self.plan.layouts, strict=True))
+        keys, values = (self._dense(*some, parts) for some in zip(encoder.held, rows, self.plan.layouts, strict=True))
         return keys, values
 
     def _dense(
@@ -127,7 +127,7 @@ class Limits(Tensors):
 
     limits: Output
     query: Output | None = None
-    far: Output | None = None
+    history_mask: Output | None = None
 
 
 @dataclass(frozen=True)
@@ -143,14 +143,14 @@ class Prefill(Tensors):
 
 @dataclass(frozen=True)
 class Decode(Tensors):
-    """What one token reads: (batch, 1 or kv_heads, 1, rows of the history) `far`, (batch, 1, 1, recent) `near`."""
+    """What one token reads; of masks (batch, 1 or kv_heads, 1, rows of the history) and (batch, 1, 1, recent)."""
 
     queries: Output
     keys: Output
     values: Output
     recent: Output
-    far: Output
-    near: Output
+    history_mask: Output
+    recent_mask: Output
 
 
 class GpuFull:
@@ -159,12 +159,12 @@ class GpuFull:
     def __init__(self, nodes: Nodes, keeping: Keeping) -> None:
         self.nodes, self.keeping, self.plan, self.columns = nodes, keeping, nodes.plan, nodes.columns
         self.states = nodes.beams.states
-        self.limits = self.columns.limits(self.columns.near(nodes.older)).output(0)
+        self.limits = self.columns.limits(self.columns.recent_tokens(nodes.older)).output(0)
         self.query = numbers(self.columns.new, 2).output(0)
         # A window of none still has the sink's row, and a state that tells GenAI not to cut the others.
         plan = self.plan
         self.tokens = WindowState(nodes.description, RECENT, plan.layers, plan.window, nodes.beams, plan.sink_rows)
-        self.near: Output | None = None
+        self.recent_mask: Output | None = None
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -200,12 +200,12 @@ class GpuFull:
         recent = self.tokens.join(layer, 0, new)  # first the sink's row
         # recent as a whole: of a Split's outputs the plugin's If reads the wrong half
         shared = layer.query.source, *self.keeping.read(layer, new, recent), recent.output(0)
-        far = self.keeping.far(layer)
-        near, seen = self._masks(far)
+        history_mask = self.keeping.history_mask(layer)
+        recent_mask, seen = self._masks(history_mask)
         context = if_else(
             self.nodes.is_prefill,
             (Prefill(*shared, seen), lambda read: One(self._prefill(layer, read))),
-            (Decode(*shared, far, near), lambda read: One(self._decode(layer, read))),
+            (Decode(*shared, history_mask, recent_mask), lambda read: One(self._decode(layer, read))),
             ("prefill", "decode"),
         )
         return self._whole(layer, context.value)
@@ -219,23 +219,23 @@ class GpuFull:
         pattern = [self.columns.batch, i64([layer.query_heads]), self.columns.new, i64([layer.head_dim])]
         return op.reshape(context, op.concat(pattern, 0), False)
 
-    def _masks(self, far: Output) -> tuple[Output, One | Limits]:
+    def _masks(self, history_mask: Output) -> tuple[Output, One | Limits]:
         """What a decode step adds to the scores of recent columns, and what tells a prefill which columns are seen.
 
-        That is one mask for all layers, made once, where they have one `far`; else what each makes its own of.
+        That is one mask for all layers, made once, where they have one `history_mask`; else what each makes its own of.
         """
-        alike = far.get_partial_shape()[1] == 1
-        if self.near is None:
+        alike = history_mask.get_partial_shape()[1] == 1
+        if self.recent_mask is None:
             if alike:  # of several tokens it is their mask
-                self.near = if_else(
+                self.recent_mask = if_else(
                     self.nodes.is_prefill,
-                    (Limits(self.limits, self.query, far), lambda read: One(_mask(read, read.far))),
-                    (Limits(self.limits), lambda read: One(_near(read.limits))),
-                    ("mask", "near"),
+                    (Limits(self.limits, self.query, history_mask), lambda read: One(_mask(read, read.history_mask))),
+                    (Limits(self.limits), lambda read: One(_recent_mask(read.limits))),
+                    ("mask", "recent_mask"),
                 ).value
             else:
-                self.near = _near(self.limits).output(0)
-        return self.near, One(self.near) if alike else Limits(self.limits, self.query, far)
+                self.recent_mask = _recent_mask(self.limits).output(0)
+        return self.recent_mask, One(self.recent_mask) if alike else Limits(self.limits, self.query, history_mask)
 
     def _decode(self, layer: AttentionLayer, read: Decode) -> Node:
         """One new token: the recent columns are 2 + window, so that every sum has a shape that fuses."""
@@ -246,13 +246,15 @@ class GpuFull:
         sinks[..., :1] = layer.sink_logits[..., 0]
         key_rows, value_rows = op.split(read.recent, i64(1), 2).outputs()
         rows = op.reshape(read.queries, i64([0, H, -1, d]), True)
-        far_scores = op.add(op.matmul(_into(rows, key_layout, key), read.keys, False, True), read.far)
-        near_scores = op.add(op.matmul(rows, key_rows, False, True), op.reshape(read.near, i64([0, 1, 1, width]), True))
-        weights = op.softmax(op.concat([op.add(near_scores, f32(sinks)), far_scores], 3), 3)
-        near_weights = op.slice(weights, i64([0]), i64([width]), i64([1]), i64([3]))
-        far_weights = op.slice(weights, i64([width]), i64([ALL]), i64([1]), i64([3]))
-        far_context = _out_of(op.matmul(far_weights, read.values, False, False), value_layout, value.dual)
-        context = op.add(far_context, op.matmul(near_weights, value_rows, False, False))
+        history_scores = op.add(op.matmul(_into(rows, key_layout, key), read.keys, False, True), read.history_mask)
+        recent_scores = op.add(
+            op.matmul(rows, key_rows, False, True), op.reshape(read.recent_mask, i64([0, 1, 1, width]), True)
+        )
+        weights = op.softmax(op.concat([op.add(recent_scores, f32(sinks)), history_scores], 3), 3)
+        recent_weights = op.slice(weights, i64([0]), i64([width]), i64([1]), i64([3]))
+        history_weights = op.slice(weights, i64([width]), i64([ALL]), i64([1]), i64([3]))
+        history_context = _out_of(op.matmul(history_weights, read.values, False, False), value_layout, value.dual)
+        context = op.add(history_context, op.matmul(recent_weights, value_rows, False, False))
         if value.centre.any():
             context = op.add(context, f32(value.centre[None, :, None]))
         return op.reshape(context, i64([0, H * G, -1, d]), True)
@@ -274,16 +276,16 @@ class GpuFull:
             centre = f32(key.centre[head][None, None, None])
             key_rows, value_rows = (op.gather(read.recent, at, i64(1)) for at in (mine, values_at))
             of_key, of_value = (basis.dual[0 if basis.shared else head][None] for basis in (key, value))
-            far_keys = _out_of(op.gather(read.keys, mine, i64(1)), key_layout, of_key)
-            far_values = _out_of(op.gather(read.values, mine, i64(1)), value_layout, of_value)
-            values = op.concat([value_rows, far_values], 2)
+            history_keys = _out_of(op.gather(read.keys, mine, i64(1)), key_layout, of_key)
+            history_values = _out_of(op.gather(read.values, mine, i64(1)), value_layout, of_value)
+            values = op.concat([value_rows, history_values], 2)
             if value.centre.any():
                 values = op.add(values, f32(value.centre[head][None, None, None]))
             inputs = [
                 op.reshape(op.gather(groups, mine, i64(1)), i64([0, layer.group, -1, d]), True),
-                op.concat([op.add(key_rows, centre), op.add(far_keys, centre)], 2),
+                op.concat([op.add(key_rows, centre), op.add(history_keys, centre)], 2),
                 values,
-                seen.value if isinstance(seen, One) else _mask(seen, op.gather(seen.far, mine, i64(1))),
+                seen.value if isinstance(seen, One) else _mask(seen, op.gather(seen.history_mask, mine, i64(1))),
                 f32(np.array([1.0])),
             ]
             if layer.sinks is not None:
@@ -302,17 +304,17 @@ def _after(done: list[Node], number: int) -> Node:
     return op.add(op.convert(op.less(some, some), "i64"), i64([number]))
 
 
-def _near(limits: Output) -> Node:
+def _recent_mask(limits: Output) -> Node:
     """(batch, 1, 1, recent): what a single new token's scores of recent columns are added to."""
     return op.select(op.less_equal(limits, i64([0])), f32(0), f32(MASKED))
 
 
-def _mask(read: Limits, far: Output | Node) -> Node:
+def _mask(read: Limits, history_mask: Output | Node) -> Node:
     """(batch, 1, new, columns): what the scores of several tokens are added to. The sink's column is not seen."""
-    near = op.slice(read.limits, i64([1]), i64([ALL]), i64([1]), i64([3]))
-    near = op.pad(near, i64([0, 0, 0, 1]), i64([0, 0, 0, 0]), "constant", i64(NEVER))
-    history = op.select(op.less(far, f32(0)), i64(NEVER), i64(0))
-    return op.select(op.less_equal(op.concat([near, history], 3), read.query), f32(0), f32(MASKED))
+    recent = op.slice(read.limits, i64([1]), i64([ALL]), i64([1]), i64([3]))
+    recent = op.pad(recent, i64([0, 0, 0, 1]), i64([0, 0, 0, 0]), "constant", i64(NEVER))
+    history = op.select(op.less(history_mask, f32(0)), i64(NEVER), i64(0))
+    return op.select(op.less_equal(op.concat([recent, history], 3), read.query), f32(0), f32(MASKED))
 
 
 def looked_up(layout: Layout | None, tokens: Output, scales: Output | None = None) -> Output:

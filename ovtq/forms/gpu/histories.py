@@ -37,7 +37,7 @@ class Masked:
         self.appended, plan = Appended(nodes), nodes.plan
         self.marked = GpuMask(nodes.beams, plan.layers, plan.pruned_by, nodes.columns, nodes.is_prefill)
 
-    def far(self, layer: AttentionLayer) -> Output:
+    def history_mask(self, layer: AttentionLayer) -> Output:
         """One of its own for every layer."""
         return self.marked.masks[layer.index]
 
@@ -80,7 +80,7 @@ class Evicted:
         self.pasts = dict(zip(plan.indices, pasts, strict=True))
         self.leaving: dict[int, list[Output]] = {}
 
-    def far(self, layer: AttentionLayer) -> Output:
+    def history_mask(self, layer: AttentionLayer) -> Output:
         """The same for every layer."""
         return self.residents.mask
 

@@ -15,7 +15,7 @@ from openvino import opset15 as op
 from ovtq.forms.attend import Columns, GrowingState
 from ovtq.forms.beams import Beams
 from ovtq.forms.cpu.prune import Scores, filled
-from ovtq.forms.pruning import DROPPED, EMPTY, SHOWN, Pruning
+from ovtq.forms.pruning import DROPPED, EMPTY, VISIBLE_ABOVE, Pruning
 from ovtq.forms.window_state import FixedState
 from ovtq.ir.graph import ALL, MASKED, One, dim, f32, i32, i64, if_else, scalar, slice_heads
 from ovtq.models.description import AttentionLayer
@@ -60,14 +60,14 @@ class GpuEviction(Scores):
             op.slice(found, i64([0]), i64([count]), i64([1]), i64([2])) for count in (length, self.room)
         )
         first = op.slice(self.scores.past, i64([0, 0]), i64([1, self.room]), i64([1, 1]), i64([1, 2]))
-        hidden = op.less_equal(op.reshape(first, i64([0, 1, 1, self.room]), True), i32(SHOWN))
+        hidden = op.less_equal(op.reshape(first, i64([0, 1, 1, self.room]), True), i32(VISIBLE_ABOVE))
         self.mask = op.select(hidden, f32(MASKED), f32(0)).output(0)
 
     def finish(self) -> list[Node]:
         """The Assigns of the states made here."""
         columns, room, window = self.columns, self.room, self.window
         before, after = (
-            op.reduce_sum(op.convert(op.greater(some, i32(SHOWN)), "i32"), i64([2]), False)
+            op.reduce_sum(op.convert(op.greater(some, i32(VISIBLE_ABOVE)), "i32"), i64([2]), False)
             for some in (self.rivals, op.gather(self.rivals, self.rows, i64(2), 2))
         )
         spec = StateSpec.fixed(POSITION, "i32", [self.heads, room, 1], "position", self.indices)
@@ -147,7 +147,7 @@ class GpuMask(Scores):
             self.factors = dict(zip(self.indices, factors, strict=True))
             readable = op.select(op.equal(readable, i32(DROPPED)), i32(0), readable)
         parts = slice_heads(op.unsqueeze(readable, i64([2])), self.count)
-        masks = [op.select(op.less_equal(x, i32(SHOWN)), f32(MASKED), f32(0)).output(0) for x in parts]
+        masks = [op.select(op.less_equal(x, i32(VISIBLE_ABOVE)), f32(MASKED), f32(0)).output(0) for x in parts]
         self.masks = dict(zip(self.indices, masks, strict=True))
 
     def _numbers(self, tokens: Node) -> Node:
@@ -182,11 +182,11 @@ class GpuMask(Scores):
         room = self.pruning.room
         padded = op.pad(rivals, i64([0, 0, 0]), i64([0, 0, room]), "constant", i32(EMPTY))
         stay = op.slice(best(padded.output(0), room), i64([0]), i64([-room]), i64([1]), i64([2]))
-        return op.convert(op.logical_and(op.greater(rivals, i32(SHOWN)), op.logical_not(stay)), "i32")
+        return op.convert(op.logical_and(op.greater(rivals, i32(VISIBLE_ABOVE)), op.logical_not(stay)), "i32")
 
     def _worst(self, rivals: Output) -> Node:
         """The last of the worst tokens, if there are too many."""
-        alive = op.greater(rivals, i32(SHOWN))
+        alive = op.greater(rivals, i32(VISIBLE_ABOVE))
         count = op.reduce_sum(op.convert(alive, "i32"), i64([2]), True)
         least = op.reduce_min(op.select(alive, rivals, i32(-EMPTY)), i64([2]), True)
         tied = op.logical_and(alive, op.equal(rivals, least))

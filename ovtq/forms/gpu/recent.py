@@ -1,11 +1,11 @@
 """Full layers for the GPU plugin: recent tokens as they are, older ones in its own compressed cache.
 
-One softmax over both, in two parts. The near part, of a query's own token, the `window` before it and the sink, is a
-softmax of its own, with the context c and the log-sum-exp L of its scores. The far part is the plugin's fused
+One softmax over both, in two parts. The recent part, of a query's own token, the `window` before it and the sink, is a
+softmax of its own, with the context c and the log-sum-exp L of its scores. The history part is the plugin's fused
 attention, of all older tokens and of one row more, the *anchor*, whose score is L. That softmax gives each old token
-the weight it has among all, and the anchor what all near tokens have together, p = e^L / (e^L + Σ_far e^s). So
+the weight it has among all, and the anchor what all recent tokens have together, p = e^L / (e^L + Σ_history e^s). So
 
-    context = Σ_far weight·value + p·c
+    context = Σ_history weight·value + p·c
 
 without a division. p is read off the result itself: real keys and values are zero in the last coordinates, the anchor
 is MARK in one of these and zero in all others. As a key it meets L/MARK, which the query has there; as a value it
@@ -16,12 +16,12 @@ exactly in 8 and in 4 bits. A zero of another row may come back as half a step o
 step/(2·MARK), 1e-3 where values reach 30. At f16 an L of 16 is off by 2⁻⁸ at most, so that the parts' ratio is off by
 0.4%, no more than any score of that size. Where one part outweighs the other by e^20, p is 1 − 2e-9 or 2e-9 before, and
 1 or nearly 0 after rounding: what is lost is 2⁻¹¹ of the heavier part at most, and L, which is a maximum less a
-logarithm of a weight of 1/(window + 2) at least, neither overflows nor vanishes. With an empty far part, in a text no
+logarithm of a weight of 1/(window + 2) at least, neither overflows nor vanishes. With an empty history, in a text no
 longer than the window, only the anchor is visible there, and p is 1.
 
 Rows come to the cache one token late: from the last row of the window, which before the text is the anchor. So a call
 brings as many rows as it has tokens, the anchor is row 0, and a token is quantised once. The fused attention's mask
-hides those that are still near. A query's near part is the same whatever calls a text comes in.
+hides those that are still recent. A query's recent part is the same whatever calls a text comes in.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from openvino import opset15 as op
 from ovtq.codec.rotation import digest, randomized_frame, spread_width
 from ovtq.forms.attend import GrowingState
 from ovtq.forms.gpu.beams import GpuBeams
-from ovtq.forms.gpu.window import FAR
+from ovtq.forms.gpu.window import BEYOND
 from ovtq.forms.window_state import WholeWindowState
 from ovtq.ir.graph import ALL, MASKED, dim, f32, i64, redirect, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription, SinkRow, TokenRows
@@ -80,7 +80,7 @@ class RecentRows:
         self.states = self.beams.states
         self.assigns: list[Node] = []
         self._blocks(description, layer.kv_heads, layer.group)
-        self.far_mask = self._far_mask(description)
+        self.history_mask = self._history_mask(description)
 
     def attend(self, layer: AttentionLayer) -> AttentionLayer:
         """Rewrite one layer."""
@@ -90,28 +90,28 @@ class RecentRows:
         tokens = op.concat([layer.key.source, layer.value.source], 1)
         rows = op.add(op.matmul(tokens, self.into, False, True), f32(moved[None]))  # (batch, 2H, new, D)
         every = self.tokens.join(layer, 0, rows)
-        near = op.split(op.gather(every, self.key_rows, i64(2)), i64(1), 2).outputs()
-        keys, values = (op.reshape(x, self.rows_by_block, True) for x in near)  # (batch, H·nb, w, D)
+        own = op.split(op.gather(every, self.key_rows, i64(2)), i64(1), 2).outputs()
+        keys, values = (op.reshape(x, self.rows_by_block, True) for x in own)  # (batch, H·nb, w, D)
 
         sinks = np.zeros((H * G, 1, D), np.float32)
         sinks[:, 0, SINK] = layer.own_sinks / MARK
         turned = f32(np.ascontiguousarray(layer.scale * self.frame.T))
         query = op.add(op.matmul(layer.query.source, turned, False, True), f32(sinks[None]))
-        context, top, largest = self._near(layer, query, keys, values)
+        context, top, largest = self._recent(layer, query, keys, values)
         # Made as wide as a query first, all of this is one kernel
         logit = op.subtract(op.multiply(top, f32(np.ones((1, 1, 1, D)))), op.log(largest))
         query = op.add(op.multiply(logit, self.mark), query)
 
         late = [self._late(layer, what, every) for what in ("key", "value")]
         grouped = [self._to_query_heads(rows, H, G) for rows, _ in late]
-        far = op.scaled_dot_product_attention(query, *grouped, self.far_mask, f32(1), False)
-        # p in all coordinates, and a sum that reads the far part by a Reshape of its own: one kernel with the product
-        line, again = (op.reshape(far, i64([-1, D]), zeros_too) for zeros_too in (False, True))
-        near_part = op.multiply(op.matmul(line, self.share, False, True), op.reshape(context, i64([-1, D]), False))
+        older = op.scaled_dot_product_attention(query, *grouped, self.history_mask, f32(1), False)
+        # p in all coordinates, and a sum that reads the history by a Reshape of its own: one kernel with the product
+        line, again = (op.reshape(older, i64([-1, D]), zeros_too) for zeros_too in (False, True))
+        recent_part = op.multiply(op.matmul(line, self.share, False, True), op.reshape(context, i64([-1, D]), False))
         both = op.concat([self.batch, i64([H * G]), self.new, i64([D])], 0)
-        both = op.reshape(op.add(near_part, again), both, False)
+        both = op.reshape(op.add(recent_part, again), both, False)
         redirect(layer.context, op.matmul(both, self.back, False, True))
-        return replace(layer, context=far.output(0), cache=SinkRow(TokenRows(late[0][1])))
+        return replace(layer, context=older.output(0), cache=SinkRow(TokenRows(late[0][1])))
 
     @property
     def digest(self) -> str:
@@ -141,7 +141,7 @@ class RecentRows:
         last = op.subtract(self.new, one)
         # Indices in one line: where they are all rows in order, as in a decode step, the plugin leaves the Gather out
         self.query_rows = op.reshape(op.minimum(queries, last), i64([-1]), False)
-        keys = op.slice(i64([-FAR, *range(1, 2 * window + 1)]), origin, w, one, origin)
+        keys = op.slice(i64([-BEYOND, *range(1, 2 * window + 1)]), origin, w, one, origin)
         keys = op.maximum(op.minimum(op.add(start, keys), op.add(last, i64([1 + window]))), origin)  # (nb, w)
         self.key_rows = op.reshape(keys, i64([-1]), False)
         blocks = op.multiply(nb, i64([heads]))
@@ -161,10 +161,12 @@ class RecentRows:
         mask = op.reshape(mask, op.concat([i64([0, 1, -1, 1]), w], 0), True)  # (batch, 1, nb·m, 1, w)
         # As large as the scores, for the GPU plugin makes one kernel of a product and such a sum
         mask = op.broadcast(mask, i64([1, heads, 1, group, 1]), broadcast_spec="BIDIRECTIONAL")
-        self.near_mask = op.reshape(mask, op.concat([i64([0]), blocks, i64([-1]), w], 0), True)  # (batch, H·nb, m·G, w)
+        self.recent_mask = op.reshape(
+            mask, op.concat([i64([0]), blocks, i64([-1]), w], 0), True
+        )  # (batch, H·nb, m·G, w)
 
-    def _far_mask(self, description: ModelDescription) -> Node:
-        """(batch, 1, new, rows), additive: every query sees the anchor and the tokens that are no longer near."""
+    def _history_mask(self, description: ModelDescription) -> Node:
+        """(batch, 1, new, rows), additive: every query sees the anchor and the tokens that are no longer recent."""
         total = description.length
         row = op.unsqueeze(op.range(i64(0), scalar(total), i64(1), "i64"), i64([0]))
         first = op.subtract(op.subtract(total, self.new), i64([self.window]))
@@ -175,8 +177,8 @@ class RecentRows:
         visible = op.logical_and(op.unsqueeze(old, i64([0])), op.unsqueeze(op.not_equal(shown, i64(0)), i64([1])))
         return op.unsqueeze(op.select(visible, f32(0), f32(MASKED)), i64([1]))
 
-    def _near(self, layer: AttentionLayer, query: Node, keys: Node, values: Node) -> tuple[Node, Node, Node]:
-        """The near part's context, (batch, H·G, new, D), largest score and largest weight, (batch, H·G, new, 1).
+    def _recent(self, layer: AttentionLayer, query: Node, keys: Node, values: Node) -> tuple[Node, Node, Node]:
+        """The recent part's context, (batch, H·G, new, D), largest score and largest weight, (batch, H·G, new, 1).
 
         Blocks are beside heads, for at rank 5 the GPU plugin takes a product and the sum with a mask for one kernel,
         which adds other blocks' rows of it.
@@ -184,7 +186,7 @@ class RecentRows:
         H, G, D = layer.kv_heads, layer.group, self.width
         rows = op.transpose(op.reshape(query, i64([0, H, G, -1, D]), True), i64([0, 1, 3, 2, 4]))
         rows = op.reshape(op.gather(rows, self.query_rows, i64(2)), self.rows_by_block, True)  # (batch, H·nb, m·G, D)
-        scores = op.add(op.matmul(rows, keys, False, True), self.near_mask)  # (batch, H·nb, m·G, w)
+        scores = op.add(op.matmul(rows, keys, False, True), self.recent_mask)  # (batch, H·nb, m·G, w)
         weights = op.softmax(scores, 3)
         context = op.matmul(weights, values, False, False)  # (batch, H·nb, m·G, D)
         top, largest = (self._in_order(layer, op.reduce_max(x, i64([3]), True), 1) for x in (scores, weights))

@@ -11,7 +11,7 @@ from ovtq.forms.window_state import PackedWindowState, WindowState
 from ovtq.ir.graph import MASKED, Port, dim, f32, i64, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 
-FAR = 2**30  # a row index past any sequence
+BEYOND = 2**30  # a row index past any sequence
 
 
 class GpuWindow:
@@ -38,7 +38,7 @@ class GpuWindow:
         # Rows past the end are the zero row: the sink's, and those of the last block's padding.
         queries = op.slice(i64(range(window)), origin, m, one, origin)
         self.query_rows = op.minimum(op.add(start, queries), op.subtract(self.new, one))  # (nb, m)
-        keys = op.slice(i64([FAR, *range(slack, slack + 2 * window - 1)]), origin, w, one, origin)
+        keys = op.slice(i64([BEYOND, *range(slack, slack + 2 * window - 1)]), origin, w, one, origin)
         self.key_rows = op.minimum(op.add(start, keys), zero_row)  # (nb, w)
 
         # Query i of a block sees key rows i … i + window − 1 of it, and always the sink.
@@ -47,7 +47,7 @@ class GpuWindow:
         hidden = np.concatenate([np.full((window, 1), -1), hidden], 1)  # outweighs that the sink's row is no token
         band = op.slice(f32(hidden), i64([0, 0]), op.concat([m, w], 0), i64([1, 1]), i64([0, 1]))
         shown = op.pad(description.attention_mask, i64([0, rows]), i64([0, 1]), "constant", i64(0))
-        shown = op.slice(shown, op.negative(op.add(zero_row, one)), i64([FAR]), one, one)  # (batch, rows + new + 1)
+        shown = op.slice(shown, op.negative(op.add(zero_row, one)), i64([BEYOND]), one, one)  # (batch, rows + new + 1)
         shown = op.unsqueeze(op.gather(shown, self.key_rows, i64(1)), i64(2))  # (batch, nb, 1, w)
         padding = op.select(op.equal(shown, i64(0)), f32(1), f32(0))
         mask = op.multiply(op.clamp(op.add(padding, band), 0, 1), f32(MASKED))  # (batch, nb, m, w)

@@ -20,14 +20,14 @@ from ovtq.models.description import AttentionLayer
 class Tokens:
     """All tokens of one layer: keys, after RoPE, and values, (batch, kv_heads, tokens, d); `real` is not padding.
 
-    `straight` are the keys before RoPE, for a score that needs them.
+    `pre_rope` are the keys before RoPE, for a score that needs them.
     """
 
     layer: int
     keys: np.ndarray
     values: np.ndarray
     real: np.ndarray  # (batch, tokens)
-    straight: np.ndarray | None
+    pre_rope: np.ndarray | None
 
 
 @dataclass(frozen=True)

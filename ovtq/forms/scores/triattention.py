@@ -31,9 +31,9 @@ class TriAttention(Score):
 
     def numpy(self, tokens: Tokens) -> np.ndarray:
         """Of all tokens, (batch, kv_heads, tokens)."""
-        if tokens.straight is None:
+        if tokens.pre_rope is None:
             raise ValueError("the score triattention is of keys before RoPE; they were not given")
-        return SPREAD * self.known.scores(tokens.layer, tokens.straight)
+        return SPREAD * self.known.scores(tokens.layer, tokens.pre_rope)
 
     def nodes(self, call: Arriving) -> tuple[Node, list[Node]]:
         """Of the new ones, (batch, heads, new, 1) f32.
@@ -41,11 +41,11 @@ class TriAttention(Score):
         A product of each key before RoPE, and of its pairs' lengths, with constants: one for each query head.
         """
         H, d = call.kv_heads, call.layers[0].head_dim
-        straight = [
+        pre_rope = [
             op.transpose(op.reshape(projected(x.key.source, H, d), i64([0, 0, H, d]), True), i64([0, 2, 1, 3]))
             for x in call.layers
         ]
-        keys = op.concat(straight, 1)  # (batch, heads, new, d)
+        keys = op.concat(pre_rope, 1)  # (batch, heads, new, d)
         first, second = op.split(keys, i64(3), 2).outputs()
         lengths = op.sqrt(op.add(op.multiply(first, first), op.multiply(second, second)))
         products = [self.known.product(layer.index, H) for layer in call.layers]
