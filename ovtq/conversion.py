@@ -17,7 +17,7 @@ from ovtq import __version__, files, pipeline, staging, states, whereabouts
 from ovtq import card as model_card
 from ovtq.codec import moments
 from ovtq.codec.kernel_layout import CONFIG, FOLDER
-from ovtq.errors import InputError, UnsupportedModel, scarcity
+from ovtq.errors import InputError, UnsupportedModel, VerificationFailed, scarcity
 from ovtq.ir import cache, io
 from ovtq.models import ModelDescription, describe
 from ovtq.models.description import InPlace
@@ -208,8 +208,9 @@ def convert(
             if device:  # while the rest of the weights is copied
                 checked = _stage(on_progress, "verify", calls_of(layers))
                 xml, seed, ready = folder / source.name, checks.verify_seed, written.wait_for
-                found = verify(source, xml, layers, device, seed, extent, checked, ready)
-                kept = kept_precision(xml, layers, device, extent, ready)
+                with _unwritten():
+                    found = verify(source, xml, layers, device, seed, extent, checked, ready)
+                    kept = kept_precision(xml, layers, device, extent, ready)
                 record["verified"] = {
                     "device": device,
                     "experts": not extent.joins,
@@ -243,6 +244,15 @@ def _foreseen(model_dir: Path) -> Iterator[None]:
             raise InputError(lack) from error
         kind, reason = type(error).__name__, io.last_line(error)
         raise UnsupportedModel(f"{model_dir}: its graph is not as ovtq knows it ({kind}: {reason})") from error
+
+
+@contextmanager
+def _unwritten() -> Iterator[None]:
+    """Within it, a failed verification says that there is no result."""
+    try:
+        yield
+    except VerificationFailed as error:
+        raise VerificationFailed(f"{error}; nothing was written") from error
 
 
 def convert_as_given(

@@ -68,7 +68,9 @@ def test_a_broken_conversion_is_refused(
 ) -> None:
     harm(monkeypatch)
     assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--passes", EXACT, "--target", target]) == 2
-    assert "the converted model is wrong on CPU: its results differ by" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the converted model is wrong on CPU: its results differ by" in said
+    assert said.endswith("; nothing was written\n")
     assert not any(tmp_path.iterdir())
 
 
@@ -202,8 +204,9 @@ def test_a_scale_wrong_by_one_in_ten_thousand_is_caught(tmp_path: Path) -> None:
     }
     rewrite = TruncateWindow().apply(decoupled.model, decoupled.description.with_layers(wrong))
     ov.save_model(rewrite.model, tmp_path / "openvino_model.xml", compress_to_fp16=False)
-    with pytest.raises(VerificationFailed, match="wrong on CPU"):
+    with pytest.raises(VerificationFailed, match="wrong on CPU") as error:
         verify(*_pair(tmp_path), load(TINY["5.5"])[1].layers, "CPU", 0, Scope(4))
+    assert "written" not in str(error.value)  # by a program that only asked
 
 
 def _ill_conditioned(folder: Path, harm: float = 1.0) -> tuple[Path, Path]:

@@ -163,7 +163,7 @@ class Evaluation:
         try:
             recheck(self.options.model_dir, candidate.folder, self.options.device)
         except VerificationFailed as error:
-            return str(error).removesuffix("; nothing was written")
+            return str(error)
         return ""
 
     def _verdict(self, candidate: Candidate, row: dict[str, Any], reasons: list[str]) -> dict[str, str]:

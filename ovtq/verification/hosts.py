@@ -96,12 +96,10 @@ def _refuse(runner: Runner, vocabulary: int, device: str, rounding: float) -> No
         except InputError:
             continue
         raise VerificationFailed(
-            f"the converted model is wrong on {device}: it takes a call whose attention_mask is too short; "
-            "nothing was written"
+            f"the converted model is wrong on {device}: it takes a call whose attention_mask is too short"
         )
     as_before = np.array_equal(said[0], said[1]) if device == "CPU" else np.median(lost(*said)) <= rounding
     if not as_before:
         raise VerificationFailed(
-            f"the converted model is wrong on {device}: after a call that it refuses it says something else; "
-            "nothing was written"
+            f"the converted model is wrong on {device}: after a call that it refuses it says something else"
         )

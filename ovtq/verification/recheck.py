@@ -51,8 +51,10 @@ def recheck(model_dir: Path, converted: Path, device: str, *others: Path) -> Dif
         for graph in (made, io.load(converted))
     )
     if names != written:
+        known = "schema" in io.stamp_of(io.load(converted))
+        older = "" if known else "; made by an earlier ovtq: convert the original model again"
         raise VerificationFailed(
             f"its graph is not what its recorded passes make of the model: {len(names ^ written)} nodes differ, "
-            f"such as {min(names ^ written)}"
+            f"such as {min(names ^ written)}{older}"
         )
     return verify(io.model_xml(model_dir), io.model_xml(converted), description.layers, device, 0, extent)

@@ -203,7 +203,7 @@ def kept_precision(
     if len(caches) < least or set(caches) != {precision}:
         raise VerificationFailed(
             f"{device} would not keep the caches in {precision}: of {least} at least, it keeps {len(caches)}, in "
-            f"{', '.join(sorted(set(caches))) or 'none'}; nothing was written"
+            f"{', '.join(sorted(set(caches))) or 'none'}"
         )
     return precision
 
@@ -276,7 +276,7 @@ def _verify(
         if not chosen or len(runs) == ATTEMPTS:  # without experts no text is an excuse
             raise VerificationFailed(
                 f"the converted model is wrong on {device} as hosts load it, with no property ({host.precision}): "
-                f"{reason}; nothing was written"
+                f"{reason}"
             )
         other = (seed + len(runs)) % 2**32
         again = _played(_part(converted, extent, ready)[0], device, calls, vocabulary, other, properties=own)
@@ -335,7 +335,7 @@ def _at_f32(
     if not difference.relative <= difference.tolerance or (difference.kld or 0) > SAME_TEXT:
         raise VerificationFailed(
             f"the converted model is wrong on {device}: its results differ by {difference.largest:.3g} "
-            f"({difference.relative:.2g} of their scale, allowed {difference.tolerance:.2g}); nothing was written"
+            f"({difference.relative:.2g} of their scale, allowed {difference.tolerance:.2g})"
         )
     if not check.layers:
         return difference
@@ -343,10 +343,10 @@ def _at_f32(
     if not check.largest <= allowed:
         raise VerificationFailed(
             f"the converted model is wrong on {device}: a layer that reads packed codes is {check.largest:.2g} of its "
-            f"largest result away from what numpy computes (allowed {allowed:.2g}); nothing was written"
+            f"largest result away from what numpy computes (allowed {allowed:.2g})"
         )
     if check.miscounted:
-        raise VerificationFailed(f"the converted model is wrong on {device}: {check.miscounted}; nothing was written")
+        raise VerificationFailed(f"the converted model is wrong on {device}: {check.miscounted}")
     rest = [[call for call, old in zip(side, lossy, strict=True) if old] for side in (original, converted)]
     kld = same_top = None
     if extent.end is None:
