@@ -206,17 +206,13 @@ def convert(
             for layout in in_place[:1]:  # all layers have the same
                 layout.write(folder)
             if device:  # while the rest of the weights is copied
-                checked = _stage(on_progress, "verify", calls_of(layers))
-                xml, seed, ready = folder / source.name, checks.verify_seed, written.wait_for
+                xml, ready = folder / source.name, written.wait_for
+                tick_checked = _stage(on_progress, "verify", calls_of(layers))
                 with _unwritten():
-                    found = verify(source, xml, layers, device, seed, extent, checked, ready)
+                    found = verify(source, xml, layers, device, checks.verify_seed, extent, tick_checked, ready)
                     kept = kept_precision(xml, layers, device, extent, ready)
-                record["verified"] = {
-                    "device": device,
-                    "experts": not extent.joins,
-                    **dataclasses.asdict(found),
-                    "cache_precision": kept,
-                }
+                facts = {"device": device, "experts": not extent.joins, **dataclasses.asdict(found)}
+                record["verified"] = facts | {"cache_precision": kept}
             whereabouts.at("copying its weights")
             written.wait()
             tick()

@@ -20,18 +20,13 @@ from ovtq.errors import InputError
 from ovtq.forms.table import TARGETS
 from ovtq.models import ModelDescription
 from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
-from ovtq.passes.base import BasisPass
+from ovtq.passes.base import BasisPass, option
 from ovtq.verification.extent import BIG, BIG_LAYERS
 from ovtq.wording import PROGRAM, Wording
 
 PassList = str | Sequence[str | Pass]  # as on the command line, or each so or made
 Settings = Mapping[str, Mapping[str, Any]]  # options by pass
 BASIS = "basis"  # the group of the options that all passes have which store heads in a basis
-
-
-def _option(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
-    """A field with the meaning and the choices that its flag shows."""
-    return field(default=default, metadata={"help": meaning, "choices": choices})
 
 
 def _of(kind: type[Pass], meaning: str = "", group: str = "") -> Any:
@@ -52,19 +47,19 @@ class Options:
     options by pass, such as {"truncate-window": {"slack": 16}}.
     """
 
-    preset: str | None = _option(
+    preset: str | None = option(
         None,
         "auto (the default) takes what was measured to be best for target and model, and says why",
         (AUTO, *pipeline.PRESETS, *pipeline.ALIASES),
     )
-    target: str = _option(
+    target: str = option(
         "gpu",
         "where the model will run: chooses the form of packed caches that is fast there, and counts bytes at f16 (gpu) "
         "or f32 (cpu); each form is for its own device alone: packed layers of gpu's can be wrong on a CPU, cpu's do "
         "not run on a GPU (default: gpu)",
         TARGETS,
     )
-    passes: PassList | None = _option(None, "passes in order, NAME[:OPTION=VALUE]…,NAME…")
+    passes: PassList | None = option(None, "passes in order, NAME[:OPTION=VALUE]…,NAME…")
     k_bits: int | str | None = _of(QuantizeKv)
     v_bits: int | str | None = _of(QuantizeKv)
     residual_window: int | None = _of(QuantizeKv)
@@ -72,7 +67,7 @@ class Options:
     centre: str | None = _of(QuantizeKv)
     kernels: bool | None = _of(QuantizeKv)
     capacity: int | None = _of(QuantizeKv)
-    window_bits: Sequence[int | str] | None = _option(
+    window_bits: Sequence[int | str] | None = option(
         None, "pack what sliding layers keep, too: bits of a key's and of a value's coordinate (default none,none)"
     )
     basis: str | None = _of(QuantizeKv, group=BASIS)
@@ -85,7 +80,7 @@ class Options:
     mode: str | None = _of(PruneKv)
     slack: int | None = _of(PruneKv)
     heads: str | None = _of(PruneKv)
-    settings: Settings | None = _option(None, "change an option of a pass; may be repeated")
+    settings: Settings | None = option(None, "change an option of a pass; may be repeated")
 
     @property
     def named(self) -> str | None:
@@ -191,12 +186,12 @@ class Checks:
     `verify_layers` None: all, or the first few of a big model.
     """
 
-    verify: bool = _option(
+    verify: bool = option(
         True, "run original and converted side by side, and refuse to write if they differ (default: on)"
     )
-    verify_device: str = _option("CPU", "where to run them (default: CPU)")
-    verify_seed: int = _option(0, "of the random prompts (default: 0)")
-    verify_layers: int | None = _option(
+    verify_device: str = option("CPU", "where to run them (default: CPU)")
+    verify_seed: int = option(0, "of the random prompts (default: 0)")
+    verify_layers: int | None = option(
         None, f"run the first N layers only (default: all, or {BIG_LAYERS} of a model over {BIG >> 30} GiB)"
     )
 

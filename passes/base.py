@@ -221,5 +221,5 @@ def _value(kind: type, text: Any) -> Any:
 
 
 def option(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
-    """A field of a pass, with the meaning that the help text shows."""
+    """A field with the meaning and the choices that the help text shows."""
     return field(default=default, metadata={"help": meaning, "choices": choices})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import openvino as ov
 
@@ -19,6 +20,7 @@ from ovtq.forms.pruning import Pruning
 from ovtq.forms.table import TARGET, TARGETS
 from ovtq.ir.graph import rebuild
 from ovtq.models.description import AttentionLayer, ModelDescription
+from ovtq.passes.base import BasisPass
 from ovtq.passes.checks import coupled, not_exported, taken, unequal
 from ovtq.states import RECENT
 
@@ -130,3 +132,34 @@ class FullCache:
             if state.holds in ("key", "value") and mine & {*state.layers} and state.real != (state.holds in whole):
                 return f"the state {state.name} is {state.type}"
         return ""
+
+
+@dataclass(frozen=True)
+class FullCachePass(BasisPass):
+    """A pass that gives such a cache to the full layers that are not protected."""
+
+    exact: ClassVar[bool] = False
+    paged_attention: ClassVar[bool] = False
+    recaches: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def packed(self) -> FullCache:
+        """What it gives to them, were nothing pruned."""
+
+    @property
+    def choice(self) -> Choice:
+        """How its bases are made."""
+        return self.packed.choice
+
+    def chosen(self, description: ModelDescription) -> tuple[AttentionLayer, ...]:
+        """The full layers that are not protected."""
+        return self.packed.chosen(description)
+
+    def sites(self, description: ModelDescription) -> int:
+        """One per full layer that is not protected."""
+        return len(self.chosen(description))
+
+    def needless(self, description: ModelDescription) -> str:
+        """In a model without full layers."""
+        return "" if description.full else "the model has no full layers"

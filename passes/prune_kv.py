@@ -12,20 +12,19 @@ from ovtq import files
 from ovtq.codec.coding import BITS
 from ovtq.errors import InputError, VerificationFailed
 from ovtq.forms import triattention
-from ovtq.forms.bases import Choice
 from ovtq.forms.pruning import MODES, Pruning
 from ovtq.forms.scores import SCORES
 from ovtq.forms.table import TARGET, TARGETS
-from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.passes.base import BasisPass, Pass, Rewrite, basis_option, calibration_option, centre_option, option
-from ovtq.passes.full_cache import FullCache
+from ovtq.models.description import ModelDescription
+from ovtq.passes.base import Pass, Rewrite, basis_option, calibration_option, centre_option, option
+from ovtq.passes.full_cache import FullCache, FullCachePass
 from ovtq.passes.quantize_kv import QuantizeKv
 
 AUTO = -1  # as a slack
 
 
 @dataclass(frozen=True)
-class PruneKv(BasisPass):
+class PruneKv(FullCachePass):
     """softmax over the `budget` tokens that are worth most, by a score written once, and over a call's own tokens.
 
     For each KV head, of the tokens older than the recent ones those of highest score stay. The first `prefix` tokens
@@ -48,9 +47,6 @@ class PruneKv(BasisPass):
     """
 
     name: ClassVar[str] = "prune-kv"
-    exact: ClassVar[bool] = False
-    paged_attention: ClassVar[bool] = False
-    recaches: ClassVar[bool] = True
 
     k_bits: str = option("none", "bits per coordinate of a key", choices=BITS)
     v_bits: str = option("none", "bits per coordinate of a value", choices=BITS)
@@ -113,22 +109,9 @@ class PruneKv(BasisPass):
         )  # fmt: skip
 
     @property
-    def choice(self) -> Choice:
-        """How its bases are made."""
-        return self.packed.choice
-
-    @property
     def cache(self) -> FullCache:
         """What it gives to full layers."""
         return replace(self.packed, pruning=self.pruning)
-
-    def chosen(self, description: ModelDescription) -> tuple[AttentionLayer, ...]:
-        """The full layers that are not protected."""
-        return self.packed.chosen(description)
-
-    def sites(self, description: ModelDescription) -> int:
-        """One per full layer that is not protected."""
-        return len(self.chosen(description))
 
     @property
     def window(self) -> int:
@@ -169,10 +152,6 @@ class PruneKv(BasisPass):
         super().leave(folder)
         if self.stats:
             files.copy(Path(self.stats), folder / triattention.NAME)
-
-    def needless(self, description: ModelDescription) -> str:
-        """In a model without full layers."""
-        return "" if description.full else "the model has no full layers"
 
     def requires(self, description: ModelDescription) -> None:
         """Refuses what quantize-kv refuses, and a slack for a GPU."""

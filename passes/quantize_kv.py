@@ -9,15 +9,14 @@ import openvino as ov
 
 from ovtq.codec.coding import BITS
 from ovtq.errors import VerificationFailed
-from ovtq.forms.bases import Choice
 from ovtq.forms.table import TARGETS
-from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.passes.base import BasisPass, Rewrite, basis_option, calibration_option, centre_option, option
-from ovtq.passes.full_cache import FullCache
+from ovtq.models.description import ModelDescription
+from ovtq.passes.base import Rewrite, basis_option, calibration_option, centre_option, option
+from ovtq.passes.full_cache import FullCache, FullCachePass
 
 
 @dataclass(frozen=True)
-class QuantizeKv(BasisPass):
+class QuantizeKv(FullCachePass):
     """softmax(q·K̂ᵀ)·V̂ with K̂, V̂ = scale·(code − mid) for all tokens but the recent ones, which stay as they are.
 
     A token's key and value are quantised once and never again: bytes and scale are appended to the states. The last
@@ -40,9 +39,6 @@ class QuantizeKv(BasisPass):
     """
 
     name: ClassVar[str] = "quantize-kv"
-    exact: ClassVar[bool] = False
-    paged_attention: ClassVar[bool] = False
-    recaches: ClassVar[bool] = True
 
     k_bits: str = option("6", "bits per coordinate of a key", choices=BITS)
     v_bits: str = option("4", "bits per coordinate of a value", choices=BITS)
@@ -65,10 +61,10 @@ class QuantizeKv(BasisPass):
             raise ValueError("k-bits and v-bits are both none; leave the pass out")
         if not 1024 <= self.capacity <= 2**20:
             raise ValueError(f"capacity must be from 1024 to {2**20} tokens, got {self.capacity}")
-        _ = self.cache
+        _ = self.packed
 
     @property
-    def cache(self) -> FullCache:
+    def packed(self) -> FullCache:
         """What it gives to full layers."""
         bits = self.k_bits, self.v_bits
         capacity = self.capacity if self.kernels else None
@@ -77,34 +73,17 @@ class QuantizeKv(BasisPass):
             basis=self.basis, calibration=self.calibration, capacity=capacity,
         )  # fmt: skip
 
-    @property
-    def choice(self) -> Choice:
-        """How its bases are made."""
-        return self.cache.choice
-
-    def chosen(self, description: ModelDescription) -> tuple[AttentionLayer, ...]:
-        """The full layers that are not protected."""
-        return self.cache.chosen(description)
-
-    def sites(self, description: ModelDescription) -> int:
-        """One per full layer that is not protected."""
-        return len(self.chosen(description))
-
-    def needless(self, description: ModelDescription) -> str:
-        """In a model without full layers."""
-        return "" if description.full else "the model has no full layers"
-
     def requires(self, description: ModelDescription) -> None:
         """Refuses models without such layers in exported form, and those not decoupled yet."""
-        self.refuse_if(self.cache.unfit(description))
+        self.refuse_if(self.packed.unfit(description))
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each layer's states and attention."""
         sites = self.sites(description)
-        model, description, facts = self.cache.give(model, description)
+        model, description, facts = self.packed.give(model, description)
         return Rewrite(model, description, sites, facts)
 
     def ensures(self, rewrite: Rewrite) -> None:
         """No layer that was packed has floats in place of codes."""
-        if fault := self.cache.not_as_asked(rewrite.description):
+        if fault := self.packed.not_as_asked(rewrite.description):
             raise VerificationFailed(f"{self.name}: {fault}")

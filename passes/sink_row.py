@@ -16,14 +16,13 @@ from ovtq.errors import VerificationFailed
 from ovtq.forms.bases import Choice, LayerBases, told
 from ovtq.forms.basis_nodes import Matrices
 from ovtq.forms.gpu.recent import PADDING, RecentRows
-from ovtq.ir.graph import dim, f32, i64, id_of, new_variable, rebuild, redirect
+from ovtq.ir.graph import ALL, dim, f32, i64, id_of, new_variable, rebuild, redirect
 from ovtq.models.description import AttentionLayer, Exported, ModelDescription, TokenRows
 from ovtq.models.description import SinkRow as SinkRowCache
 from ovtq.passes.base import BasisPass, Rewrite, basis_option, calibration_option, centre_option, option
 from ovtq.passes.checks import coupled, not_exported, taken, unequal
 from ovtq.states import RECENT, Growing, StateSpec, cache_name
 
-ALL = 2**31 - 1
 SINK = 1.0  # the size of a coordinate of b·u
 SHORT = 2.0**-6  # and of its value: of zeros, which have no range, the GPU plugin takes a scale that overflows f16
 

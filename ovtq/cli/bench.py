@@ -12,12 +12,10 @@ best.
 from __future__ import annotations
 
 import argparse
-import datetime
 import itertools
 import json
 import math
 import os
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,10 +23,23 @@ import numpy as np
 import openvino as ov
 from rich.console import Console
 
-from ovtq import __version__, files, system
+from ovtq import files, system
 from ovtq.cli import report
 from ovtq.cli.bench_tables import show_contexts, show_prefills, show_prompts
-from ovtq.cli.command import Out, Parser, listed, path_of, phase, positive, progress, run, tokens, turns
+from ovtq.cli.command import (
+    Out,
+    Parser,
+    listed,
+    made_here,
+    path_of,
+    phase,
+    positive,
+    progress,
+    properties_of,
+    run,
+    tokens,
+    turns,
+)
 from ovtq.errors import InputError
 from ovtq.evidence.candidates import GRAMMAR, Candidate, parse
 from ovtq.evidence.roofline_cpu import read_bandwidth
@@ -99,15 +110,10 @@ def bench(options: argparse.Namespace, console: Out, errors: Console) -> None:
     candidates = [parse(text, options.model_dir) for text in texts]
     through = options.through.split(",")
     _check(options, candidates, through)
-    properties = {"PERFORMANCE_HINT": "LATENCY", **dict(text.split("=", 1) for text in options.property)}
+    properties = properties_of(options.property)
     pairs = [(candidate, runtime) for runtime in through for candidate in candidates]
     results: dict[str, Any] = {
-        "kind": "bench",
-        "ovtq": __version__,
-        "versions": {"openvino": ov.__version__, "python": platform.python_version()},
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "model": str(options.model_dir),
-        "device": options.device,
+        **made_here("bench", options.model_dir, options.device),
         "machine": _machine(options.device),
         "properties": properties,
         "prompts": [],
@@ -170,8 +176,6 @@ def _check(options: argparse.Namespace, candidates: Sequence[Candidate], through
         raise InputError("--report: the page shows no prefills; give --contexts or --prompts, or --output")
     if options.one_process and options.one_at_a_time:
         raise InputError("--one-process: keeps all candidates loaded; leave --one-at-a-time out")
-    if any("=" not in text for text in options.property):
-        raise InputError("--property: write KEY=VALUE")
     if options.fill and not options.contexts:
         raise InputError("--fill: belongs to --contexts")
     if options.max_new_tokens < 2:

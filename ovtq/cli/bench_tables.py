@@ -6,12 +6,12 @@ from typing import Any
 
 from rich.table import Table
 
-from ovtq.cli.command import Out
+from ovtq.cli.command import Out, plain_table
 from ovtq.forms.pruning import told
 
 
 def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     for column in columns:
         if column == "candidate":
             table.add_column(column, overflow="fold")  # the one that gives way on a narrow terminal

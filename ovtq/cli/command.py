@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
+import platform
 import re
 import sys
 import traceback
@@ -16,6 +18,7 @@ from typing import Any, NoReturn, TypeVar
 import openvino as ov
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 from ovtq import __version__, system
 from ovtq.errors import InputError, OvtqError, one_line, scarcity
@@ -170,6 +173,30 @@ def listed(one: Callable[[str], T], name: str) -> Callable[[str], list[T]]:
 
     parse.__name__ = name
     return parse
+
+
+def properties_of(texts: Sequence[str]) -> dict[str, str]:
+    """What --property gives the plugin, over what all measurements do. Raises InputError for what is no KEY=VALUE."""
+    if any("=" not in text for text in texts):
+        raise InputError("--property: write KEY=VALUE")
+    return {"PERFORMANCE_HINT": "LATENCY", **dict(text.split("=", 1) for text in texts)}
+
+
+def made_here(kind: str, model_dir: Path, device: str) -> dict[str, Any]:
+    """What every file of figures begins with: its kind, what it was made with, when, and of what."""
+    return {
+        "kind": kind,
+        "ovtq": __version__,
+        "versions": {"openvino": ov.__version__, "python": platform.python_version()},
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "model": str(model_dir),
+        "device": device,
+    }
+
+
+def plain_table(**options: Any) -> Table:
+    """A table without a frame, its heads in bold."""
+    return Table(box=None, pad_edge=False, header_style="bold", **options)
 
 
 def progress(errors: Console) -> Progress:

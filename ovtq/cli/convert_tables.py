@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ovtq.advice import SHORT_WINDOW
 from ovtq.automatic import caution
+from ovtq.cli.command import plain_table
 from ovtq.conversion import CONTEXTS
 from ovtq.verification.closeness import STRETCH
 
@@ -18,7 +19,7 @@ Record = Mapping[str, Any]
 
 
 def _table(columns: Mapping[str, JustifyMethod]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     for column, justify in columns.items():
         table.add_column(column, justify=justify)
     return table

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from ovtq.cli.command import Out
+from ovtq.cli.command import Out, plain_table
 from ovtq.forms.pruning import told
 
 COLUMNS = (("mean KLD", 9), ("median", 9), ("99.9%", 9), ("same top", 8), ("bits/byte", 9), ("bytes/token", 11))
@@ -56,7 +56,7 @@ def show(console: Out, row: dict[str, Any], resumed: bool) -> None:
 
 def _needle_table(cells: list[dict[str, Any]]) -> Table:
     """Right answers by needles and length (rows) and depth (columns)."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = plain_table(padding=(0, 2, 0, 0))
     depths = sorted({cell["depth"] for cell in cells})
     for name in ("  needles", "tokens", *(f"at {depth:g}" for depth in depths)):
         table.add_column(name, justify="right")

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import multiprocessing
-import platform
 import signal
 from collections.abc import Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-import openvino as ov
 from rich.console import Console
 from rich.progress import Progress
 
-from ovtq import __version__, system
-from ovtq.cli.command import phase, progress
+from ovtq import system
+from ovtq.cli.command import made_here, phase, progress
 from ovtq.errors import InputError, VerificationFailed
 from ovtq.evidence import needles
 from ovtq.evidence.candidates import Candidate, Subject, inspect_cache, open_candidate
@@ -51,12 +48,7 @@ class Evaluation:
         self.prompts = _prompts(tokens, self.tokenizer, options.greedy)
         self.written: list[list[int]] = []  # by the reference, after the prompts
         results = {
-            "kind": "eval",
-            "ovtq": __version__,
-            "versions": {"openvino": ov.__version__, "python": platform.python_version()},
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "model": str(options.model_dir),
-            "device": options.device,
+            **made_here("eval", options.model_dir, options.device),
             "text": str(options.text),
             "text_sha256": io.text_sha256(options.text),
             "windows": len(self.text.ids),

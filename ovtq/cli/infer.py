@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from ovtq.cli.command import Out, Parser, path_of, phase, positive, progress, run, turns
+from ovtq.cli.command import Out, Parser, path_of, phase, positive, progress, properties_of, run, turns
 from ovtq.errors import InputError
 from ovtq.evidence.candidates import inspect_cache, open_candidate, parse
 from ovtq.forms.pruning import counted, told
@@ -52,8 +52,7 @@ def parser() -> Parser:
 def infer(options: argparse.Namespace, console: Out, errors: Out) -> None:
     """Do what the command line asks: the text on stdout, figures on stderr."""
     check_device(options.device)
-    if any("=" not in text for text in options.property):
-        raise InputError("--property: write KEY=VALUE")
+    properties = properties_of(options.property)
     if not all(options.stop):
         raise InputError("--stop: empty")
     if not 0 <= options.temperature < float("inf"):
@@ -66,7 +65,6 @@ def infer(options: argparse.Namespace, console: Out, errors: Out) -> None:
     if not prompt.strip():
         raise InputError("--prompt: empty")
     ids = tokenizer.encode(prompt) if options.raw else tokenizer.chat(prompt)
-    properties = {"PERFORMANCE_HINT": "LATENCY", **dict(text.split("=", 1) for text in options.property)}
     subject = open_candidate(candidate, options.device, properties)
     if not isinstance(subject, Runner):
         raise InputError(f"{options.model_dir}: ovtq-infer runs a plain model folder")

@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from ovtq.cli.command import plain_table
 from ovtq.staging import RECORD
 
 NOTES = {
@@ -25,7 +26,7 @@ NOTES = {
 
 
 def _table(*columns: str, left: Sequence[str] = ()) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right", overflow="fold")
     return table

@@ -79,10 +79,6 @@ class HeadBasis:
         """The basis of scale·x: the same matrix, the centre times scale."""
         return replace(self, centre=(self.centre * np.float32(scale)).astype(np.float32))
 
-    def uncentred(self) -> HeadBasis:
-        """The same matrices about zero."""
-        return replace(self, centre=np.zeros_like(self.centre))
-
     def by_query(self, tensor: np.ndarray, group: int) -> np.ndarray:
         """One of the matrices for each query head, `group` of which share a KV head."""
         return tensor if len(tensor) == 1 else np.repeat(tensor, group, 0)
