@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import MINI, ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
 import benchmark_tables
@@ -82,3 +83,16 @@ def test_a_cell_is_written_as_its_column_says() -> None:
     assert benchmark_tables.cell("–", "{.2f}") == "–"
     with pytest.raises(ValueError, match="too many numbers"):
         benchmark_tables.cell([1, 2], "{}")
+
+
+def test_a_tools_figures_say_how_they_were_made(tmp_path: Path) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "found.json"
+    text.write_text("The sea was calm, and the harbour lay still in the sun.")
+    command = [sys.executable, ROOT / "tools" / "measure_loss.py", text, MINI, "--json", out]
+    printed = subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert found["about"].keys() == {"command", "commit", "date", "machine", "versions"}
+    assert found["about"]["command"] == f"measure_loss.py {text} {MINI} --json {out}"
+    (row,) = found["rows"]
+    assert f"{row['nats_per_token']:.4f} " in printed
+    assert 0 < row["nats_per_token"] < 10

@@ -20,6 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import made
 import numpy as np
 import openvino as ov
 from tokenizers import Tokenizer
@@ -94,15 +95,20 @@ def main() -> int:
     parser.add_argument("text", type=Path, metavar="TEXT")
     parser.add_argument("models", type=Path, metavar="MODEL_DIR", nargs="+")
     parser.add_argument("--window", type=int, default=2048, help="tokens per window (default %(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures")
     args = parser.parse_args()
     if args.window < 2:
         parser.error("--window must be at least 2")
     try:
         text = args.text.read_text(encoding="utf-8")
         print(f"{'nats/token':>10} {'bits/byte':>10} {'tokens':>8}  model", flush=True)
+        rows = []
         for model_dir in args.models:
             loss = measure(text, model_dir, args.window)
+            each = {"nats_per_token": loss.nats_per_token, "bits_per_byte": loss.bits_per_byte, "tokens": loss.tokens}
+            rows.append({"model": str(model_dir), **each})
             print(f"{loss.nats_per_token:10.4f} {loss.bits_per_byte:10.4f} {loss.tokens:8d}  {model_dir}", flush=True)
+        made.write(args.json, rows=rows)
     except UnicodeDecodeError:
         print(f"{parser.prog}: {args.text} is not UTF-8 text", file=sys.stderr)
         return 2

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time to the first token with a prefix that is read, and with one that is loaded (ovtq.save_state, ovtq.load_state).
 
-usage: measure_prefix.py MODEL_DIR [--tokens 4096] [--new 16] [--runs 5] [--preset k6v4]
+usage: measure_prefix.py MODEL_DIR [--tokens 4096] [--new 16] [--runs 5] [--preset k6v4] [--json FILE]
 
 Through plain OpenVINO and OVModelForCausalLM, on a CPU, in turn, from empty states, in calls of 512 tokens. Prints a
 table of medians.
@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+import made
 import numpy as np
 import torch
 from optimum.intel import OVModelForCausalLM
@@ -33,6 +34,7 @@ def main() -> None:
     p.add_argument("--new", type=int, default=16)
     p.add_argument("--runs", type=int, default=5)
     p.add_argument("--preset", default="k6v4")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures")
     options = p.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder, file = Path(scratch) / "model", Path(scratch) / "prefix.npz"
@@ -43,6 +45,8 @@ def main() -> None:
     for name, (read, loaded) in rows.items():
         print(f"| {name} | {read * 1e3:,.0f} ms | {loaded * 1e3:,.0f} ms | {loaded / read:.3f} |")
     print(f"\nthe file: {size:,} bytes")
+    rows_of = [{"through": name, "read_s": read, "loaded_s": loaded} for name, (read, loaded) in rows.items()]
+    made.write(options.json, rows=rows_of, file_bytes=size)
 
 
 def measured(folder: Path, file: Path, options: argparse.Namespace) -> dict[str, tuple[float, float]]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What it costs to convert so that nothing is lost: a process of its own for the work, and files flushed to the disk.
 
-usage: measure_safety.py [--model DIR] [--runs N] [--megabytes N] [--folder DIR] [OPTION…]
+usage: measure_safety.py [--model DIR] [--runs N] [--megabytes N] [--folder DIR] [--json FILE] [OPTION…]
 
 Converts a model in turn as ovtq-convert does, without flushing, and without flushing in one process; medians and
 quartiles of the seconds, by the clock and of all processors, and ratios to the last way. OPTIONs are ovtq-convert's.
@@ -22,6 +22,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+import made
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = 4 << 20
@@ -78,6 +80,7 @@ def main() -> None:
     p.add_argument("--runs", type=int, default=7, metavar="N", help="of each (default: %(default)s)")
     p.add_argument("--megabytes", type=int, default=1024, metavar="N", help="(default: %(default)s)")
     p.add_argument("--folder", type=Path, default=Path(), help="where to write (default: here)")
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures")
     options, more = p.parse_known_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it wrote goes, too
     with tempfile.TemporaryDirectory(prefix="ovtq-", dir=options.folder) as place:
@@ -86,7 +89,7 @@ def main() -> None:
         for _ in range(options.runs + 1):  # the first finds the caches cold
             for name, (code, environment) in ways.items():
                 taken[name].append(timed(code, environment, options.model, Path(place) / "out", more))
-        least = None
+        least, rows = None, {}
         for name, all_of_them in reversed(taken.items()):
             said, middles = [], []
             for what, numbers in zip(("s", "processor seconds"), zip(*all_of_them[1:], strict=True), strict=True):
@@ -96,12 +99,15 @@ def main() -> None:
                 said.append(f"{middle:.2f} {what} ({low:.2f}-{high:.2f}), {ratio:.2f}")
             least = least or middles
             print(f"{name}: {'; '.join(said)}")
+            rows[name] = [{"seconds": wall, "processors": used} for wall, used in all_of_them[1:]]
         if options.megabytes:
             write, flush = disk(Path(place), options.megabytes)
             rate = options.megabytes / 1024 / (write + flush)
             print(
                 f"{options.megabytes} MiB: written in {write:.2f} s, flushed in {flush:.2f} s, {rate:.2f} GiB/s in all"
             )
+            rows["disk"] = {"megabytes": options.megabytes, "written_s": write, "flushed_s": flush}
+        made.write(options.json, **rows)
 
 
 if __name__ == "__main__":

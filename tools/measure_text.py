@@ -13,11 +13,11 @@ import argparse
 import contextlib
 import io
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+import made
 import numpy as np
 import openvino as ov
 from scipy.special import logsumexp
@@ -81,19 +81,9 @@ def main() -> int:
         shown = (np.arange(300) >= np.array([[0], [70], [180]])).astype(np.int64)
     names = ["as exported", *(f"{a} {b}" for a in options.presets.split(",") for b in options.targets.split(","))]
     rows = []
-    core = ov.Core()
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    about = {
-        "cpu": core.get_property("CPU", "FULL_DEVICE_NAME"),
-        "own_precision": core.get_property("CPU", "INFERENCE_PRECISION_HINT").to_string(),
-        "openvino": ov.__version__,
-        "commit": commit.stdout.strip(),
-        "calls": calls,
-        "tokens": int(shown.sum()),
-    }
-    print(json.dumps(about))
+    own = ov.Core().get_property("CPU", "INFERENCE_PRECISION_HINT").to_string()
+    facts = {"own_precision": own, "calls": calls, "tokens": int(shown.sum())}
+    print(json.dumps(made.made() | facts))
     print(f"| model, target | hint | {' | '.join(f'{count:,}' for count in calls)} |")
     print(f"| --- | --- | {' | '.join('---:' for _ in calls)} |")
     for name in names:
@@ -111,8 +101,7 @@ def main() -> int:
                 found = perplexities(folder, hint, text, shown, calls)
                 rows.append({"model": name, "hint": hint, "perplexity": found})
                 print(f"| {name} | {hint} | {' | '.join(f'{x:.2f}' for x in found)} |", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+    made.write(options.json, **facts, rows=rows)
     return 0
 
 

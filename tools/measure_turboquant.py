@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The cache of the package turboquant (0.2.0, Apache-2.0, for transformers) beside the presets here, in one table.
 
-usage: measure_turboquant.py [MODEL_DIR] [--text FILE] [--windows 4] [--window 1024] [--runs 9]
+usage: measure_turboquant.py [MODEL_DIR] [--text FILE] [--windows 4] [--window 1024] [--runs 9] [--json FILE]
 
 Its `TurboQuantLayer` keeps the last 128 tokens as they are and the others as codes, and hands out all of them decoded.
 Here it stands between the states of the model as exported and their next call: what it hands out is written back, so
@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import made
 import numpy as np
 import openvino as ov
 import torch
@@ -73,21 +74,26 @@ def main() -> None:
     p.add_argument("--windows", type=int, default=4)
     p.add_argument("--window", type=int, default=1024)
     p.add_argument("--runs", type=int, default=9)
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the figures")
     options = p.parse_args()
     xml, tokenizer = options.model_dir / "openvino_model.xml", Tokenizer(options.model_dir)
     text = cut(tokenizer.encode(options.text.read_text("utf-8")), tokenizer, options.windows, options.window, "text")
     reference = Reference(Runner(xml, "CPU", EXACT_PROPERTIES), text, CHUNK, lambda: None)
     print("| bits | mean KLD | 99.9% | same top | bytes per token, beyond the last 128 |")
     print("| --- | ---: | ---: | ---: | ---: |")
+    rows, times = [], []
     for bits in BITS:
         runner = Beside(xml, "CPU", EXACT_PROPERTIES)
         runner.bits = bits
         found = reference.compare(runner, CHUNK, lambda: None, f"turboquant, {bits} bits")
         each = (runner.held - held_by(runner, 128)) / (text.ids.shape[1] - 128)
+        rows.append({"bits": bits, "bytes_per_token": each, **found})
         print(f"| {bits} | {found['mean_kld']:.2g} | {found['kld_p999']:.2g} | {found['same_top']:.2%} | {each:,.0f} |")
     for tokens in (256, 2048):
         update, step = timed(xml, text, tokens, options.runs)
+        times.append({"tokens": tokens, "update_s": update, "step_s": step})
         print(f"\n{tokens:,} tokens: update {update * 1e3:.2f} ms, a step {step * 1e3:.2f} ms: {1 + update / step:.2f}")
+    made.write(options.json, rows=rows, times=times)
 
 
 def held_by(runner: Beside, tokens: int) -> int:
