@@ -1,7 +1,7 @@
 """Any stateful decoder whose attention is ScaledDotProductAttention over a cache of keys and values, by its graph.
 
 Q (batch, query_heads, new tokens, head_dim), K and V of cached and new tokens, a mask, then, if there are any, a scale
-and one sink logit a query head: four to six inputs. Keys and values are those of one head, of groups or of all heads,
+and one sink logit per query head: four to six inputs. Keys and values are those of one head, of groups or of all heads,
 repeated or not; what makes them (one projection or three, biases, norms, RoPE or none) is not asked.
 """
 
@@ -95,7 +95,7 @@ def _layer(index: int, sdpa: Node, paths: tuple[KVPath, KVPath], window: int | N
         raise UnsupportedModel(f"{where}: heads and their width are not static: {query_heads}, {kv_heads}, {head_dim}")
     if any(width != head_dim for width in widths if width is not None) or widths[2] is None:
         raise UnsupportedModel(
-            f"{where}: queries, keys and values of {', '.join(map(str, widths))} numbers a head; they must be equal, "
+            f"{where}: queries, keys and values of {', '.join(map(str, widths))} numbers per head; they must be equal, "
             "which those of latent attention (MLA) are not"
         )
     if query_heads % kv_heads:

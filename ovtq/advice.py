@@ -38,15 +38,15 @@ def advise(description: ModelDescription, target: str) -> Advice:
         return Advice(
             "u8",
             "without sinks a GPU reads its own 8-bit cache in place, rotated for less loss; packed presets (k8v4, "
-            "k6v4) move more bytes a step, and are for memory alone",
+            "k6v4) move more bytes per step, and are for memory alone",
         )
     if windows and longest <= SHORT_WINDOW:
         return Advice("exact", f"sliding layers keep {longest - 1:,} tokens: less to read, and the rest as exported")
     reason = "the plugin's own 8-bit cache, rotated for less loss, in the exported form: as fast as exported"
     if windows:
         reason += (
-            f"; exact would keep {longest - 1:,} tokens a sliding layer from the first token on and copy them in every "
-            "step, which is slower than the exported model until texts are longer than that"
+            f"; exact would keep {longest - 1:,} tokens per sliding layer from the first token on and copy them in "
+            "every step, which is slower than the exported model until texts are longer than that"
         )
     return Advice("u8", reason)
 

@@ -60,9 +60,9 @@ def card(facts: Mapping[str, str], record: Mapping[str, Any]) -> str:
     before, after = record["state_bytes"]["before"], record["state_bytes"]["after"]
     parts = [
         "---\n" + "\n".join(meta) + "\n---",
-        f"# KV cache of {after['per_token']:,} bytes a token: {preset}, for a {target}",
+        f"# KV cache of {after['per_token']:,} bytes per token: {preset}, for a {target}",
         f"The OpenVINO IR of {known['base_model'].strip()}, its graph rewritten by ovtq {record['ovtq']} so that its "
-        f"KV cache takes {after['per_token']:,} bytes a token, as exported {before['per_token']:,}. "
+        f"KV cache takes {after['per_token']:,} bytes per token, as exported {before['per_token']:,}. "
         f"`{RECORD}` holds the whole record.",
         _passes(record),
         _verified(record),

@@ -131,7 +131,7 @@ PRESETS: dict[str, Preset] = {
     "exact": Preset(
         passes=(DecoupleLength(), TruncateWindow(), SimplifyMask(), SinkRow(), CheckCall()),
         purpose="lossless: sliding-window layers keep their window only; on a GPU full layers are read in place by the "
-        "plugin's fused attention, 30,720 bytes a token of GPT-OSS-20B",
+        "plugin's fused attention, 30,720 bytes per token of GPT-OSS-20B",
         cpu=PLAIN,
         plain={"gpu": PLAIN, "cpu": PLAIN},
         pruned=PLAIN,
@@ -142,21 +142,21 @@ PRESETS: dict[str, Preset] = {
     ),
     "k8v4": _packed(
         "8",
-        "safe: keys in 8 bits, values in 4; 9,600 bytes a token of GPT-OSS-20B, mean KLD 1.5e-4 on the bundled model",
+        "safe: keys in 8 bits, values in 4; 9,600 bytes per token of GPT-OSS-20B, mean KLD 1.5e-4 on the bundled model",
     ),
     "k6v4": _packed(
-        "6", "keys in 6 bits, values in 4; 8,064 bytes a token of GPT-OSS-20B, mean KLD 2.1e-4 on the bundled model"
+        "6", "keys in 6 bits, values in 4; 8,064 bytes per token of GPT-OSS-20B, mean KLD 2.1e-4 on the bundled model"
     ),
     "k4v4": _packed(
         "4",
-        "small: keys and values in 4 bits; 6,528 bytes a token of GPT-OSS-20B, mean KLD 8.2e-4 on the bundled model",
+        "small: keys and values in 4 bits; 6,528 bytes per token of GPT-OSS-20B, mean KLD 8.2e-4 on the bundled model",
     ),
     "u8": _native(
         "u8",
-        "fast: the plugin's own 8-bit cache and kernels; 15,936 bytes a token of GPT-OSS-20B on a GPU, mean KLD 9e-5 "
+        "fast: the plugin's own 8-bit cache and kernels; 15,936 bytes per token of GPT-OSS-20B on a GPU, mean KLD 9e-5 "
         "on the bundled model",
     ),
-    "u4": _native("u4", "fast: the same in 4 bits; 8,448 bytes a token of GPT-OSS-20B on a GPU, mean KLD 6.8e-3"),
+    "u4": _native("u4", "fast: the same in 4 bits; 8,448 bytes per token of GPT-OSS-20B on a GPU, mean KLD 6.8e-3"),
 }
 LEAD = "beam_idx/converted_by_ovtq/pass_ATTENTION_BACKEND=SDPA"  # what beam_idx is called in an error
 ALIASES = {"f16": "exact"}  # other names that are taken

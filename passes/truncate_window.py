@@ -23,10 +23,10 @@ class TruncateWindow(Pass):
     """A query at position t sees the keys t − window < k ≤ t: so the state is the last window − 1 tokens, always.
 
     The K and V states of all sliding layers become one state (batch, layers·2·kv_heads, window − 1 + slack, head_dim)
-    of fixed length, zero before the text begins: one copy and one wait in a step, where a state a layer costs one each.
+    of fixed length, zero before the text begins: one copy and one wait in a step, where one per layer costs one each.
     Attention is computed in blocks of queries, each against its own window − 1 + block keys: a prefill of n tokens
-    costs n·2·window scores a head instead of n², a decode step one block of one query. Query heads that share a KV head
-    are rows of one product, so K and V are never broadcast.
+    costs n·2·window scores per head instead of n², a decode step one block of one query. Query heads that share a KV
+    head are rows of one product, so K and V are never broadcast.
 
     The sink logit is the score of an all-zero key and value row, added to it where the mask is. The exported mask is
     not used: the band is constant, the padding is read from attention_mask.

@@ -89,7 +89,7 @@ def measure(presets: list[str], sizes: list[int]) -> int:
 def show() -> None:
     """The record as tables."""
     record = json.loads(RECORD.read_text(encoding="utf-8"))
-    print("24 layers: kernels a step; bytes a token and pair of layers read, written; GB of memory")
+    print("24 layers: kernels per step; bytes per token and pair of layers read, written; GB of memory")
     for preset, found in record.items():
         if preset == EXPORTED:
             continue

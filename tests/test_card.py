@@ -46,7 +46,7 @@ def test_of_a_model_with_a_card(tmp_path: Path) -> None:
     assert (source / "README.md").read_text(encoding="utf-8") == HUB
     for step in made.passes:
         assert f"| {step.name} | " in text
-    assert f"takes {made.record['state_bytes']['after']['per_token']:,} bytes a token" in text
+    assert f"takes {made.record['state_bytes']['after']['per_token']:,} bytes per token" in text
     assert f"within {made.verification.relative:.2g} of the scale" in text
     assert "over 2 of 4 layers" in text
     assert 'ATTENTION_BACKEND="SDPA"' in text

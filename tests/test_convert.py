@@ -97,7 +97,7 @@ def test_verifying_the_first_layers_only(capsys: pytest.CaptureFixture[str], tmp
 
 @pytest.mark.parametrize(("target", "row"), [("gpu", 80 // 2 + 2 + 2), ("cpu", 64 // 2 + 4 + 4)])
 def test_a_cache_of_the_plugin(target: str, row: int, convert: Callable[..., Path]) -> None:
-    """What the record says of it: bytes a token, and that the compiled model really keeps it so."""
+    """What the record says of it: bytes per token, and that the compiled model really keeps it so."""
     record = json.loads(
         (convert(TINY["5.5"], "--preset", "u4", "--target", target, verified=True) / "ovtq.json").read_text()
     )

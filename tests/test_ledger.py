@@ -132,7 +132,7 @@ def test_the_plugins_own_cache_by_hand(
 def test_what_a_window_beside_the_plugins_own_cache_costs(
     convert: Callable[..., Path], measured: Callable[[str], dict[str, Any]]
 ) -> None:
-    """13 kernels a layer and 19 for all; of the history no more is read, but for its masks."""
+    """13 kernels per layer and 19 for all; of the history no more is read, but for its masks."""
     plain, window = measured("u4"), ledger(convert(MINI, "--preset", "u4", "--set", "sink-row.window=127"))
     assert window["kernels"] - plain["kernels"] <= 3 * 13 + 19
     assert (window["copies"] - plain["copies"], window["waits"] - plain["waits"]) == (1, 4)

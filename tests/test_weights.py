@@ -297,7 +297,7 @@ def test_a_wrong_place_is_noticed(
 
 @pytest.mark.parametrize("target", ["cpu", "gpu"])
 def test_without_experts_every_attention_is_run(target: str, convert: Callable[..., Path], tmp_path: Path) -> None:
-    """As a model over 2 GiB is verified: no router, no expert, a state a layer; and a wrong layer is noticed."""
+    """As a model over 2 GiB is verified: no router, no expert, a state per layer; and a wrong layer is noticed."""
     from ovtq.verification.extent import cut, scope
     from ovtq.verification.verify import TOLERANCE, verify
 

@@ -5,7 +5,7 @@ usage: measure_pruning.py TEXT MODEL_DIR FOLDER [--scores keydiff,…] [--budget
                           [--windows 2] [--modes mask,zero] [--jobs 1]
 
 MODEL_DIR, as exported, is converted for each row into FOLDER (`--preset exact --target cpu --budget N --score S`), and
-ovtq-eval compares them all: mean KLD and bits a byte over windows as long as the context, and facts found in as many
+ovtq-eval compares them all: mean KLD and bits per byte over windows as long as the context, and facts found in as many
 tokens. `random` is a control. --modes are measured besides, with the first of the scores. --options is passed on to
 ovtq-convert, as in --options="--heads shared", what follows -- to ovtq-eval, such as -- --json FILE --trials 2.
 """

@@ -35,7 +35,7 @@ from turboquant.cache import TurboQuantLayer
 
 ROOT = Path(__file__).resolve().parent.parent
 BITS = (8, 6, 4, 3)
-CHUNK = 64  # tokens a call: what is read in a call is at full precision until the next
+CHUNK = 64  # tokens per call: what is read in a call is at full precision until the next
 
 
 class Beside(Runner):

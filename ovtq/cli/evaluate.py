@@ -2,7 +2,7 @@
 
 For each candidate: what its cache really is in the compiled model; mean, median and 99.9% quantile of the divergence
 (KLD, nats) of its next-token distributions from the reference's; how often both have the same most likely token;
-perplexity and bits a byte; facts found in a haystack; how long greedy text stays the reference's. The reference is
+perplexity and bits per byte; facts found in a haystack; how long greedy text stays the reference's. The reference is
 MODEL_DIR with everything at f32; its own row in other chunks is the noise floor. A converted folder is verified again
 first, as ovtq-convert does.
 """
@@ -109,8 +109,8 @@ def parser() -> Parser:
         "--reference",
         type=path_of,
         metavar="FILE",
-        help="keep the reference's logits there (4 bytes a token of text and of vocabulary), and take them from there "
-        "if made alike",
+        help="keep the reference's logits there (4 bytes per token of text and of vocabulary), and take them from "
+        "there if made alike",
     )
     p.add_argument("--report", type=path_of, metavar="FILE", help="write a page to look at (HTML)")
     return p

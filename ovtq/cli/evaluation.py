@@ -27,7 +27,7 @@ from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 from ovtq.runtime.text import Tokenizer
 from ovtq.verification.recheck import passes_of, recheck
 
-Task = tuple[str, Candidate, int]  # role, candidate, tokens a call
+Task = tuple[str, Candidate, int]  # role, candidate, tokens per call
 Measured = tuple[dict[str, Any], list[list[int]], list[str]]  # see Evaluation.measure
 SAME = 10  # a mean KLD of so many noise floors is still none
 LEAST_FLOOR = 1e-15

@@ -94,7 +94,7 @@ def infer(options: argparse.Namespace, console: Out, errors: Out) -> None:
     errors.print(f"\n{len(ids):,} + {len(written):,} tokens: TTFT {took[0] * 1e3:.0f} ms{tpot}")
     total, past = subject.attention_mask.shape[1], _state_bytes(subject)
     exact = f"{past:,} as the device gives them out" if past is not None else "not given out by the device"
-    per = f"{cache.bytes(total):,} ({cache.per_token:,} a token, {cache.flat:,} flat)"
+    per = f"{cache.bytes(total):,} ({cache.per_token:,} per token, {cache.flat:,} flat)"
     errors.print(f"states after {total:,} tokens: {per} bytes in memory; {exact}\ncache: {cache.text}")
     errors.print(f"computed in {cache.computes}")
     if line := advice(options.model_dir, options.device, total):

@@ -106,7 +106,7 @@ def _layers(console: Console, facts: dict[str, Any]) -> None:
 
 
 def _states(console: Console, facts: dict[str, Any]) -> None:
-    table = _table("states", "n", "type", "shape", "bytes a token", "flat", left=("states", "type", "shape"))
+    table = _table("states", "n", "type", "shape", "bytes per token", "flat", left=("states", "type", "shape"))
     for group in facts["states"]:
         sizes = (f"{group[name]:,}" if group[name] else "" for name in ("per_token", "flat"))
         table.add_row(group["name"], str(group["count"]), group["dtype"], group["shape"], *sizes)
@@ -119,7 +119,7 @@ def _memory(console: Console, facts: dict[str, Any]) -> None:
     first = f"memory, {facts['target'].upper()}"
     table = _table(
         first,
-        "bytes a token",
+        "bytes per token",
         "flat bytes",
         *(f"MB at {_short(tokens)}" for tokens in facts["contexts"]),
         left=(first,),

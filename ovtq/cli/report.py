@@ -132,7 +132,7 @@ def _evaluation(run: Mapping[str, Any], looks: Looks) -> Markup:
     columns: list[Column] = [
         ("candidate", "text name", _name),
         ("cache, as the compiled model shows it", "text cache", lambda row: row["cache"]),
-        ("bytes a token", "", lambda row: _whole(row["bytes_per_token"])),
+        ("bytes per token", "", lambda row: _whole(row["bytes_per_token"])),
         ("flat bytes", "", lambda row: _whole(row["flat_bytes"])),
         ("mean KLD", "", lambda row: _nats(row["mean_kld"])),
         ("median", "", lambda row: _nats(row["median_kld"])),

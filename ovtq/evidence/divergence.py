@@ -137,7 +137,7 @@ class Reference:
         """KLD = Σ p·(log p − log q) in nats, p the reference's distribution and q the subject's, and what goes with it.
 
         Mean, median and 99.9% quantile over all positions, means by part of a window, the share of positions with the
-        same most likely token, perplexity a token and bits a byte of the text. Raises InputError if that can't be.
+        same most likely token, perplexity per token and bits per byte of the text. Raises InputError if that can't be.
         """
         ids = self.text.ids
         kld, same, nats = np.empty(ids.shape), np.empty(ids.shape, bool), 0.0

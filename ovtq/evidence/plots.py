@@ -109,7 +109,7 @@ def looks(labels: Iterable[str]) -> dict[str, Look]:
 
 
 def front(rows: Rows, looks: Mapping[str, Look]) -> str:
-    """Mean KLD over bytes a token, both logarithmic, with the line of those that nothing beats in both."""
+    """Mean KLD over bytes per token, both logarithmic, with the line of those that nothing beats in both."""
     plt = _pyplot()
     some = [row for row in rows if row["role"] == "candidate" and row["bytes_per_token"] and row["verdict"] != "wrong"]
     some = [row for row in some if math.isfinite(row["mean_kld"])]
@@ -125,7 +125,7 @@ def front(rows: Rows, looks: Mapping[str, Look]) -> str:
             best = y
             edge.append((x, y))
     low, high = min(points)[0], max(points)[0]
-    axes.set(xscale="log", yscale="log", xlabel="bytes a token, all layers", ylabel="mean KLD, nats")
+    axes.set(xscale="log", yscale="log", xlabel="bytes per token, all layers", ylabel="mean KLD, nats")
     axes.set(xlim=(low / 1.5, high * 2.2), ylim=(floor / 2, max(y for _, y in points) * 3))
     axes.set_xticks([tick for k in range(5, 30) if low / 1.5 <= (tick := 2**k) <= high * 2])
     axes.get_xaxis().set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -241,7 +241,7 @@ def _share(found: tuple[int, int] | None) -> float:
 
 
 def over_context(rows: Rows, what: str, looks: Mapping[str, Look]) -> str:
-    """One line a candidate over the context: `tpot_ratio`, `state_bytes` or `rss_decode`."""
+    """One line per candidate over the context: `tpot_ratio`, `state_bytes` or `rss_decode`."""
     plt = _pyplot()
     scale = 1 if what == "tpot_ratio" else 1e-6
     found: dict[str, list[tuple[float, float]]] = {}

@@ -71,7 +71,7 @@ def table(config: Mapping[str, Any], machine: str, contexts: Sequence[int]) -> d
     """
     heads = [config[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")]
     if heads != [64, 8, 64]:
-        raise ValueError(f"bytes a token were measured for heads 64, 8, 64, not {heads}")
+        raise ValueError(f"bytes per token were measured for heads 64, 8, 64, not {heads}")
     of, weights = MACHINES[machine], weight_bytes(config)
     full = sum(kind == "full_attention" for kind in config["layer_types"])
     sliding = len(config["layer_types"]) - full
@@ -95,6 +95,6 @@ def table(config: Mapping[str, Any], machine: str, contexts: Sequence[int]) -> d
         f"{config['num_experts_per_tok']} of {config['num_local_experts']} experts in i4 with a scale for 32",
         "a lower bound: no compute, every byte at full bandwidth; flat windows of sliding layers are left out",
         "kernels of 24 layers follow from those of 4 and 6; paged attention, not counted, is given those of `stock`",
-        *(f"{name}: {cache.full:,} bytes a token and layer ({cache.source})" for name, cache in CACHES.items()),
+        *(f"{name}: {cache.full:,} bytes per token and layer ({cache.source})" for name, cache in CACHES.items()),
     ]
     return {"machine": machine, "rows": rows, "assumptions": notes}

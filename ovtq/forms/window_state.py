@@ -1,6 +1,6 @@
 """States of fixed length that hold the last tokens of several layers.
 
-One for all layers: a copy and a wait in a step, where a state a layer costs one each. Their fixed shape tells GenAI's
+One for all layers: a copy and a wait in a step, where a state per layer costs one each. Their fixed shape tells GenAI's
 chat that no tokens can be cut from their end: it resets and prefills again instead.
 """
 

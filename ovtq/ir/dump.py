@@ -15,7 +15,7 @@ SHOWN = 8  # constants of at most so many elements are written out, larger ones 
 
 
 def dump(model: ov.Model, roots: Sequence[Node] = ()) -> str:
-    """One line a node: `%n = Type{attributes}(operands) : type[shape]`, operands before their users, then the states.
+    """One line per node: `%n = Type{attributes}(operands) : type[shape]`, operands before their users, then the states.
 
     With `roots`, only what they depend on.
 

@@ -31,7 +31,7 @@ class PagedRunner:
             raise InputError(f"{folder}: no paged attention ({last_line(error)})") from None
         attention = next(node for node in model.get_ordered_ops() if node.get_type_name().startswith("PagedAttention"))
         self.blocks, self.past = math.ceil(capacity / BLOCK), 0
-        self.caches: dict[str, tuple[str, float]] = {}  # by name: form, bytes a token
+        self.caches: dict[str, tuple[str, float]] = {}  # by name: form, bytes per token
         self.names = {port.any_name for port in self.request.model_inputs}
         for port in self.request.model_inputs:
             name, kind = port.any_name, port.element_type
@@ -48,7 +48,7 @@ class PagedRunner:
 
     @property
     def form(self) -> str:
-        """The caches and their bytes a token of one layer. Raises InputError if the layers differ."""
+        """The caches and their bytes per token of one layer. Raises InputError if the layers differ."""
         found = []
         for kind in ("key", "value"):
             forms = {form for name, form in self.caches.items() if name.startswith(kind)}

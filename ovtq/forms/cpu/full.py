@@ -262,7 +262,7 @@ class CpuFull:
 class _Scales:
     """Those of all layers' packed keys and values, in one state (batch, layers·tensors·kv_heads, tokens, 1) f32.
 
-    Of each layer the keys' come first. A state a tensor would be five nodes each. `groups` are what each layer reads,
+    Of each layer the keys' come first. A state per tensor would be five nodes each. `groups` are what each layer reads,
     (tensors, batch, kv_heads, tokens, 1); `joined` its new ones, (batch, tensors·kv_heads, joining, 1) as a vector.
     """
 

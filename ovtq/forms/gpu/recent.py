@@ -50,7 +50,7 @@ SINK, ANCHOR = -2, -1  # the coordinates that these two rows have for themselves
 class RecentRows:
     """The nodes that all full layers share, and the rewrite of one layer.
 
-    Rows of a layer's keys and values: the sink's, the window's, the new ones. Names of axes: m queries a block, nb
+    Rows of a layer's keys and values: the sink's, the window's, the new ones. Names of axes: m queries per block, nb
     blocks, w = 1 + window + m rows that a block reads, H = kv_heads, G = group, D = head_dim + PADDING. `centres`,
     (kv_heads, head_dim) for each layer, are taken from keys.
     """

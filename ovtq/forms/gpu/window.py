@@ -17,7 +17,7 @@ BEYOND = 2**30  # a row index past any sequence
 class GpuWindow:
     """For the GPU plugin: the nodes that all sliding layers share, and the rewrite of one layer.
 
-    Names of axes: m queries a block, nb blocks, w = 1 + (window − 1 + m) key rows a block, the sink's first.
+    Names of axes: m queries per block, nb blocks, w = 1 + (window − 1 + m) key rows per block, the sink's first.
     Rows of a layer's keys: the state, then the new tokens, then one row of zeros, which is the sink's.
     Tables are constants for a block of `window` queries, cut to m.
     """
