@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import openvino as ov
 import pytest
-from conftest import MINI, ROOT, TINY
+from conftest import COMMAND, MINI, ROOT, TINY
 
 from ovtq import disk, files
 from ovtq.cli.convert import main
@@ -31,7 +31,6 @@ from ovtq.ir import cache, io
 
 XML = "openvino_model.xml"
 DEEP = "[" * 100_000
-COMMAND = [sys.executable, "-c", "import sys; from ovtq.cli.entry import convert; sys.exit(convert())"]
 INSPECT = [sys.executable, "-c", "import sys; from ovtq.cli.entry import inspect; sys.exit(inspect())"]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY
+from conftest import COMMAND, TINY
 
 from ovtq import staging, system
 from ovtq.cli.convert import main
@@ -66,9 +66,8 @@ def test_long_names(tmp_path: Path) -> None:
 
 
 def _killed(out: Path, after: float) -> None:
-    command = [sys.executable, "-c", "import sys; from ovtq.cli.entry import convert; sys.exit(convert())"]
     process = subprocess.Popen(
-        [*command, TINY["5.5"], out, "--force"],
+        [*COMMAND, TINY["5.5"], out, "--force"],
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
