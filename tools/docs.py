@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Write what of docs/ follows from code and figures: docs/cli.md, and tables of docs/presets.md and docs/benchmarks.
+"""Write what of docs/ follows from code and figures: docs/cli.md, and tables of other pages.
 
 usage: docs.py [--check]
 
-The command line comes from the parsers and the passes' options, the presets from `ovtq.pipeline.PRESETS`, the bytes in
-their table from `ovtq-convert --dry-run` of the bundled model, the benchmarks from the JSON beside their pages
-(tools/benchmark_tables.py). --check writes nothing, and ends with exit code 1 and a
-line for each page that is not what would be written.
+The command line comes from the parsers and the passes' options, the keywords of docs/python-api.md from `ovtq.options`,
+the presets from `ovtq.pipeline.PRESETS`, the bytes in their table from `ovtq-convert --dry-run` of the bundled model,
+the benchmarks from the JSON beside their pages (tools/benchmark_tables.py). --check writes nothing, and ends with exit
+code 1 and a line for each page that is not what would be written.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 
 from ovtq.cli import entry
 from ovtq.forms.table import TARGETS
+from ovtq.options import Checks, Options, meaning
 from ovtq.passes import PASSES, Pass
 from ovtq.pipeline import PRESETS
 
@@ -49,18 +50,20 @@ def parser(command: str) -> argparse.ArgumentParser:
 
 def pages() -> dict[Path, str]:
     """The text that each generated page should have."""
-    presets = ROOT / "docs" / "presets.md"
-    found = {ROOT / "docs" / "cli.md": command_line(), presets: filled(presets.read_text(encoding="utf-8"))}
+    found = {ROOT / "docs" / "cli.md": command_line()}
+    for name, part in (("presets.md", preset_tables), ("python-api.md", option_table)):
+        page = ROOT / "docs" / name
+        found[page] = filled(page.read_text(encoding="utf-8"), part())
     for page in sorted(benchmark_tables.FOLDER.glob("*.md")):
         found[page] = benchmark_tables.filled(page.read_text(encoding="utf-8"))
     return found
 
 
-def filled(page: str) -> str:
-    """A page whose two generated parts are made anew."""
+def filled(page: str, part: str) -> str:
+    """A page whose generated part is made anew."""
     before, _, rest = page.partition(BEGIN)
     _, _, after = rest.rpartition(END)
-    return f"{before}{BEGIN}\n{preset_tables()}\n{END}{after}"
+    return f"{before}{BEGIN}\n{part}\n{END}{after}"
 
 
 # ---------------------------------------------------------------------------------------------------- presets
@@ -109,6 +112,19 @@ def spelled(passes: Sequence[Pass]) -> str:
         changed = {key: value for key, value in item.options.items() if key != "target" and value != default[key]}
         words.append(f"`{':'.join([item.name, *(f'{dashed(key)}={value}' for key, value in changed.items())])}`")
     return ", ".join(words)
+
+
+# ---------------------------------------------------------------------------------------------------- options
+
+
+def option_table() -> str:
+    """The keywords of `ovtq.convert` that are options, as their fields say."""
+    rows = []
+    for kind in (Options, Checks):
+        for item in dataclasses.fields(kind):
+            kinds = str(item.type).replace(" | None", "").replace(" | ", " or ")
+            rows.append([f"`{item.name}`", flowing(meaning(kind, item.name)), f"`{kinds}`", f"`{item.default!r}`"])
+    return markdown(["keyword", "meaning", "type", "default"], rows)
 
 
 # ---------------------------------------------------------------------------------------------------- the command line
