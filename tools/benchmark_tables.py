@@ -6,6 +6,7 @@ In a page, what stands between `<!-- table NAME of FILE -->` and `<!-- end -->` 
   as "{.2f} ({.2f}–{.2f})", for the numbers of its cells; a cell is a number, a list of them, a text, or, where
   its form is another, {"form": …, "values": …}.
 - what tools/measure_text.py --json writes: {"runs": {NAME: {"about": …, "measured": …}}}, rows by model and hint.
+- what tools/measure_real_models.py --json writes: "quality" by cache and basis, and "hosts", with no property.
 - what ovtq-bench --output writes: "tpot" are the ratios of decode steps, by context and candidate.
 - tests/data/ledger_20b.json (tests/ledgers_20b.py): "step", "memory" and "bound".
 """
@@ -50,6 +51,8 @@ def made(path: Path, name: str) -> str:
         return of_texts(found["runs"][name])
     if found.get("kind") == "bench":
         return {"tpot": of_bench}[name](found)
+    if found.get("kind") == "eval":
+        return {"quality": of_quality, "hosts": of_hosts}[name](found)
     kinds: dict[str, Callable[[Mapping[str, Any]], str]] = {"step": of_step, "memory": of_memory, "bound": of_bound}
     return kinds[name](found)
 
@@ -123,6 +126,49 @@ def of_bench(found: Mapping[str, Any]) -> str:
 def _preset(name: str) -> str:
     """Of a candidate whose folder is named after it; empty if it is the exported model."""
     return next((preset for preset in ORDER if Path(name).name.endswith(preset)), "")
+
+
+def of_quality(found: Mapping[str, Any]) -> str:
+    """Mean KLD, its 99.9% quantile and how often the most likely token is the same, by cache and by basis."""
+    rows = {row["candidate"]: row for row in found["rows"] if row["role"] == "candidate"}
+    caches = dict.fromkeys(name.rpartition(", ")[0] for name in rows if not name.startswith("as hosts"))
+    lines = []
+    for cache in sorted((name for name in caches if "as exported" not in name), key=_place):
+        kind, paged = cache.removeprefix("paged: "), cache.startswith("paged: ")
+        exported = rows.get(f"{'paged: ' if paged else ''}as exported, {kind}")
+        ours = [rows.get(f"{cache}, {basis}") for basis in ("rotation", "weights", "calibrated")]
+        size = next(row for row in (*ours, exported) if row)
+        flat = f" and {size['flat_bytes'] / 1e6:.1f} MB" if size["flat_bytes"] > 1e5 else ""
+        name = f"`{kind}`, paged attention" if paged else f"`{kind}`"
+        lines.append([name, f"{size['bytes_per_token']:,}{flat}", *(map(_loss, (exported, *ours)))])
+    heads = ["cache", "bytes per token", "as exported", "rotated", "basis of weights", "calibrated"]
+    return numbers(heads, lines, 1)
+
+
+def _place(cache: str) -> tuple[bool, int]:
+    """Paged ones last, more bits first."""
+    order = ("u8", "u4", "k8v4", "k6v4", "k4v4", "k4v3", "k3v3")
+    return cache.startswith("paged"), order.index(cache.removeprefix("paged: "))
+
+
+def _loss(row: Mapping[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    mean, most = number(row["mean_kld"], ".2e"), number(row["kld_p999"], ".1e")
+    return f"{mean} ({most}, {row['same_top']:.2%})"
+
+
+def of_hosts(found: Mapping[str, Any]) -> str:
+    """The same, loaded as hosts do, beside the exported model at f32; which cache that was."""
+    lines = []
+    for row in found["rows"]:
+        name = row["candidate"].removeprefix("as hosts load it: ")
+        if name != row["candidate"]:
+            kind, _, basis = name.partition(", ")
+            label = name if not basis else f"`{kind}`, {'rotated' if basis == 'rotation' else basis}"
+            bits = f"{row['bits_per_byte']:.4f}"
+            lines.append([label, f"{row['bytes_per_token']:,}", row["computes"], _loss(row), bits])
+    return markdown(["", "bytes per token", "computes in", "mean KLD", "bits per byte"], lines, (1, 3, 4))
 
 
 def of_step(record: Mapping[str, Any]) -> str:

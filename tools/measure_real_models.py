@@ -6,13 +6,16 @@ usage: measure_real_models.py MODEL_DIR --json FILE [options]        (then again
 
 What ovtq-eval says of each row, on a CPU, all of it in one file, which is written after each row and taken up again.
 A row's model is converted into a temporary folder (TMPDIR), not verified, and removed. MODEL_DIR needs its tokenizer
-and, for --basis calibrated, calibration.npz (ovtq-calibrate). tools/real_models.py makes such folders.
+and, for --basis calibrated, calibration.npz (ovtq-calibrate). tools/real_models.py makes such folders. With --jobs N so
+many rows are measured at a time, each by a process of its own on its share of the cores; they need --reference.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,11 +23,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import benchmark_tables
+import made
 from rich.console import Console
 
 import ovtq
 from ovtq import files
-from ovtq.cli.evaluate import Evaluation, parser
+from ovtq.cli.evaluate import parser
+from ovtq.cli.evaluation import Evaluation
 from ovtq.errors import OvtqError
 from ovtq.evidence.candidates import Candidate, as_hosts_load, parse
 
@@ -98,21 +104,11 @@ def measure(work: Evaluation, model_dir: Path, row: Row, chunk: int) -> dict[str
 
 
 def table(found: dict[str, Any]) -> str:
-    """The rows as a table in Markdown."""
-    lines = ["| cache | bytes per token | mean KLD | 99.9% | same top token | bits per byte |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for row in found["rows"]:
-        if row["role"] == "refused":
-            lines.append(f"| {row['candidate']} | | refused: {row['reason']} | | | |")
-            continue
-        flat = row["flat_bytes"]
-        size = f"{row['bytes_per_token']:,}" + (f", and {flat / 1e6:.1f} MB" if flat and flat > 1e5 else "")
-        name = {"reference": "f32, the reference", "floor": "the same in other chunks"}.get(
-            row["role"], row["candidate"]
-        )
-        figures = f"{row['mean_kld']:.2e} | {row['kld_p999']:.1e} | {row['same_top']:.2%} | {row['bits_per_byte']:.4f}"
-        lines.append(f"| {name} | {size} | {figures} |")
-    return "\n".join(lines)
+    """The figures as tables in Markdown, and what was refused."""
+    refused = [f"{row['candidate']}: {row['reason']}" for row in found["rows"] if row["role"] == "refused"]
+    parts = [benchmark_tables.of_quality(found)]
+    parts += [benchmark_tables.of_hosts(found)] if any("as hosts" in row["candidate"] for row in found["rows"]) else []
+    return "\n\n".join([*parts, *(["refused:\n" + "\n".join(refused)] if refused else [])])
 
 
 def main() -> int:
@@ -124,9 +120,13 @@ def main() -> int:
     p.add_argument("--windows", default="8")
     p.add_argument("--window", default="1024")
     p.add_argument("--chunk", default="128")
+    p.add_argument("--trials", default="0", help="as of ovtq-eval: haystacks of each length and depth (default: none)")
+    p.add_argument("--lengths", default="1k", help="as of ovtq-eval: tokens of a haystack")
     p.add_argument("--rows", type=int, default=1000, metavar="N", help="measure no more than N rows in this run")
     p.add_argument("--only", default="", metavar="TEXT", help="those alone whose name has TEXT in it")
     p.add_argument("--reference", metavar="FILE", help="as of ovtq-eval: keep the reference's logits for the next run")
+    p.add_argument("--jobs", type=int, default=1, metavar="N", help="rows at a time")
+    p.add_argument("--part", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)  # one of --jobs' processes
     p.add_argument("--table", type=Path, nargs="+", metavar="FILE", help="print such files as tables")
     given = p.parse_args()
     if given.table:
@@ -134,39 +134,73 @@ def main() -> int:
         return 0
     if not given.model_dir or not given.json:
         p.error("MODEL_DIR and --json are needed")
-    options = [
-        str(given.model_dir),
-        "stock",
-        "--text",
-        str(given.text),
-        "--no-verify",
-        "--trials",
-        "0",
-        "--greedy",
-        "0",
-    ]
-    options += ["--windows", given.windows, "--window", given.window, "--chunk", given.chunk]
+    if given.jobs > 1 and not given.reference:
+        p.error("--jobs needs --reference FILE, which all of them read")
+    return all_rows(given) if given.jobs == 1 else at_once(given)
+
+
+def all_rows(given: argparse.Namespace) -> int:
+    """Measure what is not there yet, one row after the other; returns the exit code."""
+    options = [str(given.model_dir), "stock", "--text", str(given.text), "--no-verify", "--greedy", "0"]
+    for name in ("windows", "window", "chunk", "trials", "lengths"):
+        options += [f"--{name}", getattr(given, name)]
     options += ["--reference", given.reference] if given.reference else []
+    options += ["--jobs", str(given.part[1])]  # what a process then takes of the cores
     asked = parser().parse_args(options)
     work = Evaluation(asked, Console(stderr=True, quiet=True))
     old = files.read_json(given.json) if given.json.is_file() else {"rows": []}
     work.results["rows"] = old["rows"]
     done = {row["candidate"] for row in old["rows"]}
-    todo = [row for row in rows() if row.label not in done and given.only in row.label]
+    which, parts = given.part
+    todo = [row for row in rows() if row.label not in done and given.only in row.label][which::parts]
     reference = parse("stock", given.model_dir)
     work.read(reference)
     if not done:
         for role, chunk in (("reference", asked.chunk), ("floor", asked.chunk // 2)):
             work.results["rows"].append(work.judged(reference, *work.measure(role, reference, chunk)))
-        files.write(given.json, json.dumps(work.results, indent=1) + "\n")
+        files.write(given.json, json.dumps({"about": made.made(), **work.results}, indent=1) + "\n")
     for row in todo[: given.rows]:
         work.results["rows"].append(measure(work, given.model_dir, row, asked.chunk))
-        files.write(given.json, json.dumps(work.results, indent=1) + "\n")
+        files.write(given.json, json.dumps({"about": made.made(), **work.results}, indent=1) + "\n")
         last = work.results["rows"][-1]
         print(f"{row.label}: {last.get('mean_kld', last.get('reason'))}", flush=True)
     left = len(todo) - given.rows
-    print(f"{left} rows are left" if left > 0 else "all rows are there")
+    print(f"{left} rows are left" if left > 0 else "all rows are there", flush=True)
     return 3 if left > 0 else 0
+
+
+def at_once(given: argparse.Namespace) -> int:
+    """Run --jobs processes of this command, each on its share of the cores and of the rows; join what they found."""
+    first = subprocess.run([*command(given), "--rows", "0"], check=False).returncode  # the reference, with all cores
+    if first not in (0, 3):
+        return first
+    running = []
+    for part in range(given.jobs):
+        path = given.json.with_name(f"{given.json.name}.{part}")
+        if not path.is_file():
+            path.write_bytes(given.json.read_bytes())
+        asked = [*command(given, path), "--part", str(part), str(given.jobs), "--rows", str(given.rows)]
+        running.append((subprocess.Popen(asked), path))
+    codes = [process.wait() for process, _ in running]
+    found = files.read_json(given.json)
+    known = {row["candidate"]: row for _, path in running for row in files.read_json(path)["rows"]}
+    order = [*(row["candidate"] for row in found["rows"]), *(row.label for row in rows())]
+    kept = [row for row in found["rows"] if row["role"] in ("reference", "floor")]
+    labels = dict.fromkeys(order[len(kept) :])
+    found["rows"] = kept + [known[label] for label in labels if label in known]
+    files.write(given.json, json.dumps(found, indent=1) + "\n")
+    for _, path in running:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+    return max(codes)
+
+
+def command(given: argparse.Namespace, path: Path | None = None) -> list[str]:
+    """This command again, for one process, its figures in `path`."""
+    asked = [sys.executable, __file__, str(given.model_dir), "--json", str(path or given.json)]
+    for name in ("text", "windows", "window", "chunk", "trials", "lengths", "only", "reference"):
+        asked += [f"--{name}", str(getattr(given, name))]
+    return asked
 
 
 if __name__ == "__main__":

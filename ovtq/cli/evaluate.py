@@ -90,7 +90,11 @@ def parser() -> Parser:
         "--trials", type=count, default=4, metavar="N", help="haystacks of each kind (default: %(default)s)"
     )
     stacks.add_argument(
-        "--answer-tokens", type=positive, default=8, metavar="N", help="read of an answer (default: %(default)s)"
+        "--answer-tokens",
+        type=positive,
+        default=24,  # a sentence before five digits, each a token of its own
+        metavar="N",
+        help="tokens of an answer, which may begin with words, or think aloud (default: %(default)s)",
     )
     stacks.add_argument(
         "--read-chunk", type=positive, default=256, metavar="N", help="tokens per call (default: %(default)s)"
