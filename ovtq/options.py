@@ -62,7 +62,9 @@ class Options:
     passes: PassList | None = option(None, "passes in order, NAME[:OPTION=VALUE]…,NAME…")
     k_bits: int | str | None = _of(QuantizeKv)
     v_bits: int | str | None = _of(QuantizeKv)
-    residual_window: int | None = _of(QuantizeKv)
+    residual_window: int | None = _of(
+        QuantizeKv, "recent tokens kept at full precision (default: 64 in a packed preset, none in u8 and u4, on a GPU)"
+    )
     protect: str | None = _of(QuantizeKv)
     centre: str | None = _of(QuantizeKv)
     kernels: bool | None = _of(QuantizeKv)
@@ -129,6 +131,8 @@ class Options:
         if self.capacity is not None and not self.kernels:
             raise InputError(f"{wording.option('capacity')} has no effect without {wording.option('kernels')}")
         packing = {QuantizeKv.name: self._given(QuantizeKv.name)}
+        if self.target == "gpu" and self.named in pipeline.NATIVE and self.residual_window is not None:
+            passes = pipeline.with_window(passes, packing[QuantizeKv.name].pop("residual_window"))
         if self.window_bits is not None:
             bits = self.window_bits
             if isinstance(bits, str) or not isinstance(bits, Sequence) or len(bits) != 2:

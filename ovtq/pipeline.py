@@ -158,6 +158,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "u4": _native("u4", "fast: the same in 4 bits; 8,448 bytes per token of GPT-OSS-20B on a GPU, mean KLD 6.8e-3"),
 }
+NATIVE = ("u8", "u4")  # those whose full layers the plugin compresses itself
 LEAD = "beam_idx/converted_by_ovtq/pass_ATTENTION_BACKEND=SDPA"  # what beam_idx is called in an error
 ALIASES = {"f16": "exact"}  # other names that are taken
 
@@ -194,6 +195,16 @@ def with_pruning(passes: Sequence[Pass], target: str, wording: Wording = COMMAND
         place = next((i for i, item in enumerate(done) if isinstance(item, RotateHeads)), len(done))
         done.insert(place, PruneKv(target=target))
     return tuple(done)
+
+
+def with_window(passes: Sequence[Pass], window: int) -> tuple[Pass, ...]:
+    """`passes` that keep the GPU plugin's cache, with so many recent tokens as they are beside it.
+
+    What sink-row spreads by is a rotation of its own: without sinks it takes the place of rotate-heads.
+    """
+    if any(isinstance(item, SinkRow) for item in passes):
+        return with_settings(passes, {SinkRow.name: {"window": window}})
+    return tuple(SinkRow(window=window) if isinstance(item, RotateHeads) else item for item in passes)
 
 
 def with_basis(passes: Sequence[Pass], options: Mapping[str, Any], wording: Wording = COMMAND_LINE) -> tuple[Pass, ...]:

@@ -54,10 +54,12 @@ class SinkRow(BasisPass):
     sink, instead, to measure what R is worth.
 
     With `window` a query reads its own token and so many before it as they are, the sink with them, and only the older
-    ones from the cache, whatever that keeps of them: `ovtq/forms/gpu/recent.py` says how both are one softmax.
+    ones from the cache, whatever that keeps of them: `ovtq/forms/gpu/recent.py` says how both are one softmax. That
+    serves attention without sinks, too.
 
-    Refuses models without full layers in exported form with sinks, those whose sliding layers are not truncated or
-    whose lengths come from a state, and a head_dim for whose width no Hadamard matrix is known. Source: Xiao et al.
+    Refuses models without full layers in exported form, those without sinks unless there is a window, those whose
+    sliding layers are not truncated or whose lengths come from a state, and a head_dim for whose width no Hadamard
+    matrix is known. Source: Xiao et al.
     (arXiv 2309.17453), section 3.3, for sinks as keys; TurboQuant (arXiv 2504.19874), section 3, for the rotation;
     SageAttention (arXiv 2410.02367), section 4.2, for centred keys.
     """
@@ -92,22 +94,27 @@ class SinkRow(BasisPass):
         return len(description.full)
 
     def needless(self, description: ModelDescription) -> str:
-        """In a model without full layers, and in one whose attention has no sinks."""
+        """In a model without full layers, and, unless there is a window, in one whose attention has no sinks."""
         if not description.full:
             return "the model has no full layers"
-        return "" if any(layer.sinks is not None for layer in description.full) else "its attention has no sinks"
+        return (
+            ""
+            if self.window or any(layer.sinks is not None for layer in description.full)
+            else "its attention has no sinks"
+        )
 
     def requires(self, description: ModelDescription) -> None:
         """Refuses models without such layers, and those not decoupled yet."""
         self.refuse_if(self.needless(description))
-        if not description.sliding or any(isinstance(layer.cache, Exported) for layer in description.sliding):
+        grown = any(isinstance(layer.cache, Exported) for layer in description.sliding)
+        if grown or not (description.sliding or self.window):
             raise self.refuse(
                 "run truncate-window first: GenAI's chat may cut all tokens off states that grow, but not the sink's "
                 "row; seeing a state of fixed length it resets them instead"
             )
         self.refuse_if(not_exported(description.full))
         for layer in description.full:
-            if layer.sinks is None:
+            if layer.sinks is None and (not self.window or description.sinks):
                 raise self.refuse(f"layer {layer.index} has no sinks; leave this pass out")
             try:
                 if self.window:

@@ -11,6 +11,7 @@ import openvino as ov
 import pytest
 from conftest import TINY, load
 
+import ovtq
 from ovtq.cli.convert import main
 from ovtq.codec.rotation import randomized_frame, spread_width
 from ovtq.errors import PreconditionFailed
@@ -20,6 +21,7 @@ from ovtq.ir.graph import f32
 from ovtq.passes import DecoupleLength, Rewrite, SimplifyMask, SinkRow, TruncateWindow
 from ovtq.runtime.gpu_cache import restored
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
+from ovtq.states import RECENT
 
 WINDOW, WIDTH = 16, 64 + PADDING
 
@@ -161,8 +163,8 @@ def nodes_of(model: ov.Model) -> Iterator[ov.Node]:
                 yield from nodes_of(node.get_function(branch))
 
 
-def _one_more_in_the_far_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    mask = RecentRows._far_mask
+def _one_more_in_the_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = RecentRows._history_mask
 
     def wider(self: RecentRows, description: object) -> ov.Node:
         self.window -= 1
@@ -170,7 +172,7 @@ def _one_more_in_the_far_part(monkeypatch: pytest.MonkeyPatch) -> None:
         self.window += 1
         return found
 
-    monkeypatch.setattr(RecentRows, "_far_mask", wider)
+    monkeypatch.setattr(RecentRows, "_history_mask", wider)
 
 
 def _no_anchor(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +186,7 @@ def _no_anchor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RecentRows, "_start", without)
 
 
-@pytest.mark.parametrize("fault", [_one_more_in_the_far_part, pytest.param(_no_anchor, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fault", [_one_more_in_the_history, pytest.param(_no_anchor, marks=pytest.mark.slow)])
 def test_a_fault_is_refused(
     fault: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -193,6 +195,54 @@ def test_a_fault_is_refused(
     assert main([str(TINY["5.5"]), str(tmp_path / "out"), "--passes", passes]) == 2
     assert re.search("its results differ by", capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def _a_sink_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = RecentRows._blocks
+
+    def seen(self: RecentRows, *known: object) -> None:
+        self.sinks = True
+        blocks(self, *known)
+        self.sinks = False
+
+    monkeypatch.setattr(RecentRows, "_blocks", seen)
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3", *(pytest.param(other, marks=pytest.mark.slow) for other in ("gemma3", "qwen2", "phi", "falcon"))]
+)
+def test_attention_without_sinks(
+    name: str,
+    family: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    """Verified as any other, whose sink's row no query sees; a form in which they do is refused."""
+    passes = f"decouple-length{',truncate-window' * (name == 'gemma3')},simplify-mask,sink-row:window=16,check-call"
+    options = [str(family(name)), str(tmp_path / "out"), "--passes", passes, "--force"]
+    assert main(options) == 0
+    _a_sink_where_there_is_none(monkeypatch)
+    assert main(options) == 2
+    assert re.search("its results differ by", capsys.readouterr().err)
+
+
+def test_a_residual_window_beside_the_plugins_cache(
+    family: Callable[[str], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A GPU's u8 and u4 take it, with sinks or without; its tokens are in a state; a CPU's have no place for it."""
+    for number, folder in enumerate((TINY["5.5"], family("qwen2"))):
+        out = tmp_path / str(number)
+        made = ovtq.convert(folder, out, preset="u4", residual_window=16, verify=False)
+        names = [step.name for step in made.passes if not step.skipped]
+        assert names[-3:] == ["sink-row", "cache-precision", "check-call"]
+        assert "rotate-heads" not in names
+        assert next(step.options["window"] for step in made.passes if step.name == "sink-row") == 16
+        written = ov.Core().read_model(out / "openvino_model.xml")
+        assert RECENT in {variable.get_info().variable_id for variable in written.get_variables()}
+    options = ["--preset", "u4", "--residual-window", "16", "--target", "cpu"]
+    assert main([str(family("qwen2")), str(tmp_path / "no"), *options]) == 2
+    assert "residual-window" in capsys.readouterr().err
 
 
 def test_it_refuses_what_it_cannot_keep() -> None:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Which versions of OpenVINO run a model and its conversions, on a virtual Lunar Lake and on the CPU.
 
-usage: versions.py [MODEL_DIR] [--versions 2026.1.0,2026.4.1] [--presets exact,rotate] [--json FILE]
+usage: versions.py [MODEL_DIR] [--versions 2026.1.0,2026.4.1] [--presets exact,u4:sink-row.window=127] [--json FILE]
 
 Makes an environment of every version (some 275 MB each) beside the installed devices, in OVTQ_GPU_DIR or
 ~/.cache/ovtq-gpu; converts the model with every preset, with this Python's own OpenVINO; and runs probe.py on each:
@@ -183,9 +183,11 @@ def converted(model: Path, presets: Sequence[str], scratch: Path) -> dict[str, d
     found: dict[str, dict[str, Path | str]] = {device: {STOCK: model} for device in ("gpu", "cpu")}
     for device, folders in found.items():
         for preset in presets:
-            out = scratch / f"{preset}-{device}"
+            name, *sets = preset.split(":")
+            out = scratch / f"{preset.replace(':', '-')}-{device}"
             entry = "import sys; from ovtq.cli.entry import convert; sys.exit(convert())"
-            options = ["--preset", preset, "--target", device, "--no-verify"]
+            options = ["--preset", name, "--target", device, "--no-verify"]
+            options += [part for one in sets for part in ("--set", one)]
             done = subprocess.run(
                 [sys.executable, "-c", entry, str(model), str(out), *options],
                 capture_output=True,
@@ -239,13 +241,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="versions", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("model", type=Path, nargs="?", default=ROOT / "models" / "gpt-oss-mini", metavar="MODEL_DIR")
     p.add_argument("--versions", default=",".join(VERSIONS), metavar="LIST", help="(default: %(default)s)")
-    p.add_argument("--presets", default=",".join(PRESETS), metavar="LIST", help="(default: %(default)s)")
+    p.add_argument(
+        "--presets",
+        default=",".join(PRESETS),
+        metavar="LIST",
+        help="each may have options of its passes behind it, as of ovtq-convert --set: u4:sink-row.window=127 "
+        "(default: %(default)s)",
+    )
     p.add_argument("--json", type=Path, metavar="FILE", help="also write all that was found to FILE")
     options = p.parse_args(argv)
     options.versions, options.presets = options.versions.split(","), options.presets.split(",")
     if bad := [version for version in options.versions if not re.fullmatch(r"\d{4}\.\d+\.\d+", version)]:
         raise InputError(f"--versions: {bad[0]!r} is no version like {VERSIONS[-1]}")
-    if bad := [preset for preset in options.presets if preset not in PRESETS]:
+    if bad := [preset for preset in options.presets if preset.split(":")[0] not in PRESETS]:
         raise InputError(f"--presets: no preset is named {bad[0]!r}; there are {', '.join(PRESETS)}")
     model_xml(options.model)
     if options.json:

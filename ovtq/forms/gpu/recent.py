@@ -22,6 +22,8 @@ longer than the window, only the anchor is visible there, and p is 1.
 Rows come to the cache one token late: from the last row of the window, which before the text is the anchor. So a call
 brings as many rows as it has tokens, the anchor is row 0, and a token is quantised once. The fused attention's mask
 hides those that are still recent. A query's recent part is the same whatever calls a text comes in.
+
+Of attention without sinks the sink's row is there, too, and no query sees it.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ class RecentRows:
         rotate: bool,
     ) -> None:
         layers = description.full
-        layer, self.window = layers[0], window
+        layer, self.window, self.sinks = layers[0], window, layers[0].sinks is not None
         d, self.width = layer.head_dim, layer.head_dim + PADDING
         self.frame = np.zeros((d, self.width), np.float32)
         inner = spread_width(d, self.width + SINK) if rotate else d
@@ -93,10 +95,12 @@ class RecentRows:
         own = op.split(op.gather(every, self.key_rows, i64(2)), i64(1), 2).outputs()
         keys, values = (op.reshape(x, self.rows_by_block, True) for x in own)  # (batch, H·nb, w, D)
 
-        sinks = np.zeros((H * G, 1, D), np.float32)
-        sinks[:, 0, SINK] = layer.own_sinks / MARK
         turned = f32(np.ascontiguousarray(layer.scale * self.frame.T))
-        query = op.add(op.matmul(layer.query.source, turned, False, True), f32(sinks[None]))
+        query = op.matmul(layer.query.source, turned, False, True)
+        if self.sinks:
+            sinks = np.zeros((H * G, 1, D), np.float32)
+            sinks[:, 0, SINK] = layer.own_sinks / MARK
+            query = op.add(query, f32(sinks[None]))
         context, top, largest = self._recent(layer, query, keys, values)
         # Made as wide as a query first, all of this is one kernel
         logit = op.subtract(op.multiply(top, f32(np.ones((1, 1, 1, D)))), op.log(largest))
@@ -147,10 +151,11 @@ class RecentRows:
         blocks = op.multiply(nb, i64([heads]))
         self.rows_by_block = op.concat([i64([0]), blocks, i64([-1, self.width])], 0)
 
-        # In ones, which every precision holds exactly: a query sees its own token, the window before it, and the sink
+        # In ones, which every precision holds exactly: a query sees its own token, the window before it, and a sink
         query, key = np.arange(window)[:, None], np.arange(2 * window)[None]
         hidden = np.where((query <= key) & (key <= query + window), 0, 1)
-        hidden = np.concatenate([np.full((window, 1), -1), hidden], 1)  # outweighs that the sink's row is no token
+        sink = -1 if self.sinks else 1  # outweighs that the sink's row is no token
+        hidden = np.concatenate([np.full((window, 1), sink), hidden], 1)
         band = op.slice(f32(hidden), i64([0, 0]), op.concat([m, w], 0), i64([1, 1]), i64([0, 1]))
         shown = op.pad(description.attention_mask, i64([0, 1 + window]), i64([0, 0]), "constant", i64(0))
         every = op.add(self.new, i64([1 + window]))
