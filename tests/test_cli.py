@@ -119,10 +119,15 @@ def test_infer_says_from_where_on_a_packed_cache_pays(convert: Callable[..., Pat
 
 def test_help_has_examples_and_words_and_fits_on_two_screens() -> None:
     said = ovtq("convert", "--help").stdout
-    assert said.index("examples:") < said.index("options:") < said.index("presets (a pass") < said.index("words:")
+    assert said.startswith("usage: ovtq-convert [OPTION…] MODEL_DIR [OUT_DIR]\n\novtq-convert: ")
+    assert max(map(len, said.splitlines())) <= 120
+    assert len(said.splitlines()) <= 140
+    assert "decouple-length" not in said
+    assert said.index("examples:") < said.index("options:") < said.index("presets:") < said.index("words:")
     assert "centre" in said
     passes = ovtq("convert", "--help-passes")
     assert (passes.returncode, passes.stdout.startswith("passes and their options:")) == (0, True)
+    assert "\n  k8v4             decouple-length, truncate-window, " in passes.stdout
     assert all(
         ovtq(name, "--version").stdout.startswith(f"ovtq {__version__}, openvino ") for name in ("eval", "infer")
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+import shutil
 import sys
+import textwrap
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -58,12 +60,44 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--debug", action="store_true", help="show where an error was raised, too")
         versions = f"ovtq {__version__}, openvino {ov.__version__}"
-        self.add_argument("--version", action="version", version=versions, help="print the versions of both and leave")
+        self.add_argument(
+            "--version", action="version", version=versions, help="print the versions of ovtq and OpenVINO, and leave"
+        )
+
+    def format_usage(self) -> str:
+        """One line that does not list all options, which the help has below, each with its meaning."""
+        if self.usage is None:  # argparse asks for it early, while positional arguments are what they are
+            self.usage = " ".join([self.prog, "[OPTION…]", *filter(None, map(_needed, self._actions))])
+        return super().format_usage()
+
+    def format_help(self) -> str:
+        """The help, with that line at its head."""
+        self.format_usage()
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """One line instead of argparse's usage and line; says where a flag of another place is."""
         found = [said for flag, said in ELSEWHERE.items() if re.search(rf"(?<![\w-]){flag}(?![\w-])", message)]
         raise InputError("; ".join([message, *found[:1], f"see {self.prog} --help"]))
+
+
+def _needed(action: argparse.Action) -> str:
+    """An argument as the usage shows it, if it is one that is not left out."""
+    name = str(action.metavar or action.dest.upper())
+    if not action.option_strings:
+        return {"?": f"[{name}]", "*": f"[{name} …]", "+": f"{name} [{name} …]"}.get(str(action.nargs), name)
+    return f"{action.option_strings[0]} {name}" if action.required else ""
+
+
+def entries(texts: Mapping[str, str], column: int = 19) -> str:
+    """Lines of a help text: names, and what they mean from a column on, no wider than the options above them."""
+    width = max(shutil.get_terminal_size().columns - 2, 60)
+    lines = []
+    for name, text in texts.items():
+        folded = textwrap.wrap(text, width, initial_indent=" " * column, subsequent_indent=" " * column)
+        first = folded[0].lstrip()
+        lines += [f"  {name:<{column - 2}}{first}", *folded[1:]]
+    return "\n".join(lines)
 
 
 def run(

@@ -17,7 +17,7 @@ from rich.table import Table
 from ovtq import conversion, pipeline, states, system
 from ovtq.advice import SHORT_WINDOW
 from ovtq.automatic import AUTO, caution
-from ovtq.cli.command import Out, Parser, path_of, progress, run
+from ovtq.cli.command import Out, Parser, entries, path_of, progress, run
 from ovtq.conversion import CONTEXTS
 from ovtq.errors import InputError
 from ovtq.ir.dump import dump
@@ -37,13 +37,18 @@ EXAMPLES = """examples:
   ovtq convert gpt-oss-20b gpt-oss-20b-kv                 for a GPU, the preset that was measured to be best
   ovtq convert gpt-oss-20b gpt-oss-20b-cpu --target cpu   for a CPU
   ovtq convert gpt-oss-20b --dry-run --preset k6v4        what would be done, and the bytes"""
-WORDS = """words:
-  full layer       one that attends to all tokens; sliding: to the last few, its window
-  per token, flat  bytes that each token adds; bytes that are there however long the text is
-  packed           tokens kept as codes of a few bits; the most recent ones, the residual window, as they are
-  centre           what is taken from a key before it is coded, because all keys share it
-  slack            tokens that a pruned or sliding layer may hold beyond its number, so that it is cut less often
-  lossless, exact  the graph computes what the exported one does, to rounding"""
+WORDS = {
+    "full layer": "one that attends to all tokens; a sliding one attends to the last few, its window",
+    "head, KV head": "a layer's keys and values are stored by KV head; several heads of queries may read one",
+    "per token, flat": "bytes that each token adds; bytes that are there however long the text is",
+    "packed": "tokens kept as codes of a few bits; the most recent ones, the residual window, as they are",
+    "rotated": "keys and values stored in another basis, in which rounding loses less; queries are turned likewise",
+    "centre": "what is taken from a key before it is coded, because all keys share it",
+    "slack": "tokens that a pruned or sliding layer may hold beyond its number, so that it is cut less often",
+    "sinks": "a logit per head that takes a share of the attention and gives nothing; GPT-OSS has them",
+    "lossless, exact": "the graph computes what the exported one does, to rounding",
+    "KLD": "how far the next token's distribution is from the exported model's: mean divergence, in nats",
+}
 
 
 class _Print(argparse.Action):
@@ -73,10 +78,10 @@ def parser() -> argparse.ArgumentParser:
     """The command line; presets, passes and their options come from the code that runs them."""
     helps = QuantizeKv.option_help()
     presets = "\n".join(
-        f"  {name:<16} {preset.purpose}\n{'':<19}= {_names(preset.passes)}"
-        + (f"\n{'':<19}with --target cpu = {_names(preset.cpu)}" if preset.cpu else "")
+        f"  {name:<16} {_names(preset.passes)}"
+        + (f"\n{'':<19}with --target cpu: {_names(preset.cpu)}" if preset.cpu else "")
         + "".join(
-            f"\n{'':<19}in a model without sinks, with --target {target} = {_names(some)}"
+            f"\n{'':<19}in a model without sinks, with --target {target}: {_names(some)}"
             for target, some in (preset.plain or {}).items()
         )
         for name, preset in pipeline.PRESETS.items()
@@ -86,13 +91,22 @@ def parser() -> argparse.ArgumentParser:
         + "".join(f"\n{'':<19}{option}: {text}" for option, text in cls.option_help().items())
         for name, cls in PASSES.items()
     )
-    head = "presets (a pass with nothing to do in a model is left out):"
-    p = Parser("ovtq-convert", f"{__doc__}\n\n{EXAMPLES}", epilog=f"{head}\n{presets}\n\n{WORDS}")
+    purposes = entries({name: preset.purpose for name, preset in pipeline.PRESETS.items()})
+    p = Parser("ovtq-convert", f"{__doc__}\n\n{EXAMPLES}", epilog=f"presets:\n{purposes}\n\nwords:\n{entries(WORDS)}")
     p.add_argument(
-        "--help-passes", action=_Print, text=f"passes and their options:\n{passes}\n", help="print all passes and leave"
+        "--help-passes",
+        action=_Print,
+        text=f"passes and their options:\n{passes}\n\n"
+        f"the passes of each preset (one with nothing to do in a model is left out):\n{presets}\n",
+        help="print all passes, their options and which preset runs which, and leave",
     )
-    p.add_argument("model_dir", type=path_of, help="folder with a stateful IR: openvino_model.xml/.bin, config.json")
-    p.add_argument("out_dir", type=path_of, nargs="?", help="folder to write; not needed with --dry-run")
+    p.add_argument(
+        "model_dir", type=path_of, metavar="MODEL_DIR",
+        help="folder with a stateful IR: openvino_model.xml/.bin, config.json",
+    )  # fmt: skip
+    p.add_argument(
+        "out_dir", type=path_of, nargs="?", metavar="OUT_DIR", help="folder to write; not needed with --dry-run"
+    )
     what = p.add_mutually_exclusive_group()
     what.add_argument(
         "--preset",
@@ -116,9 +130,8 @@ def parser() -> argparse.ArgumentParser:
         choices=states.FLOAT_BYTES,
         default="gpu",
         help="where the model will run: chooses the form of packed caches that is fast there, and counts bytes at f16 "
-        "(gpu) or f32 (cpu); each form is for its own device alone: packed layers of gpu's "
-        "can be wrong on a CPU, cpu's do not run on a GPU "
-        "(default: %(default)s)",
+        "(gpu) or f32 (cpu); what is made for one is not for the other: packed layers made for a GPU can be wrong on a "
+        "CPU, those made for a CPU do not run on a GPU (default: %(default)s)",
     )
     packed = p.add_argument_group("packed caches (short for --set quantize-kv.…, --set truncate-window.…)")
     for option in PACKED_OPTIONS:
@@ -133,7 +146,7 @@ def parser() -> argparse.ArgumentParser:
         "--window-bits",
         type=_window_bits,
         metavar="K,V",
-        help="pack what sliding layers keep, too: bits of a key's and of a value's coordinate (default none,none)",
+        help="pack what sliding layers keep, too: bits of a key's and of a value's coordinate (default: none,none)",
     )
     bases = p.add_argument_group("what heads are stored in (short for --set of every pass that has these options)")
     for option in BASIS_OPTIONS:
@@ -161,8 +174,10 @@ def parser() -> argparse.ArgumentParser:
         default=True,
         help="run original and converted side by side, and refuse to write if they differ (default: on)",
     )
-    p.add_argument("--verify-device", default="CPU", metavar="DEVICE", help="where to run them (default: CPU)")
-    p.add_argument("--verify-seed", type=int, default=0, metavar="N", help="of the random prompts (default: 0)")
+    p.add_argument("--verify-device", default="CPU", metavar="DEVICE", help="the device both are run on (default: CPU)")
+    p.add_argument(
+        "--verify-seed", type=int, default=0, metavar="N", help="seed of the random prompts they read (default: 0)"
+    )
     p.add_argument(
         "--verify-layers",
         type=int,

@@ -50,17 +50,34 @@ def parser() -> Parser:
     """The command line."""
     p = Parser("ovtq-doctor", __doc__)
     p.add_argument(
-        "model_dir", type=path_of, nargs="?", default=BUNDLED, help="an exported model (default: the one of a clone)"
+        "model_dir",
+        type=path_of,
+        nargs="?",
+        default=BUNDLED,
+        metavar="MODEL_DIR",
+        help="an exported model (default: the one that is in a clone)",
     )
-    p.add_argument("--out", type=path_of, default=Path("ovtq-doctor"), metavar="OUT_DIR", help="(default: %(default)s)")
-    p.add_argument("--devices", metavar="LIST", help="such as CPU,GPU (default: the CPU and all GPUs)")
-    p.add_argument("--presets", metavar="LIST", help="(default: all)")
+    p.add_argument(
+        "--out",
+        type=path_of,
+        default=Path("ovtq-doctor"),
+        metavar="OUT_DIR",
+        help="where the page and the facts go (default: %(default)s)",
+    )
+    p.add_argument("--devices", metavar="LIST", help="devices, such as CPU,GPU (default: the CPU and all GPUs)")
+    p.add_argument("--presets", metavar="LIST", help="presets to try, such as u8,exact (default: all)")
     p.add_argument(
         "--contexts", type=listed(positive, "numbers"), default=[200, 2048, 8192, 32768], metavar="TOKENS,…",
-        help="(default: 200,2k,8k,32k)",
+        help="lengths at which times are taken (default: 200,2k,8k,32k)",
     )  # fmt: skip
-    p.add_argument("--steps", type=positive, default=16, metavar="N", help="decoded per context (default: 16)")
-    p.add_argument("--limit", type=positive, default=900, metavar="SECONDS", help="of each step (default: 900)")
+    p.add_argument("--steps", type=positive, default=16, metavar="N", help="decode steps per length (default: 16)")
+    p.add_argument(
+        "--limit",
+        type=positive,
+        default=900,
+        metavar="SECONDS",
+        help="the most that one part may take: a conversion, a trial (default: 900)",
+    )
     p.add_argument("--no-verify", action="store_true", help="leave out the verification on each device")
     p.add_argument("--fresh", action="store_true", help="begin anew, whatever OUT_DIR holds")
     return p

@@ -35,17 +35,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> Parser:
     """The command line."""
     p = Parser("ovtq-infer", __doc__)
-    p.add_argument("model_dir", type=path_of, help="a model folder, converted or not")
-    p.add_argument("--prompt", required=True, metavar="TEXT", help="what to answer; - reads it from stdin")
-    p.add_argument("--device", default="CPU", help="where to run it (default: %(default)s)")
-    p.add_argument("--max-new-tokens", type=positive, default=200, metavar="N", help="at most (default: %(default)s)")
-    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
+    p.add_argument("model_dir", type=path_of, metavar="MODEL_DIR", help="a model folder, converted or not")
+    p.add_argument("--prompt", required=True, metavar="TEXT", help="the text to answer; - reads it from stdin")
+    p.add_argument(
+        "--device", default="CPU", metavar="DEVICE", help="where to run the model, such as GPU (default: %(default)s)"
+    )
+    p.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=200,
+        metavar="N",
+        help="tokens of the answer, at most (default: %(default)s)",
+    )
+    p.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="of sampling; 0 takes the likeliest token (default: 0)",
+    )
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of sampling (default: 0)")
     p.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
     )
-    p.add_argument("--raw", action="store_true", help="do not use the model's chat template")
-    p.add_argument("--property", action="append", default=[], metavar="KEY=VALUE", help="of the plugin")
+    p.add_argument("--raw", action="store_true", help="continue the text as it is, without the model's chat template")
+    p.add_argument(
+        "--property",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a property of the plugin, such as CACHE_DIR=compiled; may be repeated",
+    )
     return p
 
 
