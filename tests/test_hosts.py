@@ -123,6 +123,18 @@ def test_benchmark_app_comes_to_its_end(exact: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_assisted_generation_is_not_of_optimums_models(exact: Path) -> None:
+    """Exported or converted: it cuts a cache that these hosts keep in the model."""
+    optimum = pytest.importorskip("optimum.intel", reason="needs the extra [optimum]")
+    torch = pytest.importorskip("torch")
+    for folder in (MINI, exact):
+        model = optimum.OVModelForCausalLM.from_pretrained(folder, device="CPU")
+        for how in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}):
+            with pytest.raises(AttributeError, match="no attribute 'crop'"):
+                model.generate(torch.tensor([[1, 2, 3, 1, 2]]), max_new_tokens=8, do_sample=False, **how)
+
+
+@pytest.mark.slow
 def test_langchain_writes_what_optimum_does(convert: Callable[..., Path]) -> None:
     langchain = pytest.importorskip("langchain_huggingface", reason="pip install langchain-huggingface")
     optimum = pytest.importorskip("optimum.intel", reason="needs the extra [optimum]")
