@@ -14,7 +14,7 @@ from conftest import MINI, TINY
 from ovtq import __version__
 from ovtq.cli import entry as cli
 from ovtq.cli.bench import where_states_turn
-from ovtq.cli.command import turns
+from ovtq.cli.command import made_for_another, turns
 from ovtq.cli.infer import advice
 from ovtq.cli.inspect import main
 
@@ -115,6 +115,22 @@ def test_infer_says_from_where_on_a_packed_cache_pays(convert: Callable[..., Pat
     assert advice(folder, "CPU", tokens) == ""
     assert advice(folder, "GPU", tokens) == "made for a CPU, run on GPU: convert with --target gpu"
     assert advice(TINY["5.5"], "CPU", 3) == ""
+
+
+def test_what_was_made_for_another_device_is_told(convert: Callable[..., Path]) -> None:
+    """By infer, eval and bench, in one line; the passes of `rotate` are for all devices."""
+    packed = convert(TINY["5.5"], "--preset", "k6v4", "--no-verify")
+    assert made_for_another(packed, "GPU.1") == made_for_another(TINY["5.5"], "CPU") == ""
+    assert made_for_another(convert(TINY["5.5"], "--preset", "rotate", "--no-verify"), "CPU") == ""
+    assert made_for_another(packed, "CPU") == "made for a GPU, run on CPU: convert with --target cpu"
+
+
+@pytest.mark.slow
+def test_bench_tells_it(convert: Callable[..., Path]) -> None:
+    packed = convert(TINY["5.5"], "--preset", "k6v4", "--no-verify")
+    done = ovtq("bench", TINY["5.5"], packed, "--prefill", "8", "--runs", "1")
+    line = "made for a GPU, run on CPU: convert with --target cpu"
+    assert (done.returncode, done.stderr) == (0, f"{packed}: {line}\n")
 
 
 def test_help_has_examples_and_words_and_fits_on_two_screens() -> None:

@@ -34,7 +34,19 @@ from rich.console import Console
 from ovtq import __version__, files, system
 from ovtq.cli import report
 from ovtq.cli.bench_tables import show_contexts, show_prefills, show_prompts
-from ovtq.cli.command import Out, Parser, listed, path_of, phase, positive, progress, run, tokens, turns
+from ovtq.cli.command import (
+    Out,
+    Parser,
+    listed,
+    path_of,
+    phase,
+    positive,
+    progress,
+    run,
+    tell_of_others,
+    tokens,
+    turns,
+)  # fmt: skip
 from ovtq.errors import InputError
 from ovtq.evidence.candidates import Candidate, parse
 from ovtq.evidence.roofline_cpu import read_bandwidth
@@ -137,6 +149,7 @@ def bench(options: argparse.Namespace, console: Out, errors: Console) -> None:
     candidates = [parse(text, options.model_dir) for text in texts]
     through = options.through.split(",")
     _check(options, candidates, through)
+    tell_of_others({item.label: item.folder for item in candidates}, options.device, errors)
     properties = {"PERFORMANCE_HINT": "LATENCY", **dict(text.split("=", 1) for text in options.property)}
     pairs = [(candidate, runtime) for runtime in through for candidate in candidates]
     results: dict[str, Any] = {

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ovtq import __version__, system
 from ovtq.errors import InputError, OvtqError, one_line, scarcity
-from ovtq.ir.io import last_line
+from ovtq.ir import io
 
 T = TypeVar("T")
 MOST, MANY = 1 << 24, 10_000  # tokens, steps and the like that may be asked for; and of what fills memory by itself
@@ -136,7 +136,7 @@ def run(
     except OSError as error:
         if error.filename == system.STDOUT:
             return fail(f"{system.STDOUT} can't be written to ({system.reason(error)})")
-        return fail(f"{error.filename or 'system'}: {error.strerror or last_line(error)}")
+        return fail(f"{error.filename or 'system'}: {error.strerror or io.last_line(error)}")
     except MemoryError:
         return fail("out of memory")
     except Exception as error:
@@ -145,7 +145,9 @@ def run(
 
 def unforeseen(error: Exception) -> str:
     """One line about an error that nobody foresaw."""
-    return f"failed where nothing should, please report it: {type(error).__name__}: {last_line(error)} (--debug: where)"
+    return (
+        f"failed where nothing should, please report it: {type(error).__name__}: {io.last_line(error)} (--debug: where)"
+    )
 
 
 def positive(text: str) -> int:
@@ -187,6 +189,26 @@ def turns(per_token: int, flat: int, other_per_token: int, other_flat: int) -> i
     if gain <= 0:
         return 0 if lead < 0 and gain == 0 else None
     return max(lead // gain + 1, 0)
+
+
+def made_for_another(model_dir: Path, device: str) -> str:
+    """One line if a folder was converted for another kind of device than this one; else empty.
+
+    Passes without a target, as those of `rotate`, are for all.
+    """
+    record = io.record_of(model_dir)
+    target = "cpu" if device.startswith("CPU") else "gpu"
+    given = any("target" in step.get("options", {}) for step in record.get("passes", ()))
+    if not given or record.get("target") == target:
+        return ""
+    return f"made for a {str(record.get('target')).upper()}, run on {device}: convert with --target {target}"
+
+
+def tell_of_others(folders: Mapping[str, Path], device: str, errors: Console) -> None:
+    """That line for each folder, by the label that it is asked for with."""
+    for label, folder in folders.items():
+        if line := made_for_another(folder, device):
+            errors.print(f"{label}: {line}", markup=False, soft_wrap=True)
 
 
 def path_of(text: str) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from ovtq.cli.command import Out, Parser, path_of, phase, positive, progress, run, turns
+from ovtq.cli.command import Out, Parser, made_for_another, path_of, phase, positive, progress, run, turns
 from ovtq.errors import InputError
 from ovtq.evidence.candidates import look, open_candidate, parse
 from ovtq.forms.pruning import counted, told
@@ -154,9 +154,9 @@ def advice(model_dir: Path, device: str, tokens: int) -> str:
     record = io.record_of(model_dir)
     if not record:
         return ""
-    lines, target = [], "cpu" if device == "CPU" else "gpu"
-    if record.get("target") != target:
-        lines.append(f"made for a {str(record.get('target')).upper()}, run on {device}: convert with --target {target}")
+    lines, target = [], "cpu" if device.startswith("CPU") else "gpu"
+    if other := made_for_another(model_dir, device):
+        lines.append(other)
     before, after = (record["state_bytes"][side] for side in ("before", "after"))
     turn = turns(before["per_token"], before["flat"], after["per_token"], after["flat"])
     if turn is None:
