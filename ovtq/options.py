@@ -55,8 +55,8 @@ class Options:
     target: str = option(
         "gpu",
         "where the model will run: chooses the form of packed caches that is fast there, and counts bytes at f16 (gpu) "
-        "or f32 (cpu); each form is for its own device alone: packed layers of gpu's can be wrong on a CPU, cpu's do "
-        "not run on a GPU (default: gpu)",
+        "or f32 (cpu); what is made for one is not for the other: packed layers made for a GPU can be wrong on a CPU, "
+        "those made for a CPU do not run on a GPU (default: gpu)",
         TARGETS,
     )
     passes: PassList | None = option(None, "passes in order, NAME[:OPTION=VALUE]…,NAME…")
@@ -70,11 +70,11 @@ class Options:
     kernels: bool | None = _of(QuantizeKv)
     capacity: int | None = _of(QuantizeKv)
     window_bits: Sequence[int | str] | None = option(
-        None, "pack what sliding layers keep, too: bits of a key's and of a value's coordinate (default none,none)"
+        None, "pack what sliding layers keep, too: bits of a key's and of a value's coordinate (default: none,none)"
     )
     basis: str | None = _of(QuantizeKv, group=BASIS)
     calibration: str | Path | None = _of(QuantizeKv, group=BASIS)
-    budget: int | None = _of(PruneKv, "tokens kept in each full layer (default: all)")
+    budget: int | None = _of(PruneKv, "keep N tokens in each full layer (default: all)")
     recent_window: int | None = _of(PruneKv)
     prefix: int | None = _of(PruneKv)
     score: str | None = _of(PruneKv)
@@ -193,8 +193,8 @@ class Checks:
     verify: bool = option(
         True, "run original and converted side by side, and refuse to write if they differ (default: on)"
     )
-    verify_device: str = option("CPU", "where to run them (default: CPU)")
-    verify_seed: int = option(0, "of the random prompts (default: 0)")
+    verify_device: str = option("CPU", "the device both are run on (default: CPU)")
+    verify_seed: int = option(0, "seed of the random prompts they read (default: 0)")
     verify_layers: int | None = option(
         None, f"run the first N layers only (default: all, or {BIG_LAYERS} of a model over {BIG >> 30} GiB)"
     )

@@ -138,7 +138,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "rotate": Preset(
         passes=(RotateHeads(),),
-        purpose="lossless: the rotation alone, for caches that the runtime itself keeps in 4 bits",
+        purpose="lossless, and the one for paged attention (continuous batching, draft models, prompt lookup): heads "
+        "are rotated and nothing else, so that a cache which the runtime itself keeps in 4 bits loses less",
     ),
     "k8v4": _packed(
         "8",

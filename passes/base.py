@@ -112,7 +112,7 @@ class Pass(ABC):
         return {
             option.name: f"{option.metadata.get('help', '')}"
             + (f": {', '.join(choices)}" if (choices := option.metadata.get("choices")) else "")
-            + f" (default {'none' if option.default == '' else option.default})"
+            + ("" if option.default is False else f" (default: {option.default if option.default != '' else 'none'})")
             for option in dataclasses.fields(cls)
         }
 
@@ -195,8 +195,8 @@ def centre_option(default: str = "auto") -> Any:
     """The field `centre`."""
     return option(
         default,
-        "what is subtracted from all keys: their bias' mean, or their mean over a text, as from values; auto: mean if "
-        "calibrated, else bias",
+        "the vector that is subtracted from all keys: bias, the mean of their bias; mean, their mean over a text, and "
+        "values less theirs; auto: mean if the basis is calibrated, else bias",
         choices=CENTRES,
     )
 

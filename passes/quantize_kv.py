@@ -48,7 +48,7 @@ class QuantizeKv(FullCachePass):
     seed: int = option(0, "seed of the rotation's random signs")
     target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
     kernels: bool = option(
-        False, "attend with OpenCL kernels of ovtq, which a GPU is given by the property CONFIG_FILE"
+        False, "experimental, on a GPU: attend with OpenCL kernels of ovtq, which the property CONFIG_FILE names"
     )
     capacity: int = option(32768, "tokens that kernels have room for, taken up front")
     basis: str = basis_option()

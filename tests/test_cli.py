@@ -14,7 +14,7 @@ from conftest import MINI, TINY
 from ovtq import __version__
 from ovtq.cli import entry as cli
 from ovtq.cli.bench import where_states_turn
-from ovtq.cli.command import turns
+from ovtq.cli.command import made_for_another, turns
 from ovtq.cli.infer import advice
 from ovtq.cli.inspect import main
 
@@ -117,12 +117,33 @@ def test_infer_says_from_where_on_a_packed_cache_pays(convert: Callable[..., Pat
     assert advice(TINY["5.5"], "CPU", 3) == ""
 
 
+def test_what_was_made_for_another_device_is_told(convert: Callable[..., Path]) -> None:
+    """By infer, eval and bench, in one line; the passes of `rotate` are for all devices."""
+    packed = convert(TINY["5.5"], "--preset", "k6v4", "--no-verify")
+    assert made_for_another(packed, "GPU.1") == made_for_another(TINY["5.5"], "CPU") == ""
+    assert made_for_another(convert(TINY["5.5"], "--preset", "rotate", "--no-verify"), "CPU") == ""
+    assert made_for_another(packed, "CPU") == "made for a GPU, run on CPU: convert with --target cpu"
+
+
+@pytest.mark.slow
+def test_bench_tells_it(convert: Callable[..., Path]) -> None:
+    packed = convert(TINY["5.5"], "--preset", "k6v4", "--no-verify")
+    done = ovtq("bench", TINY["5.5"], packed, "--prefill", "8", "--runs", "1")
+    line = "made for a GPU, run on CPU: convert with --target cpu"
+    assert (done.returncode, done.stderr) == (0, f"{packed}: {line}\n")
+
+
 def test_help_has_examples_and_words_and_fits_on_two_screens() -> None:
     said = ovtq("convert", "--help").stdout
-    assert said.index("examples:") < said.index("options:") < said.index("presets (a pass") < said.index("words:")
+    assert said.startswith("usage: ovtq-convert [OPTION…] MODEL_DIR [OUT_DIR]\n\novtq-convert: ")
+    assert max(map(len, said.splitlines())) <= 120
+    assert len(said.splitlines()) <= 140
+    assert "decouple-length" not in said
+    assert said.index("examples:") < said.index("options:") < said.index("presets:") < said.index("words:")
     assert "centre" in said
     passes = ovtq("convert", "--help-passes")
     assert (passes.returncode, passes.stdout.startswith("passes and their options:")) == (0, True)
+    assert "\n  k8v4             decouple-length, truncate-window, " in passes.stdout
     assert all(
         ovtq(name, "--version").stdout.startswith(f"ovtq {__version__}, openvino ") for name in ("eval", "infer")
     )

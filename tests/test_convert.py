@@ -290,7 +290,7 @@ def test_bad_models(
     ("args", "message"),
     [
         (["{model}"], "OUT_DIR is missing"),
-        ([], "the following arguments are required: model_dir; see ovtq-convert --help"),
+        ([], "the following arguments are required: MODEL_DIR; see ovtq-convert --help"),
         (["{model}", "{model}"], "must not be the model's folder, inside it or around it"),
         (["{model}", "{model}/out"], "must not be the model's folder, inside it or around it"),
         (["{model}", "{model}/.."], "must not be the model's folder, inside it or around it"),

@@ -66,6 +66,9 @@ def test_what_takes_too_long_or_falls_is_a_line(tmp_path: Path, monkeypatch: pyt
     assert rows["exact"]["verified"] == {"written": False, "on": None, "said": "stopped after 1 s (--limit)"}
     page = (tmp_path / "late" / "doctor.md").read_text(encoding="utf-8")
     assert "- exact: verification: stopped after 1 s (--limit)" in page
+    assert [doctor.cut_short(rows["exact"], limit) for limit in (1, 2)] == [False, True]  # then it is done again
+    assert not doctor.cut_short({"failed": "crashed with exit code -9"}, 900)
+    assert not doctor.cut_short({"verified": {"written": True, "said": ""}}, 900)
 
     (tmp_path / "fall.py").write_text("import os; print('{\"compile_s\": 1.0}', flush=True); os.abort()")
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -1,4 +1,4 @@
-"""What docs/hosts.md says of openvino_genai's paged features, of servers' configurations, and of NNCF."""
+"""What docs/hosts.md says of openvino_genai's paged features, of other hosts, of servers' configurations, of NNCF."""
 
 from __future__ import annotations
 
@@ -91,3 +91,74 @@ def test_nncf_leaves_alone_what_is_ours_if_told_so(convert: Callable[..., Path])
     assert len(before) > 20
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+# ------------------------------------------------------------------------------------------ other hosts
+
+INPUTS = {"input_ids": (1, 1), "attention_mask": (1, 256), "position_ids": (1, 1), "beam_idx": (1,)}
+
+
+def benchmarked(model: Path, inputs: Path | None) -> subprocess.CompletedProcess[str]:
+    """benchmark_app for 64 steps, with its own random inputs or with files."""
+    shapes = ",".join(f"{name}[{','.join(map(str, shape))}]" for name, shape in INPUTS.items())
+    command = [sys.executable, "-c", "from openvino.tools.benchmark.main import main; main()"]
+    command += ["-m", str(model / "openvino_model.xml"), "-data_shape", shapes, "-niter", "64", "-api", "sync"]
+    if inputs:
+        command += ["-i", *(f"{name}:{inputs / name}.npy" for name in INPUTS)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_benchmark_app_comes_to_its_end(exact: Path, tmp_path: Path) -> None:
+    """With a mask for all steps, and one sequence; its random beam_idx no model takes, exported or converted."""
+    for name, shape in INPUTS.items():
+        np.save(tmp_path / name, np.zeros(shape, np.int32) if name == "beam_idx" else np.ones(shape, np.int64))
+    done = benchmarked(exact, tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"Count: +64 iterations", done.stdout)
+    for model, said in ((MINI, "is outside of the allowed interval"), (exact, "ovtq refuses this call")):
+        refused = benchmarked(model, None)
+        assert refused.returncode != 0
+        assert said in refused.stdout + refused.stderr
+
+
+@pytest.mark.slow
+def test_assisted_generation_is_not_of_optimums_models(exact: Path) -> None:
+    """Exported or converted: it cuts a cache that these hosts keep in the model."""
+    optimum = pytest.importorskip("optimum.intel", reason="needs the extra [optimum]")
+    torch = pytest.importorskip("torch")
+    for folder in (MINI, exact):
+        model = optimum.OVModelForCausalLM.from_pretrained(folder, device="CPU")
+        for how in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}):
+            with pytest.raises(AttributeError, match="no attribute 'crop'"):
+                model.generate(torch.tensor([[1, 2, 3, 1, 2]]), max_new_tokens=8, do_sample=False, **how)
+
+
+@pytest.mark.slow
+def test_langchain_writes_what_optimum_does(convert: Callable[..., Path]) -> None:
+    langchain = pytest.importorskip("langchain_huggingface", reason="pip install langchain-huggingface")
+    optimum = pytest.importorskip("optimum.intel", reason="needs the extra [optimum]")
+    folder = str(convert(MINI, "--preset", "k6v4", "--target", "cpu"))
+    llm = langchain.HuggingFacePipeline.from_model_id(
+        model_id=folder, task="text-generation", backend="openvino", model_kwargs={"device": "CPU"},
+        pipeline_kwargs={"max_new_tokens": 12, "do_sample": False},
+    )  # fmt: skip
+    prompt, read = "What is a KV cache?", llm.pipeline.tokenizer
+    model = optimum.OVModelForCausalLM.from_pretrained(folder, device="CPU")
+    ids = model.generate(**read(prompt, return_tensors="pt"), max_new_tokens=12, do_sample=False)
+    assert llm.invoke(prompt) == read.decode(ids[0], skip_special_tokens=True) != prompt
+
+
+@pytest.mark.slow
+def test_llama_index_writes_what_genai_does(convert: Callable[..., Path]) -> None:
+    name = "llama_index.llms.openvino_genai"
+    llama = pytest.importorskip(name, reason="pip install llama-index-llms-openvino-genai")
+    genai = pytest.importorskip("openvino_genai", reason="needs the extra [genai]")
+    folder = str(convert(MINI, "--preset", "k6v4", "--target", "cpu"))
+    llm = llama.OpenVINOGenAILLM(model_path=folder, device="CPU")
+    llm.config.max_new_tokens = 12
+    prompt = "What is a KV cache?"
+    whole = llm.complete(prompt).text
+    streamed = "".join(part.delta for part in llm.stream_complete(prompt))
+    pipe = genai.LLMPipeline(folder, "CPU")
+    assert whole == streamed == str(pipe.generate(prompt, llm.config)) != ""

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import ovtq
 
@@ -223,6 +225,27 @@ def test_a_plain_read_is_seen() -> None:
 def test_versions_agree() -> None:
     assert importlib.metadata.version("ovtq") == ovtq.__version__
     assert f"## {ovtq.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_upper_bounds_are_the_next_of_what_was_tested() -> None:
+    """The major version after tools/constraints.txt's, or the minor one; releasing.md says how they are raised."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    lines = (ROOT / "tools" / "constraints.txt").read_text("utf-8").splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    extras = project["optional-dependencies"]
+    for asked in (*project["dependencies"], *(x for name in extras for x in extras[name])):
+        need = Requirement(asked)
+        if need.name == "ovtq":
+            continue
+        assert need.name in tested, f"{need.name} has no version in tools/constraints.txt"
+        assert need.specifier.contains(tested[need.name]), f"{asked} leaves out what was tested"
+        bounds = {x.operator: x.version for x in need.specifier}
+        major, minor = Version(tested[need.name]).release[:2]
+        if asked in extras["dev"]:  # of this repository alone, whose environments have the versions that were tested
+            assert set(bounds) == {">="}
+        else:
+            assert bounds.get("<") in (f"{major + 1}", f"{major}.{minor + 1}"), f"{asked}: tested {tested[need.name]}"
 
 
 def test_types() -> None:

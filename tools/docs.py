@@ -182,8 +182,6 @@ def explained(action: argparse.Action, p: argparse.ArgumentParser) -> str:
     """Its help text with the defaults and choices filled in."""
     known = {**vars(action), "prog": p.prog}
     known["choices"] = ", ".join(map(str, action.choices or ()))
-    if isinstance(action, argparse._VersionAction):
-        return "print the versions of ovtq and OpenVINO"
     text = action.help or ""
     if isinstance(action, argparse.BooleanOptionalAction):
         text = text.removesuffix(" (default: %(default)s)")  # which some versions of Python add

@@ -37,6 +37,7 @@ from ovtq.cli.command import (
     progress,
     properties_of,
     run,
+    tell_of_others,
     tokens,
     turns,
 )
@@ -66,35 +67,67 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> Parser:
     """The command line."""
     p = Parser("ovtq-bench", f"{__doc__}\n{GRAMMAR}")
-    p.add_argument("model_dir", type=path_of, help="the model as exported: what ratios are to")
+    p.add_argument("model_dir", type=path_of, metavar="MODEL_DIR", help="the model as exported: what ratios are to")
     p.add_argument("others", nargs="*", metavar="CANDIDATE", help="see above")
-    p.add_argument("--candidate", action="append", default=[], metavar="CANDIDATE", help="the same; may be repeated")
     p.add_argument(
-        "--prompt", "--prompts", nargs="+", default=list(PROMPTS), metavar="TEXT", dest="prompts", help="to answer"
+        "--candidate", action="append", default=[], metavar="CANDIDATE", help="one more, as above; may be repeated"
     )
     p.add_argument(
-        "--max-new-tokens", type=positive, default=200, metavar="N", help="per prompt (default: %(default)s)"
+        "--prompt",
+        "--prompts",
+        nargs="+",
+        default=list(PROMPTS),
+        metavar="TEXT",
+        dest="prompts",
+        help="texts to answer (default: three short ones)",
     )
     p.add_argument(
-        "--runs", type=positive, default=3, metavar="N", help="of each prompt, or prefill (default: %(default)s)"
+        "--max-new-tokens", type=positive, default=200, metavar="N", help="tokens per answer (default: %(default)s)"
     )
-    p.add_argument("--contexts", type=listed(positive, "numbers"), metavar="TOKENS,…", help="such as 256,2k,8k,32k")
-    p.add_argument("--steps", type=positive, default=64, metavar="N", help="per context, in blocks of 8 (default: 64)")
-    p.add_argument("--fill", action="store_true", help="fill the states with noise instead of prefilling them")
-    p.add_argument("--prefill", type=listed(positive, "numbers"), metavar="TOKENS,…", help="from empty, such as 2k,8k")
+    p.add_argument(
+        "--runs", type=positive, default=3, metavar="N", help="runs of each prompt or prefill (default: %(default)s)"
+    )
+    p.add_argument(
+        "--contexts",
+        type=listed(positive, "numbers"),
+        metavar="TOKENS,…",
+        help="measure decode steps behind so many tokens, such as 256,2k,8k,32k",
+    )
+    p.add_argument(
+        "--steps", type=positive, default=64, metavar="N", help="decode steps per context, in blocks of 8 (default: 64)"
+    )
+    p.add_argument(
+        "--fill",
+        action="store_true",
+        help="with --contexts: fill the states with noise instead of reading so many tokens",
+    )
+    p.add_argument(
+        "--prefill",
+        type=listed(positive, "numbers"),
+        metavar="TOKENS,…",
+        help="measure reading so many tokens, such as 2k,8k",
+    )
     p.add_argument(
         "--depth",
         type=listed(tokens, "numbers"),
         default=[0],
         metavar="TOKENS,…",
-        help="of noise before --prefill, such as 0,8k,32k",
+        help="tokens of noise in the states before --prefill, such as 0,8k,32k (default: 0)",
     )
     p.add_argument(
         "--chunk", type=positive, metavar="N", help="tokens per prefill call (default: all; 512 with --contexts)"
     )
-    p.add_argument("--through", default="openvino", metavar="RUNTIME,…", help=f"of {', '.join(THROUGH)}")
-    p.add_argument("--device", default="CPU", help="where to run all (default: %(default)s)")
-    p.add_argument("--property", action="append", default=[], metavar="KEY=VALUE", help="of the plugin, for all")
+    p.add_argument(
+        "--through", default="openvino", metavar="RUNTIME,…", help=f"hosts, of {', '.join(THROUGH)} (default: openvino)"
+    )
+    p.add_argument("--device", default="CPU", metavar="DEVICE", help="where all are run (default: %(default)s)")
+    p.add_argument(
+        "--property",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a property of the plugin for all of them; may be repeated",
+    )
     p.add_argument(
         "--one-process", action="store_true", help="all candidates in this one, which then holds the memory of all"
     )
@@ -110,6 +143,7 @@ def bench(options: argparse.Namespace, console: Out, errors: Console) -> None:
     candidates = [parse(text, options.model_dir) for text in texts]
     through = options.through.split(",")
     _check(options, candidates, through)
+    tell_of_others({item.label: item.folder for item in candidates}, options.device, errors)
     properties = properties_of(options.property)
     pairs = [(candidate, runtime) for runtime in through for candidate in candidates]
     results: dict[str, Any] = {

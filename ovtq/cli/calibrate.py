@@ -41,10 +41,18 @@ def parser() -> Parser:
     """The command line."""
     p = Parser("ovtq-calibrate", __doc__)
     p.add_argument("model_dir", type=path_of, metavar="MODEL_DIR", help="the model as exported, with its tokenizer")
-    p.add_argument("--text", type=path_of, metavar="FILE", default=TEXT, help="UTF-8; <|endoftext|> between documents")
-    p.add_argument("--tokens", type=positive, default=1024, metavar="N", help="(default: %(default)s)")
-    p.add_argument("--device", default="CPU", help="where to run it (default: %(default)s)")
-    p.add_argument("--output", type=path_of, metavar="FILE", help=f"(default: {NAME} in MODEL_DIR)")
+    p.add_argument(
+        "--text",
+        type=path_of,
+        metavar="FILE",
+        default=TEXT,
+        help="the text to read, UTF-8; <|endoftext|> between documents",
+    )
+    p.add_argument(
+        "--tokens", type=positive, default=1024, metavar="N", help="tokens of it to read (default: %(default)s)"
+    )
+    p.add_argument("--device", default="CPU", metavar="DEVICE", help="where to run the model (default: %(default)s)")
+    p.add_argument("--output", type=path_of, metavar="FILE", help=f"the file to write (default: {NAME} in MODEL_DIR)")
     return p
 
 

@@ -7,10 +7,12 @@ import contextlib
 import datetime
 import platform
 import re
+import shutil
 import sys
+import textwrap
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -22,7 +24,7 @@ from rich.table import Table
 
 from ovtq import __version__, system
 from ovtq.errors import InputError, OvtqError, one_line, scarcity
-from ovtq.ir.io import last_line
+from ovtq.ir import io
 
 T = TypeVar("T")
 MOST, MANY = 1 << 24, 10_000  # tokens, steps and the like that may be asked for; and of what fills memory by itself
@@ -61,12 +63,44 @@ class Parser(argparse.ArgumentParser):
         )
         self.add_argument("--debug", action="store_true", help="show where an error was raised, too")
         versions = f"ovtq {__version__}, openvino {ov.__version__}"
-        self.add_argument("--version", action="version", version=versions, help="print the versions of both and leave")
+        self.add_argument(
+            "--version", action="version", version=versions, help="print the versions of ovtq and OpenVINO, and leave"
+        )
+
+    def format_usage(self) -> str:
+        """One line that does not list all options, which the help has below, each with its meaning."""
+        if self.usage is None:  # argparse asks for it early, while positional arguments are what they are
+            self.usage = " ".join([self.prog, "[OPTION…]", *filter(None, map(_needed, self._actions))])
+        return super().format_usage()
+
+    def format_help(self) -> str:
+        """The help, with that line at its head."""
+        self.format_usage()
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """One line instead of argparse's usage and line; says where a flag of another place is."""
         found = [said for flag, said in ELSEWHERE.items() if re.search(rf"(?<![\w-]){flag}(?![\w-])", message)]
         raise InputError("; ".join([message, *found[:1], f"see {self.prog} --help"]))
+
+
+def _needed(action: argparse.Action) -> str:
+    """An argument as the usage shows it, if it is one that is not left out."""
+    name = str(action.metavar or action.dest.upper())
+    if not action.option_strings:
+        return {"?": f"[{name}]", "*": f"[{name} …]", "+": f"{name} [{name} …]"}.get(str(action.nargs), name)
+    return f"{action.option_strings[0]} {name}" if action.required else ""
+
+
+def entries(texts: Mapping[str, str], column: int = 19) -> str:
+    """Lines of a help text: names, and what they mean from a column on, no wider than the options above them."""
+    width = max(shutil.get_terminal_size().columns - 2, 60)
+    lines = []
+    for name, text in texts.items():
+        folded = textwrap.wrap(text, width, initial_indent=" " * column, subsequent_indent=" " * column)
+        first = folded[0].lstrip()
+        lines += [f"  {name:<{column - 2}}{first}", *folded[1:]]
+    return "\n".join(lines)
 
 
 def run(
@@ -105,7 +139,7 @@ def run(
     except OSError as error:
         if error.filename == system.STDOUT:
             return fail(f"{system.STDOUT} can't be written to ({system.reason(error)})")
-        return fail(f"{error.filename or 'system'}: {error.strerror or last_line(error)}")
+        return fail(f"{error.filename or 'system'}: {error.strerror or io.last_line(error)}")
     except MemoryError:
         return fail("out of memory")
     except Exception as error:
@@ -114,7 +148,9 @@ def run(
 
 def unforeseen(error: Exception) -> str:
     """One line about an error that nobody foresaw."""
-    return f"failed where nothing should, please report it: {type(error).__name__}: {last_line(error)} (--debug: where)"
+    return (
+        f"failed where nothing should, please report it: {type(error).__name__}: {io.last_line(error)} (--debug: where)"
+    )
 
 
 def positive(text: str) -> int:
@@ -156,6 +192,26 @@ def turns(per_token: int, flat: int, other_per_token: int, other_flat: int) -> i
     if gain <= 0:
         return 0 if lead < 0 and gain == 0 else None
     return max(lead // gain + 1, 0)
+
+
+def made_for_another(model_dir: Path, device: str) -> str:
+    """One line if a folder was converted for another kind of device than this one; else empty.
+
+    Passes without a target, as those of `rotate`, are for all.
+    """
+    record = io.record_of(model_dir)
+    target = "cpu" if device.startswith("CPU") else "gpu"
+    given = any("target" in step.get("options", {}) for step in record.get("passes", ()))
+    if not given or record.get("target") == target:
+        return ""
+    return f"made for a {str(record.get('target')).upper()}, run on {device}: convert with --target {target}"
+
+
+def tell_of_others(folders: Mapping[str, Path], device: str, errors: Console) -> None:
+    """That line for each folder, by the label that it is asked for with."""
+    for label, folder in folders.items():
+        if line := made_for_another(folder, device):
+            errors.print(f"{label}: {line}", markup=False, soft_wrap=True)
 
 
 def path_of(text: str) -> Path:

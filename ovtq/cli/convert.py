@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from ovtq import conversion, pipeline, system
-from ovtq.cli.command import Out, Parser, path_of, progress, run
+from ovtq.cli.command import Out, Parser, entries, path_of, progress, run
 from ovtq.cli.convert_tables import show, show_end
 from ovtq.errors import InputError
 from ovtq.ir.dump import dump
@@ -25,13 +25,18 @@ EXAMPLES = """examples:
   ovtq convert gpt-oss-20b gpt-oss-20b-kv                 for a GPU, the preset that was measured to be best
   ovtq convert gpt-oss-20b gpt-oss-20b-cpu --target cpu   for a CPU
   ovtq convert gpt-oss-20b --dry-run --preset k6v4        what would be done, and the bytes"""
-WORDS = """words:
-  full layer       one that attends to all tokens; sliding: to the last few, its window
-  per token, flat  bytes that each token adds; bytes that are there however long the text is
-  packed           tokens kept as codes of a few bits; the most recent ones, the residual window, as they are
-  centre           what is taken from a key before it is coded, because all keys share it
-  slack            tokens that a pruned or sliding layer may hold beyond its number, so that it is cut less often
-  lossless, exact  the graph computes what the exported one does, to rounding"""
+WORDS = {
+    "full layer": "one that attends to all tokens; a sliding one attends to the last few, its window",
+    "head, KV head": "a layer's keys and values are stored by KV head; several heads of queries may read one",
+    "per token, flat": "bytes that each token adds; bytes that are there however long the text is",
+    "packed": "tokens kept as codes of a few bits; the most recent ones, the residual window, as they are",
+    "rotated": "keys and values stored in another basis, in which rounding loses less; queries are turned likewise",
+    "centre": "what is taken from a key before it is coded, because all keys share it",
+    "slack": "tokens that a pruned or sliding layer may hold beyond its number, so that it is cut less often",
+    "sinks": "a logit per head that takes a share of the attention and gives nothing; GPT-OSS has them",
+    "lossless, exact": "the graph computes what the exported one does, to rounding",
+    "KLD": "how far the next token's distribution is from the exported model's: mean divergence, in nats",
+}
 
 
 class _Print(argparse.Action):
@@ -60,10 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command line; presets, passes and their options come from the code that runs them."""
     presets = "\n".join(
-        f"  {name:<16} {preset.purpose}\n{'':<19}= {_names(preset.passes)}"
-        + (f"\n{'':<19}with --target cpu = {_names(preset.cpu)}" if preset.cpu else "")
+        f"  {name:<16} {_names(preset.passes)}"
+        + (f"\n{'':<19}with --target cpu: {_names(preset.cpu)}" if preset.cpu else "")
         + "".join(
-            f"\n{'':<19}in a model without sinks, with --target {target} = {_names(some)}"
+            f"\n{'':<19}in a model without sinks, with --target {target}: {_names(some)}"
             for target, some in (preset.plain or {}).items()
         )
         for name, preset in pipeline.PRESETS.items()
@@ -73,13 +78,22 @@ def parser() -> argparse.ArgumentParser:
         + "".join(f"\n{'':<19}{option}: {text}" for option, text in cls.option_help().items())
         for name, cls in PASSES.items()
     )
-    head = "presets (a pass with nothing to do in a model is left out):"
-    p = Parser("ovtq-convert", f"{__doc__}\n\n{EXAMPLES}", epilog=f"{head}\n{presets}\n\n{WORDS}")
+    purposes = entries({name: preset.purpose for name, preset in pipeline.PRESETS.items()})
+    p = Parser("ovtq-convert", f"{__doc__}\n\n{EXAMPLES}", epilog=f"presets:\n{purposes}\n\nwords:\n{entries(WORDS)}")
     p.add_argument(
-        "--help-passes", action=_Print, text=f"passes and their options:\n{passes}\n", help="print all passes and leave"
+        "--help-passes",
+        action=_Print,
+        text=f"passes and their options:\n{passes}\n\n"
+        f"the passes of each preset (one with nothing to do in a model is left out):\n{presets}\n",
+        help="print all passes, their options and which preset runs which, and leave",
     )
-    p.add_argument("model_dir", type=path_of, help="folder with a stateful IR: openvino_model.xml/.bin, config.json")
-    p.add_argument("out_dir", type=path_of, nargs="?", help="folder to write; not needed with --dry-run")
+    p.add_argument(
+        "model_dir", type=path_of, metavar="MODEL_DIR",
+        help="folder with a stateful IR: openvino_model.xml/.bin, config.json",
+    )  # fmt: skip
+    p.add_argument(
+        "out_dir", type=path_of, nargs="?", metavar="OUT_DIR", help="folder to write; not needed with --dry-run"
+    )
     what = p.add_mutually_exclusive_group()
     _add(what, Options, "preset")
     _add(what, Options, "passes", type=pipeline.parse_passes, metavar="LIST")

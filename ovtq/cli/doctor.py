@@ -3,8 +3,8 @@
 On each device, for the model as exported and converted with each preset: does the device compile it, is it verified
 there, how far are its logits from those of the exported model on the CPU at f32, and TTFT, TPOT and state bytes at
 each context. Every step runs in a process of its own with a time limit, so that a driver's crash is a line of the page;
-what was done is kept in OUT_DIR, and the same command goes on where an earlier one ended. Minutes for the bundled
-model. The page names no user, host or path.
+what was done is kept in OUT_DIR, and the same command goes on where an earlier one ended; with a higher --limit it does
+again what a lower one stopped. Minutes for the bundled model. The page names no user, host or path.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ BUNDLED = Path(__file__).resolve().parent.parent.parent / "models" / "gpt-oss-mi
 STOCK = "as exported"
 # As `python -m`, but without modules of the working directory.
 MODULE = "import sys; sys.path[:] = {path!r}; import runpy; runpy.run_module(sys.argv.pop(1), None, '__main__', True)"
+STOPPED = "stopped after {} s (--limit)"
 SCHEMA = 1
 PAGE, FACTS, SCRATCH = "doctor.md", "doctor.json", ".ovtq-work"
 
@@ -50,17 +52,34 @@ def parser() -> Parser:
     """The command line."""
     p = Parser("ovtq-doctor", __doc__)
     p.add_argument(
-        "model_dir", type=path_of, nargs="?", default=BUNDLED, help="an exported model (default: the one of a clone)"
+        "model_dir",
+        type=path_of,
+        nargs="?",
+        default=BUNDLED,
+        metavar="MODEL_DIR",
+        help="an exported model (default: the one that is in a clone)",
     )
-    p.add_argument("--out", type=path_of, default=Path("ovtq-doctor"), metavar="OUT_DIR", help="(default: %(default)s)")
-    p.add_argument("--devices", metavar="LIST", help="such as CPU,GPU (default: the CPU and all GPUs)")
-    p.add_argument("--presets", metavar="LIST", help="(default: all)")
+    p.add_argument(
+        "--out",
+        type=path_of,
+        default=Path("ovtq-doctor"),
+        metavar="OUT_DIR",
+        help="where the page and the facts go (default: %(default)s)",
+    )
+    p.add_argument("--devices", metavar="LIST", help="devices, such as CPU,GPU (default: the CPU and all GPUs)")
+    p.add_argument("--presets", metavar="LIST", help="presets to try, such as u8,exact (default: all)")
     p.add_argument(
         "--contexts", type=listed(positive, "numbers"), default=[200, 2048, 8192, 32768], metavar="TOKENS,…",
-        help="(default: 200,2k,8k,32k)",
+        help="lengths at which times are taken (default: 200,2k,8k,32k)",
     )  # fmt: skip
-    p.add_argument("--steps", type=positive, default=16, metavar="N", help="decoded per context (default: 16)")
-    p.add_argument("--limit", type=positive, default=900, metavar="SECONDS", help="of each step (default: 900)")
+    p.add_argument("--steps", type=positive, default=16, metavar="N", help="decode steps per length (default: 16)")
+    p.add_argument(
+        "--limit",
+        type=positive,
+        default=900,
+        metavar="SECONDS",
+        help="the most that one part may take: a conversion, a trial (default: 900)",
+    )
     p.add_argument("--no-verify", action="store_true", help="leave out the verification on each device")
     p.add_argument("--fresh", action="store_true", help="begin anew, whatever OUT_DIR holds")
     return p
@@ -89,7 +108,7 @@ def doctor(options: argparse.Namespace, console: Out, errors: Out) -> None:
     try:
         for number, (device, subject) in enumerate(todo, 1):
             rows = facts["rows"].setdefault(device, {})
-            if subject not in rows:
+            if subject not in rows or cut_short(rows[subject], options.limit):
                 errors.print(f"[{number}/{len(todo)}] {device}: {subject}")
                 rows[subject] = _examined(options, device, subject)
                 _write(options.out, facts)
@@ -128,6 +147,13 @@ def _version(name: str) -> str | None:
         return metadata.version(name.replace("optimum.intel", "optimum-intel").replace("_", "-"))
     except metadata.PackageNotFoundError:
         return None
+
+
+def cut_short(row: Mapping[str, Any], limit: int) -> bool:
+    """Whether a part of the row was stopped by a --limit below this one, so that it is worth another try."""
+    said = [row.get("failed"), (row.get("verified") or {}).get("said")]
+    stopped = [re.fullmatch(re.escape(STOPPED).replace(r"\{\}", r"(\d+)"), text) for text in said if text]
+    return any(int(found[1]) < limit for found in stopped if found)
 
 
 def _devices() -> list[str]:
@@ -244,7 +270,7 @@ def _run(options: argparse.Namespace, arguments: Sequence[Any]) -> tuple[int, st
     except subprocess.TimeoutExpired as late:
         out = late.stdout or b""
         text = out.decode("utf-8", "replace") if isinstance(out, bytes) else out
-        return -1, text, f"stopped after {options.limit} s (--limit)"
+        return -1, text, STOPPED.format(options.limit)
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     reason = lines[-1].partition(": ")[2] if lines and arguments[0] == "ovtq" else (lines or [""])[-1]
     if done.returncode < 0 or done.returncode > 2:

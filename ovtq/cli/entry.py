@@ -28,7 +28,7 @@ USAGE = """usage: ovtq COMMAND ARGUMENT…
 
 {commands}
 
-ovtq COMMAND --help tells more; `ovtq convert` and `ovtq-convert` are the same command.
+ovtq COMMAND --help tells more, ovtq --version the versions; `ovtq convert` and `ovtq-convert` are the same command.
 first steps: ovtq convert MODEL_DIR OUT_DIR && ovtq infer OUT_DIR --prompt "What is a KV cache?"
 """
 
@@ -42,7 +42,7 @@ def main() -> int:
     system.use_utf8()
     if name in ("--help", "-h"):
         sys.stdout.write(
-            USAGE.format(commands="\n".join(f"  {key:<10}{about}" for key, (_, about) in COMMANDS.items()))
+            USAGE.format(commands="\n".join(f"  {key:<11}{about}" for key, (_, about) in COMMANDS.items()))
         )
         return 0
     if name == "--version":

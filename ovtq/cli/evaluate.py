@@ -19,7 +19,8 @@ from rich.console import Console
 
 from ovtq import files
 from ovtq.cli import report
-from ovtq.cli.command import Out, Parser, count, listed, path_of, positive, run
+from ovtq.cli.command import Out, Parser, run, tell_of_others
+from ovtq.cli.evaluate_parser import parser as options_of
 from ovtq.cli.evaluate_tables import show, show_head
 from ovtq.cli.evaluation import Evaluation as Evaluation
 from ovtq.cli.evaluation import fingerprint, name_of
@@ -42,82 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run("ovtq-eval", lambda: evaluate(parser().parse_intermixed_args(argv), Out(), errors), errors, argv=argv)
 
 
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError
-    return value
-
-
 def parser() -> Parser:
     """The command line."""
-    p = Parser("ovtq-eval", f"{__doc__}\n{GRAMMAR}\n{EXIT_CODE}")
-    p.add_argument("model_dir", type=path_of, help="the model as exported: the reference")
-    p.add_argument("others", nargs="*", metavar="CANDIDATE", help="see above")
-    p.add_argument("--candidate", action="append", default=[], metavar="CANDIDATE", help="the same; may be repeated")
-    p.add_argument("--text", type=path_of, required=True, metavar="FILE", help="UTF-8; <|endoftext|> between documents")
-    p.add_argument("--device", default="CPU", help="where to run all (default: %(default)s)")
-    p.add_argument(
-        "--windows", type=positive, default=5, metavar="N", help="of the text, at most (default: %(default)s)"
-    )
-    p.add_argument(
-        "--window", type=positive, default=1024, metavar="TOKENS", help="length of one (default: %(default)s)"
-    )
-    p.add_argument(
-        "--chunk", type=positive, default=64, metavar="TOKENS", help="tokens per call (default: %(default)s)"
-    )
-    p.add_argument(
-        "--at",
-        choices=("f32", "hosts", "both"),
-        default="f32",
-        help="compute in f32, which says what a cache loses and nothing else; or as hosts load a model, with no "
-        "property, the exported one among them; or both, a row each (default: %(default)s)",
-    )
-    p.add_argument("--max-kld", type=float, metavar="NATS", help="fail candidates whose mean KLD is above it")
-    p.add_argument(
-        "--verify", action=argparse.BooleanOptionalAction, default=True, help="verify converted folders first (on)"
-    )
-    stacks = p.add_argument_group("needles in a haystack (--trials 0: none)")
-    stacks.add_argument(
-        "--lengths", type=listed(positive, "numbers"), default="4k", metavar="TOKENS,…", help="of a haystack"
-    )
-    stacks.add_argument(
-        "--depths", type=listed(share, "shares"), default="0.1,0.3,0.5,0.7,0.9", metavar="0…1,…", help="of the fact"
-    )
-    stacks.add_argument("--needles", type=listed(positive, "numbers"), default="1", metavar="N,…", help="facts in one")
-    stacks.add_argument(
-        "--trials", type=count, default=4, metavar="N", help="haystacks of each kind (default: %(default)s)"
-    )
-    stacks.add_argument(
-        "--answer-tokens",
-        type=positive,
-        default=24,  # a sentence before five digits, each a token of its own
-        metavar="N",
-        help="tokens of an answer, which may begin with words, or think aloud (default: %(default)s)",
-    )
-    stacks.add_argument(
-        "--read-chunk", type=positive, default=256, metavar="N", help="tokens per call (default: %(default)s)"
-    )
-    stacks.add_argument("--seed", type=int, default=0, metavar="N", help="of the haystacks (default: 0)")
-    p.add_argument("--greedy", type=count, default=8, metavar="N", help="greedy continuations (default: 8; 0: none)")
-    p.add_argument(
-        "--greedy-tokens", type=positive, default=64, metavar="N", help="of each text (default: %(default)s)"
-    )
-    p.add_argument(
-        "--jobs", type=positive, default=1, metavar="N", help="rows at a time, each with its share of the cores (CPU)"
-    )
-    p.add_argument("--json", type=path_of, metavar="FILE", help="write the figures, after each candidate")
-    p.add_argument("--resume", action="store_true", help="take what --json FILE holds already, if made alike")
-    p.add_argument(
-        "--reference",
-        type=path_of,
-        metavar="FILE",
-        help="keep the reference's logits there (4 bytes per token of text and of vocabulary), and take them from "
-        "there if made alike",
-    )
-    p.add_argument("--report", type=path_of, metavar="FILE", help="write a page to look at (HTML)")
-    return p
+    return options_of(f"{__doc__}\n{GRAMMAR}\n{EXIT_CODE}")
 
 
 def evaluate(options: argparse.Namespace, console: Out, errors: Console) -> int:
@@ -125,6 +53,7 @@ def evaluate(options: argparse.Namespace, console: Out, errors: Console) -> int:
     candidates = [parse(text, options.model_dir) for text in (*options.others, *options.candidate)]
     _check(options, candidates)
     candidates = _at(options, candidates)
+    tell_of_others({item.label: item.folder for item in candidates}, options.device, errors)
     work = Evaluation(options, errors)
     kept = _kept(options, work.results)
     reference = parse("stock", options.model_dir)

@@ -14,7 +14,18 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from ovtq.cli.command import Out, Parser, path_of, phase, positive, progress, properties_of, run, turns
+from ovtq.cli.command import (
+    Out,
+    Parser,
+    made_for_another,
+    path_of,
+    phase,
+    positive,
+    progress,
+    properties_of,
+    run,
+    turns,
+)
 from ovtq.errors import InputError
 from ovtq.evidence.candidates import inspect_cache, open_candidate, parse
 from ovtq.forms.pruning import counted, told
@@ -35,17 +46,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> Parser:
     """The command line."""
     p = Parser("ovtq-infer", __doc__)
-    p.add_argument("model_dir", type=path_of, help="a model folder, converted or not")
-    p.add_argument("--prompt", required=True, metavar="TEXT", help="what to answer; - reads it from stdin")
-    p.add_argument("--device", default="CPU", help="where to run it (default: %(default)s)")
-    p.add_argument("--max-new-tokens", type=positive, default=200, metavar="N", help="at most (default: %(default)s)")
-    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
-    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
+    p.add_argument("model_dir", type=path_of, metavar="MODEL_DIR", help="a model folder, converted or not")
+    p.add_argument("--prompt", required=True, metavar="TEXT", help="the text to answer; - reads it from stdin")
+    p.add_argument(
+        "--device", default="CPU", metavar="DEVICE", help="where to run the model, such as GPU (default: %(default)s)"
+    )
+    p.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=200,
+        metavar="N",
+        help="tokens of the answer, at most (default: %(default)s)",
+    )
+    p.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="T",
+        help="of sampling; 0 takes the likeliest token (default: 0)",
+    )
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="seed of sampling (default: 0)")
     p.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text; may be repeated"
     )
-    p.add_argument("--raw", action="store_true", help="do not use the model's chat template")
-    p.add_argument("--property", action="append", default=[], metavar="KEY=VALUE", help="of the plugin")
+    p.add_argument("--raw", action="store_true", help="continue the text as it is, without the model's chat template")
+    p.add_argument(
+        "--property",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a property of the plugin, such as CACHE_DIR=compiled; may be repeated",
+    )
     return p
 
 
@@ -132,9 +163,9 @@ def advice(model_dir: Path, device: str, tokens: int) -> str:
     record = io.record_of(model_dir)
     if not record:
         return ""
-    lines, target = [], "cpu" if device == "CPU" else "gpu"
-    if record.get("target") != target:
-        lines.append(f"made for a {str(record.get('target')).upper()}, run on {device}: convert with --target {target}")
+    lines, target = [], "cpu" if device.startswith("CPU") else "gpu"
+    if other := made_for_another(model_dir, device):
+        lines.append(other)
     before, after = (record["state_bytes"][side] for side in ("before", "after"))
     turn = turns(before["per_token"], before["flat"], after["per_token"], after["flat"])
     if turn is None:

@@ -77,7 +77,9 @@ def _as_recorded(model_dir: Path) -> Iterator[None]:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = Parser("ovtq-inspect", __doc__)
-    p.add_argument("model_dir", type=path_of, help="folder with a stateful IR, exported or converted")
+    p.add_argument(
+        "model_dir", type=path_of, metavar="MODEL_DIR", help="folder with a stateful IR, exported or converted"
+    )
     p.add_argument(
         "--context",
         type=listed(positive, "tokens"),
@@ -86,7 +88,9 @@ def parser() -> argparse.ArgumentParser:
         help="tokens at which memory is shown (default: 4k,32k,131k)",
     )
     p.add_argument(
-        "--target", choices=FLOAT_BYTES, help="where it runs (default: what a converted model is for, or gpu)"
+        "--target",
+        choices=FLOAT_BYTES,
+        help="where it will run, by which bytes are counted (default: what a converted model is for, or gpu)",
     )
     p.add_argument(
         "--text",
@@ -107,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const=Path("-"),
         metavar="FILE",
-        help="write it as JSON, too; alone on stdout",
+        help="write all of it as JSON, too; without FILE to stdout, instead of the tables",
     )
     return p
 

@@ -59,9 +59,19 @@ def parser() -> Parser:
     """The command line."""
     p = Parser("ovtq-report", __doc__)
     p.add_argument(
-        "results", nargs="+", type=path_of, metavar="RESULT.json", help="of ovtq-eval --json, ovtq-bench --output"
+        "results",
+        nargs="+",
+        type=path_of,
+        metavar="RESULT.json",
+        help="what ovtq eval --json or ovtq bench --output wrote",
     )
-    p.add_argument("--output", type=path_of, default=Path("report.html"), metavar="FILE", help="(default: %(default)s)")
+    p.add_argument(
+        "--output",
+        type=path_of,
+        default=Path("report.html"),
+        metavar="FILE",
+        help="the page to write (default: %(default)s)",
+    )
     return p
 
 

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Wrong, damaged and hostile inputs by the thousand, and kills at random moments: what becomes of each.
 
-usage: campaign.py [--cases N] [--kills N] [--whole-kills N] [--soak TOKENS] [--jobs N] [--first NUMBER] [--save DIR]
-                   [--log FILE] [--json FILE] [--replay N]
+usage: campaign.py [--cases N] [--kills N] [--whole-kills N] [--windows-kills N] [--soak TOKENS] [--jobs N]
+                   [--first NUMBER] [--save DIR] [--log FILE] [--json FILE] [--replay N]
 
 Each case is a number: the same inputs whenever it is asked for. It must end in exit code 0, or in 2 with one line that
 says what is wrong; leave the input as it was, and beside what it was to write nothing, among temporary files neither;
@@ -48,6 +48,7 @@ PATIENCE = 60  # seconds that a case may take, where others are run beside it tw
 LONGEST = 1100  # characters of an error
 FINE = ("refused", "written", "verified and right", "OpenVINO died: said in one line")
 OUTPUTS = ("--json=", "--output=", "--report=", "--out=")
+KILLS = {"kills": kills.light, "whole kills": kills.whole, "windows kills": kills.windows}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OVTQ_TELEMETRY": "off", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
@@ -353,6 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--cases", type=int, default=200, metavar="N", help="inputs (default: %(default)s)")
     p.add_argument("--kills", type=int, default=30, metavar="N", help="kills of what writes (default: %(default)s)")
     p.add_argument("--whole-kills", type=int, default=0, metavar="N", help="kills of whole conversions (default: 0)")
+    p.add_argument("--windows-kills", type=int, default=0, metavar="N", help="kills under Wine (default: 0)")
     p.add_argument("--soak", type=int, default=0, metavar="TOKENS", help="tokens of one request's life (default: 0)")
     p.add_argument("--jobs", type=int, default=1, metavar="N", help="so many at a time (default: 1)")
     p.add_argument("--first", type=int, default=0, metavar="NUMBER", help="of the first case and kill (default: 0)")
@@ -365,9 +367,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.first, options.cases, options.kills = options.replay, 1, 0
         options.save = options.save or Path("fuzz-case")
     started, said = time.monotonic(), []
-    tallies = {name: Tally(name, options.log) for name in ("cases", "kills", "whole kills", "soak")}
-    for name, count, run in (("kills", options.kills, kills.light), ("whole kills", options.whole_kills, kills.whole)):
-        if count:
+    tallies = {name: Tally(name, options.log) for name in ("cases", *KILLS, "soak")}
+    for name, run in KILLS.items():
+        if count := getattr(options, name.replace(" ", "_")):
             killed(tallies[name], range(options.first, options.first + count), run, options.jobs)
     if options.soak:
         said = soaked(tallies["soak"], options.soak, options.jobs)

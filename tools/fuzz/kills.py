@@ -57,11 +57,7 @@ def light(numbers: Sequence[int]) -> Found:
     def make(out: Path, number: int) -> list[str]:
         return [*command, str(out), f"{number} ", *([] if shutil.which("strace") else ["slowly"])]
 
-    def whole(out: Path) -> bool:
-        texts = {path.read_text() for path in out.rglob("*") if path.is_file()}
-        return len(texts) == 1 and len(list(out.rglob("*"))) == 5
-
-    return _kills(numbers, make, whole, ready=True, span=0.4)
+    return _kills(numbers, make, _is_one_text, ready=True, span=0.4)
 
 
 def whole(numbers: Sequence[int]) -> Found:
@@ -78,6 +74,54 @@ def whole(numbers: Sequence[int]) -> Found:
         return {path.name for path in out.iterdir()} == names and all(sizes)
 
     return _kills(numbers, make, complete, ready=False, span=4.0)
+
+
+def windows(numbers: Sequence[int]) -> Found:
+    """Of the writing alone in the Windows Python of tools/windows: each run tidies up what the killed one left.
+
+    The last run is let be, and must leave OUT_DIR alone.
+    """
+    found: Found = []
+    with tempfile.TemporaryDirectory(prefix="ovtq-kills-") as base:
+        out = Path(base) / "runs" / "out"
+        out.parent.mkdir()
+
+        def begun(number: int) -> subprocess.Popen[bytes]:
+            words = ["Z:" + str(out).replace("/", "\\"), f"{number} ", "slowly"]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+            return subprocess.Popen(
+                [ROOT / "tools" / "windows" / "run", "-c", LIGHT, *words], start_new_session=True, **pipes
+            )
+
+        def half() -> str:
+            return "OUT_DIR is half a result" if out.exists() and not _is_one_text(out) else ""
+
+        begun(0).communicate()
+        for number in numbers:
+            process = begun(number)
+            process.stdout.readline()
+            draw = random.Random(number)
+            if number % 6:  # while it writes, which is a small part of such a process; the others at any moment
+                while process.poll() is None and set(os.listdir(out.parent)) <= {"out"}:
+                    time.sleep(0.002)
+            time.sleep(draw.uniform(0, 0.5 if number % 6 else 3.0))
+            ended = process.poll() is not None
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            beside, fault = len(os.listdir(out.parent)) - out.exists(), half()
+            what = "ended before" if ended else f"SIGKILL: {'a fault' if fault else 'whole'}"
+            what += f", {'something' if beside else 'nothing'} beside it"
+            found.append((number, what, f"kill {number} under Wine: {fault}" if fault else ""))
+        begun(0).communicate()
+        left = os.listdir(out.parent)
+        if left != ["out"] or half():
+            found.append((-1, "a fault", f"after the last run: {sorted(left)} {half()}"))
+    return found
+
+
+def _is_one_text(out: Path) -> bool:
+    """Whether a folder holds what one run of LIGHT writes, and all of it."""
+    return len({path.read_text() for path in out.rglob("*") if path.is_file()}) == 1 and len(list(out.rglob("*"))) == 5
 
 
 def _kills(
