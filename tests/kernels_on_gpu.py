@@ -1,9 +1,10 @@
 """One layer of the form with kernels on a GPU, call by call, as JSON: run by test_kernels.py on the emulated device.
 
-usage: tools/gpu/emulated python tests/kernels_on_gpu.py FOLDER PRECISION TEXTS K,V[,HEAD_DIM]…
+usage: tools/gpu/emulated python tests/kernels_on_gpu.py FOLDER PRECISION TEXTS {K,V|window}[,HEAD_DIM]…
 
 TEXTS are tokens of each call, such as 37,1x40,20/1,70: a stroke is a reset, 1x40 forty calls of one. Some tokens on the
-left of each longer call are padding. For each of the bits prints the largest error of any call's context, as a share of
+left of each longer call are padding; in every fifth call some of the past are hidden, which are seen again in the next.
+For each of the bits prints the largest error of any call's context, as a share of
 the largest element that numpy computes there. TEXTS - : what is said of calls that must be refused, instead.
 """
 
@@ -17,10 +18,13 @@ import numpy as np
 import openvino as ov
 from openvino import opset15 as op
 
+from ovtq.codec import kernel_files
 from ovtq.codec.basis import HeadBasis
 from ovtq.codec.coding import codecs
+from ovtq.codec.packed_attention import PackedAttention
 from ovtq.forms.attend import FullCacheSpec
 from ovtq.forms.bases import LayerBases
+from ovtq.forms.gpu.kernel_window import KernelWindow
 from ovtq.forms.gpu.kernels import Kernels
 from ovtq.ir.graph import Port, dim, i64
 from ovtq.models.description import AttentionLayer, ModelDescription
@@ -36,8 +40,8 @@ def parameter(name: str, shape: list[int], kind: ov.Type) -> ov.Node:
     return node
 
 
-def one_layer(bits: tuple[int, int], head_dim: int) -> tuple[ov.Model, AttentionLayer]:
-    """A model of nothing but a full layer; its context is the result."""
+def one_layer(bits: tuple[int, int] | None, head_dim: int) -> tuple[ov.Model, ModelDescription, PackedAttention]:
+    """A model of nothing but a layer, without bits a sliding one; its context is the result; what it computes."""
     ids, mask = (parameter(name, [-1, -1], ov.Type.i64) for name in ("input_ids", "attention_mask"))
     query, key, value = (
         parameter(name, [-1, heads, -1, head_dim], ov.Type.f32)
@@ -47,19 +51,26 @@ def one_layer(bits: tuple[int, int], head_dim: int) -> tuple[ov.Model, Attention
     tokens = op.reshape(op.multiply(op.convert(ids, "f32"), op.constant(np.float32(0))), i64([0, 1, -1, 1]), True)
     entry, stand_in = op.concat([op.add(query, tokens), key, value], 1), op.add(query, tokens)
     ports = (Port(entry, number) for number in range(3))
+    window, scale = (None if bits else WINDOW), head_dim**-0.5
     layer = AttentionLayer(
-        0, None, HEADS * GROUP, HEADS, head_dim, head_dim**-0.5, SINKS, None, None, *ports, stand_in.output(0), None
+        0, window, HEADS * GROUP, HEADS, head_dim, scale, SINKS, None, None, *ports, stand_in.output(0), None
     )
     result = op.result(op.add(stand_in, op.multiply(tokens, tokens)))
-    centre = rounded(0.3 * np.random.RandomState(2).standard_normal((HEADS, head_dim)))
-    middle = rounded(0.3 * np.random.RandomState(3).standard_normal((HEADS, head_dim)))
-    bases = LayerBases(skewed(head_dim, centre, 4), skewed(head_dim, middle, 5))
-    plan = FullCacheSpec(*codecs(tuple(map(str, bits)), head_dim), (layer,), {0: bases}, WINDOW)
     past = op.subtract(dim(mask, 1), dim(ids, 1))
-    form = Kernels(ModelDescription("none", ids, mask, None, (layer,), (), past), plan, CAPACITY)
+    description = ModelDescription("none", ids, mask, None, (layer,), (), past)
+    if bits is None:
+        plain = HeadBasis(np.eye(head_dim)[None], np.eye(head_dim)[None], np.zeros((HEADS, head_dim)))
+        whole = PackedAttention((None, None), (plain, plain), SINKS, 1, 0, reach=WINDOW, query_scale=layer.scale)
+        form = KernelWindow(description)
+    else:
+        centre = rounded(0.3 * np.random.RandomState(2).standard_normal((HEADS, head_dim)))
+        middle = rounded(0.3 * np.random.RandomState(3).standard_normal((HEADS, head_dim)))
+        bases = LayerBases(skewed(head_dim, centre, 4), skewed(head_dim, middle, 5))
+        plan = FullCacheSpec(*codecs(tuple(map(str, bits)), head_dim), (layer,), {0: bases}, WINDOW)
+        form = Kernels(description, plan, CAPACITY)
     made = form.rewrite(layer)
     model = ov.Model([result], form.finish(), [ids, mask, query, key, value], "layer")
-    return model, made
+    return model, description.with_layers({0: made}), made.packed or whole
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
@@ -91,23 +102,26 @@ def calls(text: str) -> list[int]:
     return found
 
 
-def worst(folder: Path, precision: str, texts: str, bits: tuple[int, int], head_dim: int) -> float:
-    model, layer = one_layer(bits, head_dim)
-    layer.cache.layout.write(folder)
+def worst(folder: Path, precision: str, texts: str, bits: tuple[int, int] | None, head_dim: int) -> float:
+    model, description, attention = one_layer(bits, head_dim)
+    kernel_files.write(description.kernels, folder)
     config = {"INFERENCE_PRECISION_HINT": precision, **properties(folder)}
     request = ov.Core().compile_model(model, "GPU", config).create_infer_request()
     rng, largest, one = np.random.RandomState(0), 0.0, np.zeros(1, np.int32)
     for text in texts.split("/"):
         request.reset_state()
-        layer.packed.reset()
+        attention.reset()
         shown = np.ones((1, 0), np.int64)
-        for tokens in calls(text):
+        for number, tokens in enumerate(calls(text)):
             new = np.ones((1, tokens), np.int64)
             new[:, : tokens // 6] = 0  # padding, on the left of each
             shown = np.concatenate([shown, new], 1)
-            given = inputs(rng, tokens, shown, head_dim)
+            seen = shown.copy()
+            if number % 5 == 4:
+                seen[:, : -tokens - 3 : 3] = 0  # old ones, recent ones
+            given = inputs(rng, tokens, seen, head_dim)
             got = request.infer(given)[0].astype(np.float64)[:, :, tokens // 6 :]
-            expected = layer.packed.step(*(given[name] for name in ("query", "key", "value")), shown, one)
+            expected = attention.step(*(given[name] for name in ("query", "key", "value")), seen, one)
             expected = expected[:, :, tokens // 6 :]
             error = np.abs(got - expected).max() / np.abs(expected).max()
             largest = max(largest, float(error) if np.isfinite(got).all() else float("inf"))
@@ -117,8 +131,8 @@ def worst(folder: Path, precision: str, texts: str, bits: tuple[int, int], head_
 def refused(folder: Path) -> dict[str, str]:
     """What is said, by what is wrong; empty where something is computed."""
     said: dict[str, str] = {}
-    model, layer = one_layer((6, 4), 64)
-    layer.cache.layout.write(folder)
+    model, description, _ = one_layer((6, 4), 64)
+    kernel_files.write(description.kernels, folder)
     rng, config = np.random.RandomState(0), {"INFERENCE_PRECISION_HINT": "f32"}
 
     def attempt(what: str, device: str, given: dict[str, str], batch: int, tokens: int, past: int = 0) -> None:
@@ -144,10 +158,11 @@ def main(folder: str, precision: str, texts: str, *bits: str) -> None:
     if texts == "-":
         found = dict(refused(Path(folder)))
     for number, text in enumerate(bits):
-        key, value, *dims = map(int, text.split(","))
+        first, *rest = text.split(",")
+        key_and_value = None if first == "window" else (int(first), int(rest.pop(0)))
         place = Path(folder) / str(number)
         place.mkdir()
-        found[text] = worst(place, precision, texts, (key, value), *(dims or [64]))
+        found[text] = worst(place, precision, texts, key_and_value, *map(int, rest or ["64"]))
     print(json.dumps(found))
 
 
