@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from ovtq.codec import FLOOR, STEPS
-from ovtq.codec.kernel_files import WIDTH, Binding, KernelSet, placed
+from ovtq.codec.kernel_files import WIDTH, WORK_GROUP, Binding, KernelSet, placed
 
 GROUPS = 128  # work-groups of a decode step, about: what fills the largest GPUs twice
 READ_ROWS = 64  # that a work-group reads of the past
@@ -72,26 +71,20 @@ class KernelLayout(KernelSet):
         ring = self.kv_heads * (self.window + 1) * 2 * self.head_dim
         return 1, -(-(self.offsets["RING"] + ring) // WIDTH), WIDTH
 
-    @cached_property
-    def share(self) -> int:
-        """Fives of numbers that `attend` is given for each of its work-groups, so that rows of head_dim remain."""
-        needed = (self.query_heads + 2 * self.kv_heads + 1) * self.head_dim
-        groups = self.kv_heads * self.parts
-        count = -(-needed // (5 * groups))
-        while 5 * groups * count % self.head_dim:
-            count += 1
-        return count
+    @property
+    def step(self) -> int:
+        """Numbers that `attend` is given of a token: queries, key and value."""
+        return (self.query_heads + 2 * self.kv_heads) * self.head_dim
 
     @property
-    def step_rows(self) -> int:
-        """Rows of head_dim numbers that `attend` is given."""
-        return 5 * self.kv_heads * self.parts * self.share // self.head_dim
+    def cells(self) -> int:
+        """So that as many times what `attend` is given of a token holds all records, of floats, in f16, too."""
+        return -(-self.query_heads * self.parts * self.record * 2 // self.step)
 
     @property
-    def side(self) -> int:
-        """So that side² numbers for each five that `attend` is given hold all records, of floats, in f16, too."""
-        numbers = self.query_heads * self.parts * self.record * 2
-        return math.isqrt(-(-numbers // (self.kv_heads * self.parts * self.share)) - 1) + 1
+    def columns(self) -> int:
+        """Numbers that `attend` is given of all tokens: how many are past, as high and low, and which are shown."""
+        return -(-(2 + self.capacity) // self.cells) * self.cells
 
     @property
     def fives(self) -> int:
@@ -128,8 +121,9 @@ class KernelLayout(KernelSet):
     def bindings(self) -> tuple[Binding, ...]:
         """Operations whose outputs can be as large as a kernel needs."""
         shared, token = ("constants", "lanes", "common"), f"(B-1)/{self.fives}*{self.kv_heads}*16"
+        attend = f"{self.kv_heads * self.parts * WORK_GROUP}"
         return (
-            Binding("DeformablePSROIPooling", (*shared, "attend"), 3, f"B/{self.share}*128"),
+            Binding("ExperimentalDetectronPriorGridGenerator", (*shared, "attend"), 3, attend),
             Binding("ROIPooling", (*shared, "join"), 2, "B*16", 16),
             Binding("PSROIPooling", (*shared, "append"), 2, token),
             Binding("ROIAlign", (*shared, "read"), 3, "B*128"),

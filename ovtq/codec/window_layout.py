@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ovtq.codec.kernel_files import WIDTH, Binding, KernelSet, placed
-
-HEADER = 6  # numbers before all others: what to do, past and new tokens, each as high and low, and one that is not read
+from ovtq.codec.kernel_files import WIDTH, WORK_GROUP, Binding, KernelSet, placed
 
 
 @dataclass(frozen=True)
@@ -43,21 +41,25 @@ class WindowLayout(KernelSet):
         """Of a state, without the batch."""
         return 1, self.offsets["END"] // WIDTH, WIDTH
 
-    @property
-    def step_rows(self) -> int:
-        """Rows of head_dim pairs of numbers for a decode step, as many as there are query heads or more."""
-        facts = -(-(HEADER + self.window) // self.head_dim)
-        return max(self.query_heads, -(-(self.query_heads + 2 * self.kv_heads + facts) // 2))
+    @cached_property
+    def side(self) -> int:
+        """So that side² numbers for each of some equal parts of what a decode step is given are a context."""
+        return next((side for side in (8, 4, 2) if self.head_dim % side**2 == 0 and 2 * side**2 % self.group == 0), 1)
 
     @property
-    def facts(self) -> int:
-        """Rows of head_dim numbers before a decode step's queries, key and value."""
-        return 2 * self.step_rows - self.query_heads - 2 * self.kv_heads
+    def padding(self) -> int:
+        """Rows of head_dim numbers behind a decode step's queries, key and value without which no parts are equal."""
+        return -2 * self.kv_heads % self.query_heads if self.side == 1 else 0
 
     @property
-    def write_rows(self) -> int:
-        """Rows of head_dim pairs for the last tokens of a longer call: a row of numbers before them, and one behind."""
-        return self.kv_heads * self.window + 1
+    def step(self) -> int:
+        """Numbers of a part of what a decode step is given."""
+        return (self.query_heads + 2 * self.kv_heads + self.padding) * self.side**2 // self.query_heads
+
+    @property
+    def kept(self) -> int:
+        """Numbers of a part of what is given to be kept: half as many come out as are given."""
+        return 2 * self.side**2
 
     @property
     def constants(self) -> tuple[str, Mapping[str, int | str]]:
@@ -69,12 +71,11 @@ class WindowLayout(KernelSet):
             "GROUP": self.group,
             "QUERY_HEADS": self.query_heads,
             "WINDOW": self.window,
-            "HEADER": HEADER,
-            "FACTS": self.facts,
             **self.offsets,
         }
 
     @property
     def bindings(self) -> tuple[Binding, ...]:
         """One kernel: a decode step has a work-group for each query head, a longer call one for each row it keeps."""
-        return (Binding("GridSample", ("window_constants", "lanes", "window"), 2, "Y*128"),)
+        items = f"B*{self.side**2}/{self.head_dim}*{WORK_GROUP}"
+        return (Binding("DeformablePSROIPooling", ("window_constants", "lanes", "window"), 3, items),)

@@ -77,19 +77,18 @@ class Own:
             raise LedgerError(f"kernel {self.kernel}: it should not be launched in a decode step")
         entry = 2 * width
         constants = heads * (3 * width**2 + width) + 2 * queries  # rotations, centres, sinks
-        step = (queries + 2 * heads) * width + 2
-        reads = [(max(past - window, 0) * heads * row, 2), (min(past, window) * heads * entry, size), (past + 1, size)]
+        step = (queries + 2 * heads) * width
+        reads = [(max(past - window, 0) * heads * row, 2), (min(past, window) * heads * entry, size), (past + 3, size)]
         return [*reads, (constants + step, size)], [records, (heads * row, 2), (heads * entry, size)]
 
     def in_window(self, past: int, size: int) -> tuple[list[Tensor], list[Tensor]]:
         """The same of a sliding layer: what is in the window, and a token."""
-        heads, queries, width, window, header = (
-            self.constants[name] for name in ("KV_HEADS", "QUERY_HEADS", "HEAD_DIM", "WINDOW", "HEADER")
+        heads, queries, width, window = (
+            self.constants[name] for name in ("KV_HEADS", "QUERY_HEADS", "HEAD_DIM", "WINDOW")
         )
         token = 2 * heads * width
-        step = queries * width + token + header + window
-        reads = [(min(past, window - 1) * token, size), (step + 2 * queries + 2, size)]
-        return reads, [(queries * width, size), (token, size)]
+        reads = [(min(past, window - 1) * token, size), (queries * width + token + 2 * queries + 2, size)]
+        return [*reads, (window + 1, 4)], [(queries * width, size), (token, size)]
 
 
 def read_sources(folder: Path) -> dict[str, Source | Own]:

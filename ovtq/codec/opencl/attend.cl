@@ -1,24 +1,24 @@
 // One new token: append it, and attend to the sink, the window, the history. Work-groups of a KV head share the history
 // (the first has the rest); each gives a partial context of every query head, its largest score and its sum of weights.
+//   step    queries (QUERY_HEADS, HEAD_DIM), key and value (KV_HEADS, HEAD_DIM) each
+//   columns the number of past tokens as high and low; then of each token, this one's included, whether it is shown:
+//           positive (CAPACITY)
 //   state   the layer's
-//   step    queries (QUERY_HEADS, HEAD_DIM), key and value (KV_HEADS, HEAD_DIM) each, then the number of past tokens
-//           as high and low
-//   shown   of every token, this one's included, whether it is: positive (CAPACITY)
 //   output  PARTS records of RECORD floats for each query head
 // Coordinates are unpacked 32 at a time, from as many words of each plane as it has bits a code.
 #define WORDS(plane, width, block) ((const __global uint*)(plane) + (block) * (width))
 #define CODE(words, width, n) (((words)[(n) / (32 / (width))] >> ((width) * ((n) % (32 / (width))))) & ((1u << (width)) - 1))
 
 __attribute__((intel_reqd_sub_group_size(LANES)))
-__kernel void ovtq_attend(__global REAL* state, const __global REAL* step, const __global INPUT2_TYPE* shown,
+__kernel void ovtq_attend(const __global REAL* step, const __global REAL* columns, __global REAL* state,
                           __global OUTPUT0_TYPE* output) {
   const uint lane = get_sub_group_local_id(), me = get_sub_group_id();
   const uint head = get_group_id(0) / PARTS, part = get_group_id(0) % PARTS;
   const __global REAL* queries = step + head * GROUP * HEAD_DIM;
   const __global REAL* keys = step + QUERY_HEADS * HEAD_DIM;
   const __global REAL* values = keys + KV_HEADS * HEAD_DIM;
-  const __global REAL* facts = values + KV_HEADS * HEAD_DIM;
-  const int past = count_of(facts[0], facts[1]);
+  const __global REAL* shown = columns + 2;
+  const int past = count_of(columns[0], columns[1]);
   if (past >= CAPACITY) return;  // nothing is written out of bounds
 
   __local float turned[GROUP][HEAD_DIM];

@@ -1,9 +1,9 @@
 // A sliding layer, exact: one new token attends to the sink, the window and itself; of several the last are kept.
 //   state   the layer's: its scale, its sinks, and a ring of keys and values (2·KV_HEADS, WINDOW, HEAD_DIM)
-//   step    HEADER numbers: 1 if tokens are to be kept, 0 if one attends; past and new tokens, as high and low each; one
-//           that is not read. Then, of one that attends, whether each of the last WINDOW tokens is shown, and, behind
-//           FACTS rows, queries (QUERY_HEADS, HEAD_DIM), key and value (KV_HEADS, HEAD_DIM) each; else, behind one row,
+//   step    of one that attends, queries (QUERY_HEADS, HEAD_DIM), key and value (KV_HEADS, HEAD_DIM) each; of several,
 //           keys and values of the last WINDOW tokens (2·KV_HEADS, WINDOW, HEAD_DIM)
+//   facts   of one that attends, in a row, whether each of the last WINDOW tokens is shown, and the number of past ones;
+//           of several, in a column, the numbers of past and of new ones
 //   output  (QUERY_HEADS, HEAD_DIM); or zero, in its first element
 inline size_t place(uint head, int token) { return RING + ((size_t)head * WINDOW + token % WINDOW) * HEAD_DIM; }
 
@@ -13,30 +13,28 @@ inline void keep(__global REAL* state, const __global REAL* step, uint row, int 
   if (head >= KV_HEADS || token < end - count) return;
   for (uint i = get_local_id(0); i < 2 * HEAD_DIM; i += LANES * SUB_GROUPS) {
     const uint of = i < HEAD_DIM ? head : KV_HEADS + head, n = i % HEAD_DIM;
-    state[place(of, token) + n] = step[HEAD_DIM + ((size_t)of * WINDOW + row % WINDOW) * HEAD_DIM + n];
+    state[place(of, token) + n] = step[((size_t)of * WINDOW + row % WINDOW) * HEAD_DIM + n];
   }
 }
 
 __attribute__((intel_reqd_sub_group_size(LANES)))
-__kernel void ovtq_window(__global REAL* state, const __global REAL* step, __global OUTPUT0_TYPE* output) {
+__kernel void ovtq_window(__global REAL* state, const __global REAL* step, const __global int* facts,
+                          __global OUTPUT0_TYPE* output) {
   const uint lane = get_sub_group_local_id(), me = get_sub_group_id(), query_head = get_group_id(0);
-  const int past = count_of(step[1], step[2]), count = count_of(step[3], step[4]);
   __local float joined[SUB_GROUPS][HEAD_DIM + 2];
-  if (step[0] > (REAL)0.5f) {
+  if (INPUT2_DIMS[2] == 2) {
     if (get_global_id(0) == 0) output[0] = (OUTPUT0_TYPE)0;
-    keep(state, step, query_head, past + count, count);
+    keep(state, step, query_head, facts[0] + facts[1], facts[1]);
     return;
   }
-  if (query_head >= QUERY_HEADS) return;
 
   const uint head = query_head / GROUP;
-  const __global REAL* shown = step + HEADER;
-  const __global REAL* queries = step + FACTS * HEAD_DIM;
-  const __global REAL* keys = queries + QUERY_HEADS * HEAD_DIM + head * HEAD_DIM;
+  const int past = facts[WINDOW];
+  const __global REAL* keys = step + QUERY_HEADS * HEAD_DIM + head * HEAD_DIM;
   const __global REAL* values = keys + KV_HEADS * HEAD_DIM;
   const float scale = (float)state[SCALE] + (float)state[SCALE + 1];
   float query[SHARE], key[SHARE], value[SHARE], context[SHARE], top = NOWHERE, sum = 0;
-  load(query, queries + query_head * HEAD_DIM);
+  load(query, step + query_head * HEAD_DIM);
   FOR_SHARE {
     query[i] *= scale;
     context[i] = value[i] = 0;
@@ -44,7 +42,7 @@ __kernel void ovtq_window(__global REAL* state, const __global REAL* step, __glo
   if (me == 0) add((float)state[SINKS + 2 * query_head] + (float)state[SINKS + 2 * query_head + 1], value, &top, &sum, context);
   const int first = past - (WINDOW - 1);
   for (int token = max(first, 0) + (int)me; token <= past; token += SUB_GROUPS) {
-    if (!(shown[token - first] > 0)) continue;
+    if (facts[token - first] == 0) continue;
     load(key, token < past ? state + place(head, token) : keys);
     load(value, token < past ? state + place(KV_HEADS + head, token) : values);
     float score = 0;

@@ -12,10 +12,10 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.codec.window_layout import HEADER, WindowLayout
-from ovtq.forms.gpu.guard import NEEDED, carrier, first_of, halves, of_all_kernels, refuse_others, start
+from ovtq.codec.window_layout import WindowLayout
+from ovtq.forms.gpu.guard import NEEDED, carrier, first_of, of_all_kernels, refuse_others, start
 from ovtq.forms.gpu.window import Blocks
-from ovtq.ir.graph import ALL, One, Port, Tensors, dim, f32, i64, if_else, new_variable
+from ovtq.ir.graph import ALL, One, Port, Tensors, dim, f32, i64, if_else, new_variable, scalar
 from ovtq.models.description import AttentionLayer, InPlaceWindow, ModelDescription
 from ovtq.states import Fixed, StateSpec, cache_name
 
@@ -24,7 +24,7 @@ RING = "window"  # what a layer's state is called
 
 @dataclass(frozen=True)
 class Step(Tensors):
-    """What one token reads; `facts` are the rows before its query, key and value."""
+    """What one token reads; `facts` are which of the last tokens are shown, and how many are past."""
 
     state: Output
     query: Output
@@ -88,16 +88,14 @@ class KernelWindow:
         return self.assigns
 
     def _facts(self, past: Node) -> Node:
-        """What is before query, key and value of one token, (1, rows, 1, head_dim)."""
-        layout = self.layout
+        """Which of the last tokens are shown, and how many are past, (1, 1, 1, window + 1) i32."""
+        window = self.layout.window
         # of one sequence, however many there are: else a batch fails here, before it is refused for what it is
-        shown = op.slice(self.shown, i64([0, -layout.window]), i64([1, ALL]), i64([1, 1]), i64([0, 1]))
-        before = op.subtract(i64([layout.window]), dim(shown, 1))
-        shown = op.pad(shown, op.concat([i64([0]), before], 0), i64([0, 0]), "constant", i64(0))
-        zeros = i64([0] * (layout.facts * layout.head_dim - HEADER - layout.window))
-        header = op.concat([i64([0]), *halves(past), i64([0, 1, 0])], 0)
-        facts = op.concat([header, op.reshape(shown, i64([layout.window]), False), zeros], 0)
-        return op.reshape(op.convert(facts, "f32"), i64([1, layout.facts, 1, layout.head_dim]), False)
+        shown = op.slice(self.shown, i64([0, -window]), i64([1, ALL]), i64([1, 1]), i64([0, 1]))
+        before = op.concat([i64([0]), op.subtract(i64([window]), dim(shown, 1))], 0)
+        # what is before the text is never read: so the padding may be the number that is to stand behind
+        facts = op.pad(shown, before, i64([0, 1]), "constant", scalar(past))
+        return op.reshape(op.convert(facts, "i32"), i64([1, 1, 1, window + 1]), False)
 
     def _state(self, layer: AttentionLayer) -> Output:
         """What a layer's kernel is given; it starts with the layer's constants, and zeros."""
@@ -112,10 +110,10 @@ class KernelWindow:
 
     def _decode(self, layer: AttentionLayer, read: Step) -> Node:
         layout = self.layout
-        step = op.concat([read.facts, read.query, read.key, read.value], 1)
-        context = self._kernel(read.state, step, layout.step_rows)
-        if layout.step_rows > layout.query_heads:
-            context = op.slice(context, i64([0]), i64([layout.query_heads]), i64([1]), i64([2]))
+        tokens: list[Node | Output] = [read.query, read.key, read.value]
+        if layout.padding:
+            tokens.append(f32(np.zeros((1, layout.padding, 1, layout.head_dim))))
+        context = self._kernel(read.state, op.concat(tokens, 1), read.facts, layout.step)
         return op.reshape(context, i64([-1, layout.query_heads, 1, layout.head_dim]), False)
 
     def _prefill(self, layer: AttentionLayer, read: Text) -> Node:
@@ -145,15 +143,20 @@ class KernelWindow:
         missing = op.subtract(i64([window]), op.minimum(new, i64([window])))
         before = op.concat([i64([0, 0]), missing, i64([0])], 0)
         last = op.pad(last, before, i64([0] * 4), "constant", op.constant(np.float32(0)))
-        counts = op.convert(op.concat([i64([1]), *halves(past), *halves(new)], 0), "f32")
-        header = op.concat([counts, op.reshape(first_of(context), i64([1]), False), f32(np.zeros(d - HEADER))], 0)
-        every = [header, op.reshape(last, i64([-1]), False), f32(np.zeros(d))]
-        return first_of(self._kernel(read.state, op.concat(every, 0), layout.write_rows))
+        behind = op.concat([op.reshape(first_of(context), i64([1]), False), f32(np.zeros(2 * d - 1))], 0)
+        step = op.concat([op.reshape(last, i64([-1]), False), behind], 0)
+        counts = op.reshape(op.convert(op.concat([past, new], 0), "i32"), i64([1, 1, 2, 1]), False)
+        return first_of(self._kernel(read.state, step, counts, layout.kept))
 
-    def _kernel(self, state: Output, step: Node, rows: int) -> Node:
-        """(1, 1, rows, head_dim)."""
-        # -1: of a result of known size the plugin reorders a single number by a kernel that does not build
-        grid = op.reshape(step, i64([-1, rows, self.layout.head_dim, 2]), False)
+    def _kernel(self, state: Output, step: Node, facts: Node | Output, each: int) -> Node:
+        """(parts of `each` number, 1, side, side).
+
+        How many parts is to be left open in a call of several tokens: a single number of a result of known size the
+        plugin reorders by a kernel that does not build.
+        """
+        parts = op.reshape(step, i64([-1, each]), False)
         return carrier(
-            "opset9", "GridSample", [state, grid], align_corners=False, mode="bilinear", padding_mode="zeros"
-        )
+            "opset1", "DeformablePSROIPooling", [state, parts, facts],
+            output_dim=1, group_size=self.layout.side, spatial_scale=1.0, trans_std=0.0, part_size=1, spatial_bins_x=1,
+            spatial_bins_y=1, mode="bilinear_deformable",
+        )  # fmt: skip

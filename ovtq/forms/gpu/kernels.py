@@ -42,14 +42,13 @@ LEAST = 64  # rows that new or past tokens are brought to, at the least; then a 
 
 @dataclass(frozen=True)
 class Step(Tensors):
-    """What one token reads; `facts` are the rows behind its query, key and value, `shown` which tokens it may see."""
+    """What one token reads; `columns` say how many are past, and which of all it may see."""
 
     state: Output
     query: Output
     key: Output
     value: Output
-    facts: Output
-    shown: Output
+    columns: Output
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Kernels:
         self.new, self.past = new.output(0), past.output(0)
         self.shown = description.attention_mask.output(0)
         self.is_prefill = op.not_equal(self.new, i64([1])).output(0)
-        self.facts, self.columns = self._facts().output(0), self._columns().output(0)
+        self.columns = self._columns().output(0)
         seen = Seen(self.shown, numbers(self.new, 2).output(0))
         self.mask = if_else(
             self.is_prefill,
@@ -121,7 +120,7 @@ class Kernels:
                 Text(state, *ports, self.mask, self.shown),
                 lambda read: One(self._prefill(layer, read)),
             ),
-            (Step(state, *ports, self.facts, self.columns), lambda read: One(self._decode(layer, read))),
+            (Step(state, *ports, self.columns), lambda read: One(self._decode(layer, read))),
             (f"{NEEDED}: prefill", f"{NEEDED}: decode"),
         ).value
         entry = context.get_node()
@@ -139,22 +138,18 @@ class Kernels:
         """The Assigns of all states, once every layer is rewritten."""
         return self.assigns
 
-    def _facts(self) -> Node:
-        """What is behind query, key and value of one token, (1, rows, 1, head_dim): its place."""
-        layout = self.layout
-        rows = layout.step_rows - layout.query_heads - 2 * layout.kv_heads
-        facts = op.concat([*halves(self.past), i64([0] * (rows * layout.head_dim - 2))], 0)
-        return op.reshape(op.convert(facts, "f32"), i64([1, rows, 1, layout.head_dim]), False)
-
     def _columns(self) -> Node:
-        """attention_mask, (1, 1, 1, capacity): of one length, for a kernel is built for each."""
-        # of one sequence, and no more than there is room for: else a call fails here, before it is refused for that
-        most = i64([self.layout.capacity])
-        shown = op.slice(self.shown, i64([0, 0]), i64([1, self.layout.capacity]), i64([1, 1]), i64([0, 1]))
-        behind = op.subtract(most, op.minimum(op.add(self.past, self.new), most))
-        behind, zero = op.concat([i64([0]), behind], 0), op.constant(np.float32(0))
-        shown = op.pad(op.convert(shown, "f32"), i64([0, 0]), behind, "constant", zero)
-        return op.reshape(shown, i64([1, 1, 1, self.layout.capacity]), False)
+        """How many tokens are past, and attention_mask, (1, ·, cells, 1): a kernel is built for each length.
+
+        Of one sequence, and of no more tokens than there is room for: else a call fails here, before it is refused.
+        """
+        most = self.layout.capacity
+        shown = op.slice(self.shown, i64([0, 0]), i64([1, most]), i64([1, 1]), i64([0, 1]))
+        columns = op.concat([op.unsqueeze(op.concat(halves(self.past), 0), i64([0])), shown], 1)
+        left = op.subtract(i64([self.layout.columns - 2]), op.minimum(op.add(self.past, self.new), i64([most])))
+        behind, zero = op.concat([i64([0]), left], 0), op.constant(np.float32(0))
+        columns = op.pad(op.convert(columns, "f32"), i64([0, 0]), behind, "constant", zero)
+        return op.reshape(columns, i64([1, -1, self.layout.cells, 1]), False)
 
     def _state(self, layer: AttentionLayer) -> Output:
         """What a layer's kernels are given; it starts with the layer's constants, and zeros."""
@@ -187,12 +182,13 @@ class Kernels:
 
     def _decode(self, layer: AttentionLayer, read: Step) -> Node:
         layout = self.layout
-        step = op.concat([read.query, read.key, read.value, read.facts], 1)
+        step = op.concat([read.query, read.key, read.value], 1)
         parts = carrier(
-            "opset1", "DeformablePSROIPooling", [read.state, op.reshape(step, i64([-1, 5]), False), read.shown],
-            output_dim=1, group_size=layout.side, spatial_scale=1.0, trans_std=0.0, part_size=1, spatial_bins_x=1,
-            spatial_bins_y=1, mode="bilinear_deformable",
+            "opset6", "ExperimentalDetectronPriorGridGenerator",
+            [op.reshape(step, i64([-1, 4]), False), read.columns, read.state],
+            flatten=True, h=0, w=0, stride_x=0.0, stride_y=0.0,
         )  # fmt: skip
+        parts = op.reshape(parts, i64([1, 1, -1, 4]), False)
         heads = f32(np.zeros((layout.query_heads, 5)))
         context = carrier(
             "opset2", "ROIPooling", [parts, heads], output_roi=[1, layout.head_dim], spatial_scale=1.0, method="max"
