@@ -5,7 +5,8 @@ usage: tools/gpu/emulated python tests/kernels_on_gpu.py FOLDER PRECISION TEXTS 
 TEXTS are tokens of each call, such as 37,1x40,20/1,70: a stroke is a reset, 1x40 forty calls of one. Some tokens on the
 left of each longer call are padding; in every fifth call some of the past are hidden, which are seen again in the next.
 For each of the bits prints the largest error of any call's context, as a share of
-the largest element that numpy computes there. TEXTS - : what is said of calls that must be refused, instead.
+the largest element that numpy computes there. TEXTS - : what is said of calls that must be refused, instead. TEXTS + :
+two requests of one compiled model in turn.
 """
 
 from __future__ import annotations
@@ -102,36 +103,60 @@ def calls(text: str) -> list[int]:
     return found
 
 
+class Text:
+    """One request, the numpy that it is held to, and the text so far."""
+
+    def __init__(self, compiled: ov.CompiledModel, attention: PackedAttention, head_dim: int, seed: int = 0) -> None:
+        self.request, self.attention, self.head_dim = compiled.create_infer_request(), attention, head_dim
+        self.rng, self.largest, self.calls = np.random.RandomState(seed), 0.0, 0
+        self.reset()
+
+    def reset(self) -> None:
+        self.request.reset_state()
+        self.attention.reset()
+        self.shown = np.ones((1, 0), np.int64)
+        self.calls = 0
+
+    def call(self, tokens: int) -> None:
+        """Some tokens more; of every fifth call, with some of the past hidden."""
+        new = np.ones((1, tokens), np.int64)
+        new[:, : tokens // 6] = 0  # padding, on the left of each
+        self.shown = np.concatenate([self.shown, new], 1)
+        seen = self.shown.copy()
+        if self.calls % 5 == 4:
+            seen[:, : -tokens - 3 : 3] = 0  # old ones, recent ones
+        self.calls += 1
+        given = inputs(self.rng, tokens, seen, self.head_dim)
+        got = self.request.infer(given)[0].astype(np.float64)[:, :, tokens // 6 :]
+        three = (given[name] for name in ("query", "key", "value"))
+        expected = self.attention.step(*three, seen, np.zeros(1, np.int64))[:, :, tokens // 6 :]
+        error = np.abs(got - expected).max() / np.abs(expected).max()
+        self.largest = max(self.largest, float(error) if np.isfinite(got).all() else float("inf"))
+
+
 def worst(folder: Path, precision: str, texts: str, bits: tuple[int, int] | None, head_dim: int) -> float:
     model, description, attention = one_layer(bits, head_dim)
     kernel_files.write(description.kernels, folder)
     config = {"INFERENCE_PRECISION_HINT": precision, **properties(folder)}
-    request = ov.Core().compile_model(model, "GPU", config).create_infer_request()
-    rng, largest, one = np.random.RandomState(0), 0.0, np.zeros(1, np.int32)
-    for text in texts.split("/"):
-        request.reset_state()
-        attention.reset()
-        shown = np.ones((1, 0), np.int64)
-        for number, tokens in enumerate(calls(text)):
-            new = np.ones((1, tokens), np.int64)
-            new[:, : tokens // 6] = 0  # padding, on the left of each
-            shown = np.concatenate([shown, new], 1)
-            seen = shown.copy()
-            if number % 5 == 4:
-                seen[:, : -tokens - 3 : 3] = 0  # old ones, recent ones
-            given = inputs(rng, tokens, seen, head_dim)
-            got = request.infer(given)[0].astype(np.float64)[:, :, tokens // 6 :]
-            expected = attention.step(*(given[name] for name in ("query", "key", "value")), seen, one)
-            expected = expected[:, :, tokens // 6 :]
-            error = np.abs(got - expected).max() / np.abs(expected).max()
-            largest = max(largest, float(error) if np.isfinite(got).all() else float("inf"))
-    return largest
+    compiled = ov.Core().compile_model(model, "GPU", config)
+    if texts == "+":
+        two = [Text(compiled, one_layer(bits, head_dim)[2], head_dim, seed) for seed in (1, 2)]
+        for tokens in (20, *[1] * 20, 7, 1, 1):
+            for text in two:
+                text.call(tokens)
+        return max(text.largest for text in two)
+    text = Text(compiled, attention, head_dim)
+    for part in texts.split("/"):
+        text.reset()
+        for tokens in calls(part):
+            text.call(tokens)
+    return text.largest
 
 
 def refused(folder: Path) -> dict[str, str]:
     """What is said, by what is wrong; empty where something is computed."""
     said: dict[str, str] = {}
-    model, description, _ = one_layer((6, 4), 64)
+    model, description, attention = one_layer((6, 4), 64)
     kernel_files.write(description.kernels, folder)
     rng, config = np.random.RandomState(0), {"INFERENCE_PRECISION_HINT": "f32"}
 
@@ -149,6 +174,19 @@ def refused(folder: Path) -> dict[str, str]:
     attempt("batch", "GPU", bound, 2, 3)
     attempt("capacity", "GPU", bound, 1, 1, CAPACITY)
     attempt("full", "GPU", bound, 1, 1, CAPACITY - 1)
+    text = Text(ov.Core().compile_model(model, "GPU", {**config, **bound}), attention, 64)
+    for tokens in (20, 1):
+        text.call(tokens)
+    try:  # a call too long, in the middle of a text; the same request goes on, and begins anew
+        text.request.infer(inputs(rng, 5, np.ones((1, CAPACITY + 1), np.int64), 64))
+        said["after"] = "a call past the capacity was taken"
+    except RuntimeError:
+        for tokens in (1, 7, 1):
+            text.call(tokens)
+        text.reset()
+        for tokens in (20, 1, 1):
+            text.call(tokens)
+        said["after"] = "" if text.largest < 1e-5 else f"{text.largest} off"
     return said
 
 
