@@ -151,8 +151,8 @@ class KernelWindow:
     def _kernel(self, state: Output, step: Node, facts: Node | Output, each: int) -> Node:
         """(parts of `each` number, 1, side, side).
 
-        How many parts is to be left open in a call of several tokens: a single number of a result of known size the
-        plugin reorders by a kernel that does not build.
+        How many parts is to be left open in a call of several tokens: a single number of a result of known size is
+        reordered by a kernel that does not build (P63).
         """
         parts = op.reshape(step, i64([-1, each]), False)
         return carrier(
