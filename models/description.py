@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
+from ovtq.codec.kernel_files import KernelSet
 from ovtq.codec.kernel_layout import KernelLayout
 from ovtq.codec.packed_attention import PackedAttention, StateSlice
+from ovtq.codec.window_layout import WindowLayout
 from ovtq.ir.graph import MASKED, Port, consumers, dim, i64, redirect
 from ovtq.states import StateSpec
 
@@ -89,6 +91,13 @@ class Window:
 
     lengths: tuple[int, ...]
     rows: None = None
+
+
+@dataclass(frozen=True)
+class InPlaceWindow(Window):
+    """The same of one sequence, in a state that a kernel of ovtq writes into."""
+
+    layout: WindowLayout = field(kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -267,6 +276,12 @@ class ModelDescription:
     def with_states(self, add: Iterable[StateSpec]) -> ModelDescription:
         """This description with more states."""
         return replace(self, states=(*self.states, *add))
+
+    @property
+    def kernels(self) -> list[KernelSet]:
+        """Those that its layers are attended to by, each once."""
+        caches = [layer.cache for layer in self.layers]
+        return list(dict.fromkeys(cache.layout for cache in caches if isinstance(cache, InPlace | InPlaceWindow)))
 
     def recached(self, changed: dict[int, AttentionLayer], states: Iterable[StateSpec]) -> ModelDescription:
         """This description with layers, by index, that have other caches, in these states in place of the exported."""

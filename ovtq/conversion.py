@@ -15,12 +15,11 @@ import openvino as ov
 
 from ovtq import __version__, files, pipeline, staging, states, whereabouts
 from ovtq import card as model_card
-from ovtq.codec import moments
-from ovtq.codec.kernel_layout import CONFIG, FOLDER
+from ovtq.codec import kernel_files, moments
+from ovtq.codec.kernel_files import CONFIG, FOLDER
 from ovtq.errors import InputError, UnsupportedModel, VerificationFailed, scarcity
 from ovtq.ir import cache, io
 from ovtq.models import ModelDescription, describe
-from ovtq.models.description import InPlace
 from ovtq.options import Checks, Options
 from ovtq.passes import Pass, QuantizeKv
 from ovtq.pipeline import Step
@@ -186,8 +185,8 @@ def convert(
     record["source"] = {"xml_sha256": io.text_sha256(source), "bin_bytes": weights}
     record["reason"] = advice and advice.reason
     record["verified"] = None
-    in_place = [layer.cache.layout for layer in description.layers if isinstance(layer.cache, InPlace)]
-    record["config_file"] = f"{FOLDER}/{CONFIG}" if in_place else None
+    kernels = description.kernels
+    record["config_file"] = f"{FOLDER}/{CONFIG}" if kernels else None
     precision, found = cache.marked(made.model), None
     if out_dir is None:
         _write_record(record_to, record)
@@ -203,8 +202,8 @@ def convert(
             io.copy_rest(model_dir, folder)
             for item in passes:
                 item.leave(folder)
-            for layout in in_place[:1]:  # all layers have the same
-                layout.write(folder)
+            if kernels:
+                kernel_files.write(kernels, folder)
             if device:  # while the rest of the weights is copied
                 xml, ready = folder / source.name, written.wait_for
                 tick_checked = _stage(on_progress, "verify", calls_of(layers))

@@ -138,6 +138,8 @@ class Options:
             if isinstance(bits, str) or not isinstance(bits, Sequence) or len(bits) != 2:
                 raise InputError(f"{wording.option('window_bits')}: expected (K, V) such as (8, 4), got {bits!r}")
             packing[TruncateWindow.name] = dict(zip(("k_bits", "v_bits"), bits, strict=True))
+        elif self.kernels and any(isinstance(item, TruncateWindow) for item in passes):
+            packing[TruncateWindow.name] = {"kernels": True}
         passes = pipeline.with_settings(passes, {name: some for name, some in packing.items() if some}, wording)
         if self.budget is not None:
             passes = pipeline.with_pruning(passes, self.target, wording)

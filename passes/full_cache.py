@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 import openvino as ov
 
 from ovtq.codec.coding import codecs, unfit
-from ovtq.codec.kernel_layout import HEAD_DIMS, MOST_HEADS
+from ovtq.codec.kernel_files import HEAD_DIMS
+from ovtq.codec.kernel_layout import MOST_HEADS
 from ovtq.codec.rotation import orthogonal
 from ovtq.forms.attend import FullCacheSpec
 from ovtq.forms.bases import Choice, LayerBases, told

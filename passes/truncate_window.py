@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import openvino as ov
 
 from ovtq.codec.coding import BITS, coding, unfit
+from ovtq.codec.kernel_files import HEAD_DIMS
 from ovtq.errors import VerificationFailed
-from ovtq.forms.table import TARGET, TARGETS
-from ovtq.forms.window_state import PackedWindowState, WindowState
+from ovtq.forms.gpu.kernel_window import KernelWindow
+from ovtq.forms.table import TARGET, TARGETS, CacheForm
+from ovtq.forms.window_state import PackedWindowState
 from ovtq.ir.graph import rebuild
 from ovtq.models.description import ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
@@ -35,6 +38,9 @@ class TruncateWindow(Pass):
     when a history diverges, which is right. `slack` keeps that many tokens more than needed, masked until a host
     rolls the state back by shifting it.
 
+    With `kernels` each layer has a state of its own, a ring of its last tokens, which an OpenCL kernel writes into in
+    place: no copy, and one kernel in a decode step; several tokens are attended to in blocks as without.
+
     With `k-bits` and `v-bits` the state holds packed codes, as those of quantize-kv are, with the scales in a second
     one. New tokens attend to each other as they are; those of earlier calls are read as x̂ = scale·(code − mid)·Rᵀ, and
     were quantised once, at the end of the call that they came in.
@@ -52,6 +58,9 @@ class TruncateWindow(Pass):
     v_bits: str = option("none", "bits per coordinate of a value", choices=BITS)
     seed: int = option(0, "seed of the rotation before packing")
     target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
+    kernels: bool = option(
+        False, "attend with an OpenCL kernel of ovtq, which a GPU is given by the property CONFIG_FILE"
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.slack <= 4096:
@@ -60,6 +69,8 @@ class TruncateWindow(Pass):
             raise ValueError(f"seed must be from 0 to {2**32 - 1}, got {self.seed}")
         if (self.k_bits == "none") != (self.v_bits == "none"):
             raise ValueError("k-bits and v-bits go together: give both or neither")
+        if self.kernels and not (self.k_bits == "none" and self.slack == 0):
+            raise ValueError("kernels keep the window as it is, and no more; leave k-bits, v-bits and slack out")
 
     @property
     def exact(self) -> bool:
@@ -82,26 +93,36 @@ class TruncateWindow(Pass):
         reason = None if self.exact else unfit((self.k_bits, self.v_bits), layers[0].head_dim)
         self.refuse_if(reason and f"layer {layers[0].index} {reason}")
         self.refuse_if(coupled(description))
+        if self.kernels and not TARGET[self.target].kernels:
+            raise self.refuse("kernels are for a GPU; add --target gpu, or leave them out")
+        if self.kernels and layers[0].head_dim not in HEAD_DIMS:
+            sizes = " or ".join(map(str, HEAD_DIMS))
+            raise self.refuse(f"layer {layers[0].index} has head_dim {layers[0].head_dim}; kernels take {sizes}")
 
     def run(self, model: ov.Model, description: ModelDescription) -> Rewrite:
         """Replace each sliding layer's states and attention."""
         layers = description.sliding
+        form, made = self._form(description)
         rows = layers[0].reach - 1 + self.slack
-        facts = {"window": layers[0].window, "rows": rows, "layers": [layer.index for layer in layers]}
-        target = TARGET[self.target]
-        beams = target.beams(description)
-        tokens: WindowState | PackedWindowState
-        if self.exact:
-            tokens = target.window_state(description, WINDOW, layers, rows, beams)
-        else:
-            how = coding((self.k_bits, self.v_bits), layers[0].head_dim, self.seed)
-            tokens = PackedWindowState(description, WINDOW, layers, rows, how, beams)
-            facts |= how.digests
-        form = target.window(description, self.slack, tokens)
+        facts = {"window": layers[0].window, "rows": rows, "layers": [layer.index for layer in layers], **made}
         changed = {layer.index: form.rewrite(layer) for layer in layers}
         old = [path.assign for layer in layers for path in layer.paths]
         model = rebuild(model, drop=old, add=form.finish())
         return Rewrite(model, description.recached(changed, form.states), len(changed), facts)
+
+    def _form(self, description: ModelDescription) -> tuple[CacheForm, Mapping[str, Any]]:
+        """The form, and what tells its codecs or kernels from others."""
+        if self.kernels:
+            kernels = KernelWindow(description)
+            return kernels, {"kernels_sha256": kernels.layout.digest}
+        layers, target = description.sliding, TARGET[self.target]
+        rows, beams = layers[0].reach - 1 + self.slack, target.beams(description)
+        if self.exact:
+            whole = target.window_state(description, WINDOW, layers, rows, beams)
+            return target.window(description, self.slack, whole), {}
+        how = coding((self.k_bits, self.v_bits), layers[0].head_dim, self.seed)
+        packed = PackedWindowState(description, WINDOW, layers, rows, how, beams)
+        return target.window(description, self.slack, packed), how.digests
 
     def ensures(self, rewrite: Rewrite) -> None:
         """What the sliding layers have is of fixed length."""

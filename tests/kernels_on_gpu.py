@@ -1,10 +1,12 @@
 """One layer of the form with kernels on a GPU, call by call, as JSON: run by test_kernels.py on the emulated device.
 
-usage: tools/gpu/emulated python tests/kernels_on_gpu.py FOLDER PRECISION TEXTS K,V[,HEAD_DIM]…
+usage: tools/gpu/emulated python tests/kernels_on_gpu.py FOLDER PRECISION TEXTS {K,V|window}[,HEAD_DIM]…
 
 TEXTS are tokens of each call, such as 37,1x40,20/1,70: a stroke is a reset, 1x40 forty calls of one. Some tokens on the
-left of each longer call are padding. For each of the bits prints the largest error of any call's context, as a share of
-the largest element that numpy computes there. TEXTS - : what is said of calls that must be refused, instead.
+left of each longer call are padding; in every fifth call some of the past are hidden, which are seen again in the next.
+For each of the bits prints the largest error of any call's context, as a share of
+the largest element that numpy computes there. TEXTS - : what is said of calls that must be refused, instead. TEXTS + :
+two requests of one compiled model in turn.
 """
 
 from __future__ import annotations
@@ -17,10 +19,13 @@ import numpy as np
 import openvino as ov
 from openvino import opset15 as op
 
+from ovtq.codec import kernel_files
 from ovtq.codec.basis import HeadBasis
 from ovtq.codec.coding import codecs
+from ovtq.codec.packed_attention import PackedAttention
 from ovtq.forms.attend import FullCacheSpec
 from ovtq.forms.bases import LayerBases
+from ovtq.forms.gpu.kernel_window import KernelWindow
 from ovtq.forms.gpu.kernels import Kernels
 from ovtq.ir.graph import Port, dim, i64
 from ovtq.models.description import AttentionLayer, ModelDescription
@@ -36,8 +41,8 @@ def parameter(name: str, shape: list[int], kind: ov.Type) -> ov.Node:
     return node
 
 
-def one_layer(bits: tuple[int, int], head_dim: int) -> tuple[ov.Model, AttentionLayer]:
-    """A model of nothing but a full layer; its context is the result."""
+def one_layer(bits: tuple[int, int] | None, head_dim: int) -> tuple[ov.Model, ModelDescription, PackedAttention]:
+    """A model of nothing but a layer, without bits a sliding one; its context is the result; what it computes."""
     ids, mask = (parameter(name, [-1, -1], ov.Type.i64) for name in ("input_ids", "attention_mask"))
     query, key, value = (
         parameter(name, [-1, heads, -1, head_dim], ov.Type.f32)
@@ -47,19 +52,26 @@ def one_layer(bits: tuple[int, int], head_dim: int) -> tuple[ov.Model, Attention
     tokens = op.reshape(op.multiply(op.convert(ids, "f32"), op.constant(np.float32(0))), i64([0, 1, -1, 1]), True)
     entry, stand_in = op.concat([op.add(query, tokens), key, value], 1), op.add(query, tokens)
     ports = (Port(entry, number) for number in range(3))
+    window, scale = (None if bits else WINDOW), head_dim**-0.5
     layer = AttentionLayer(
-        0, None, HEADS * GROUP, HEADS, head_dim, head_dim**-0.5, SINKS, None, None, *ports, stand_in.output(0), None
+        0, window, HEADS * GROUP, HEADS, head_dim, scale, SINKS, None, None, *ports, stand_in.output(0), None
     )
     result = op.result(op.add(stand_in, op.multiply(tokens, tokens)))
-    centre = rounded(0.3 * np.random.RandomState(2).standard_normal((HEADS, head_dim)))
-    middle = rounded(0.3 * np.random.RandomState(3).standard_normal((HEADS, head_dim)))
-    bases = LayerBases(skewed(head_dim, centre, 4), skewed(head_dim, middle, 5))
-    plan = FullCacheSpec(*codecs(tuple(map(str, bits)), head_dim), (layer,), {0: bases}, WINDOW)
     past = op.subtract(dim(mask, 1), dim(ids, 1))
-    form = Kernels(ModelDescription("none", ids, mask, None, (layer,), (), past), plan, CAPACITY)
+    description = ModelDescription("none", ids, mask, None, (layer,), (), past)
+    if bits is None:
+        plain = HeadBasis(np.eye(head_dim)[None], np.eye(head_dim)[None], np.zeros((HEADS, head_dim)))
+        whole = PackedAttention((None, None), (plain, plain), SINKS, 1, 0, reach=WINDOW, query_scale=layer.scale)
+        form = KernelWindow(description)
+    else:
+        centre = rounded(0.3 * np.random.RandomState(2).standard_normal((HEADS, head_dim)))
+        middle = rounded(0.3 * np.random.RandomState(3).standard_normal((HEADS, head_dim)))
+        bases = LayerBases(skewed(head_dim, centre, 4), skewed(head_dim, middle, 5))
+        plan = FullCacheSpec(*codecs(tuple(map(str, bits)), head_dim), (layer,), {0: bases}, WINDOW)
+        form = Kernels(description, plan, CAPACITY)
     made = form.rewrite(layer)
     model = ov.Model([result], form.finish(), [ids, mask, query, key, value], "layer")
-    return model, made
+    return model, description.with_layers({0: made}), made.packed or whole
 
 
 def rounded(x: np.ndarray) -> np.ndarray:
@@ -91,34 +103,61 @@ def calls(text: str) -> list[int]:
     return found
 
 
-def worst(folder: Path, precision: str, texts: str, bits: tuple[int, int], head_dim: int) -> float:
-    model, layer = one_layer(bits, head_dim)
-    layer.cache.layout.write(folder)
+class Text:
+    """One request, the numpy that it is held to, and the text so far."""
+
+    def __init__(self, compiled: ov.CompiledModel, attention: PackedAttention, head_dim: int, seed: int = 0) -> None:
+        self.request, self.attention, self.head_dim = compiled.create_infer_request(), attention, head_dim
+        self.rng, self.largest, self.calls = np.random.RandomState(seed), 0.0, 0
+        self.reset()
+
+    def reset(self) -> None:
+        self.request.reset_state()
+        self.attention.reset()
+        self.shown = np.ones((1, 0), np.int64)
+        self.calls = 0
+
+    def call(self, tokens: int) -> None:
+        """Some tokens more; of every fifth call, with some of the past hidden."""
+        new = np.ones((1, tokens), np.int64)
+        new[:, : tokens // 6] = 0  # padding, on the left of each
+        self.shown = np.concatenate([self.shown, new], 1)
+        seen = self.shown.copy()
+        if self.calls % 5 == 4:
+            seen[:, : -tokens - 3 : 3] = 0  # old ones, recent ones
+        self.calls += 1
+        given = inputs(self.rng, tokens, seen, self.head_dim)
+        got = self.request.infer(given)[0].astype(np.float64)[:, :, tokens // 6 :]
+        three = (given[name] for name in ("query", "key", "value"))
+        expected = self.attention.step(*three, seen, np.zeros(1, np.int64))[:, :, tokens // 6 :]
+        error = np.abs(got - expected).max() / np.abs(expected).max()
+        self.largest = max(self.largest, float(error) if np.isfinite(got).all() else float("inf"))
+
+
+def worst(folder: Path, precision: str, texts: str, bits: tuple[int, int] | None, head_dim: int) -> float:
+    model, description, attention = one_layer(bits, head_dim)
+    kernel_files.write(description.kernels, folder)
     config = {"INFERENCE_PRECISION_HINT": precision, **properties(folder)}
-    request = ov.Core().compile_model(model, "GPU", config).create_infer_request()
-    rng, largest, one = np.random.RandomState(0), 0.0, np.zeros(1, np.int32)
-    for text in texts.split("/"):
-        request.reset_state()
-        layer.packed.reset()
-        shown = np.ones((1, 0), np.int64)
-        for tokens in calls(text):
-            new = np.ones((1, tokens), np.int64)
-            new[:, : tokens // 6] = 0  # padding, on the left of each
-            shown = np.concatenate([shown, new], 1)
-            given = inputs(rng, tokens, shown, head_dim)
-            got = request.infer(given)[0].astype(np.float64)[:, :, tokens // 6 :]
-            expected = layer.packed.step(*(given[name] for name in ("query", "key", "value")), shown, one)
-            expected = expected[:, :, tokens // 6 :]
-            error = np.abs(got - expected).max() / np.abs(expected).max()
-            largest = max(largest, float(error) if np.isfinite(got).all() else float("inf"))
-    return largest
+    compiled = ov.Core().compile_model(model, "GPU", config)
+    if texts == "+":
+        two = [Text(compiled, one_layer(bits, head_dim)[2], head_dim, seed) for seed in (1, 2)]
+        for tokens in (20, *[1] * 20, 7, 1, 1):
+            for text in two:
+                text.call(tokens)
+        return max(text.largest for text in two)
+    text = Text(compiled, attention, head_dim)
+    for part in texts.split("/"):
+        text.reset()
+        for tokens in calls(part):
+            text.call(tokens)
+    return text.largest
 
 
 def refused(folder: Path) -> dict[str, str]:
     """What is said, by what is wrong; empty where something is computed."""
     said: dict[str, str] = {}
-    model, layer = one_layer((6, 4), 64)
-    layer.cache.layout.write(folder)
+    model, description, attention = one_layer((6, 4), 64)
+    kernel_files.write(description.kernels, folder)
     rng, config = np.random.RandomState(0), {"INFERENCE_PRECISION_HINT": "f32"}
 
     def attempt(what: str, device: str, given: dict[str, str], batch: int, tokens: int, past: int = 0) -> None:
@@ -135,6 +174,19 @@ def refused(folder: Path) -> dict[str, str]:
     attempt("batch", "GPU", bound, 2, 3)
     attempt("capacity", "GPU", bound, 1, 1, CAPACITY)
     attempt("full", "GPU", bound, 1, 1, CAPACITY - 1)
+    text = Text(ov.Core().compile_model(model, "GPU", {**config, **bound}), attention, 64)
+    for tokens in (20, 1):
+        text.call(tokens)
+    try:  # a call too long, in the middle of a text; the same request goes on, and begins anew
+        text.request.infer(inputs(rng, 5, np.ones((1, CAPACITY + 1), np.int64), 64))
+        said["after"] = "a call past the capacity was taken"
+    except RuntimeError:
+        for tokens in (1, 7, 1):
+            text.call(tokens)
+        text.reset()
+        for tokens in (20, 1, 1):
+            text.call(tokens)
+        said["after"] = "" if text.largest < 1e-5 else f"{text.largest} off"
     return said
 
 
@@ -144,10 +196,11 @@ def main(folder: str, precision: str, texts: str, *bits: str) -> None:
     if texts == "-":
         found = dict(refused(Path(folder)))
     for number, text in enumerate(bits):
-        key, value, *dims = map(int, text.split(","))
+        first, *rest = text.split(",")
+        key_and_value = None if first == "window" else (int(first), int(rest.pop(0)))
         place = Path(folder) / str(number)
         place.mkdir()
-        found[text] = worst(place, precision, texts, (key, value), *(dims or [64]))
+        found[text] = worst(place, precision, texts, key_and_value, *map(int, rest or ["64"]))
     print(json.dumps(found))
 
 

@@ -2,7 +2,9 @@
 
 usage: tools/gpu/emulated python tests/on_gpu.py MODEL_DIR PROMPT TOKENS HOSTS [KEY=VALUE…]
 
-HOSTS are genai, optimum, or both with a comma between. A model with kernels of ovtq gets the property that it needs.
+HOSTS are genai, optimum, chat, or some with a comma between; chat is a conversation of genai that goes on, begins anew
+with other words, and goes back, and what is said to the same prompts one by one. A model with kernels of ovtq gets the
+property that it needs.
 """
 
 from __future__ import annotations
@@ -21,6 +23,30 @@ def generated_by_genai(model_dir: str, prompt: str, tokens: int, properties: dic
     pipe = genai.LLMPipeline(model_dir, "GPU", ATTENTION_BACKEND="SDPA", **properties)
     config = genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True, apply_chat_template=False)
     return {"genai": list(pipe.generate(pipe.get_tokenizer().encode(prompt).input_ids, config).tokens[0])}
+
+
+def chat(model_dir: str, prompt: str, tokens: int, properties: dict[str, str]) -> dict[str, list]:
+    """Its answers as the histories come, and to each as a prompt of its own, each asked twice."""
+    import openvino_genai as genai
+
+    pipe = genai.LLMPipeline(model_dir, "GPU", ATTENTION_BACKEND="SDPA", **properties)
+    tokenizer = pipe.get_tokenizer()
+    tokenizer.set_chat_template("{% for message in messages %}{{ message['content'] }} {% endfor %}")
+    config = genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True)
+    plain = genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True, apply_chat_template=False)
+    answers: list[str] = []
+    histories = []
+    for words in ([prompt], [prompt, "And then"], [prompt[: len(prompt) // 2], "Others say that"], [prompt]):
+        history = genai.ChatHistory()
+        for number, text in enumerate(words):
+            if number:
+                history.append({"role": "assistant", "content": answers[0]})
+            history.append({"role": "user", "content": text})
+        answers.append(str(pipe.generate(history, config).texts[0]))
+        histories.append(history)
+    prompts = [tokenizer.apply_chat_template(history, add_generation_prompt=True) for history in histories]
+    alone = [[str(pipe.generate([text], plain).texts[0]) for _ in range(2)] for text in prompts]
+    return {"chat": answers, "alone": alone}
 
 
 def generated_by_optimum(model_dir: str, prompt: str, tokens: int, properties: dict[str, str]) -> dict[str, list]:
@@ -46,7 +72,7 @@ def main(model_dir: str, prompt: str, tokens: str, hosts: str, *settings: str) -
     properties |= ovtq.properties(model_dir)
     found: dict[str, list] = {}
     for host in hosts.split(","):
-        said = {"genai": generated_by_genai, "optimum": generated_by_optimum}[host]
+        said = {"genai": generated_by_genai, "optimum": generated_by_optimum, "chat": chat}[host]
         found |= said(model_dir, prompt, int(tokens), properties)
     print(json.dumps(found))
 

@@ -156,6 +156,20 @@ def test_what_packed_windows_cost(
 
 @on_lunar_lake
 @pytest.mark.slow
+def test_kernels_of_our_own_by_hand(convert: Callable[..., Path], measured: Callable[[str], dict[str, Any]]) -> None:
+    """A packed row of each KV head and whether the token is shown; no copies, fewer kernels than `exact`."""
+    plain = measured("exact")
+    found = ledger(convert(MINI, "--preset", "k6v4", "--kernels", "--capacity", "4096", "--no-verify"))
+    (attend,) = rows(found, "ovtq_attend")
+    assert (attend["launches"], attend["written"]) == (3, 0)
+    assert attend["read"] == 3 * (KV_HEADS * (WIDTH * (6 + 4) // 8 + 2 * 2) + 2)
+    assert not rows(found, "ovtq_window")  # whose bytes do not grow
+    assert found["copies"] == 0
+    assert found["kernels"] < plain["kernels"]
+
+
+@on_lunar_lake
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "kernels"), [("exact", 363), ("k6v4", 410)])
 def test_a_bounded_cache_costs_the_same_at_any_length(preset: str, kernels: int, convert: Callable[..., Path]) -> None:
     """What grows with the text is its attention mask: once as i64, and what becomes of it as i32."""

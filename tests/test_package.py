@@ -183,7 +183,7 @@ FREE = {
         "open",
     ): "logits of a reference, gigabytes that are mapped; damaged ones are refused",
     ("ovtq/evidence/divergence.py", "memmap"): "of a file that vanishes, which disk.scratch made",
-    ("ovtq/codec/kernel_layout.py", "read_text"): "a part of the package",
+    ("ovtq/codec/kernel_files.py", "read_text"): "a part of the package",
 }
 
 

@@ -16,7 +16,7 @@ from ovtq import states
 from ovtq.errors import InputError
 from ovtq.ir.cache import marked, precisions
 from ovtq.ir.io import load, model_xml, states_of
-from ovtq.runtime import host
+from ovtq.runtime import host, kernels
 from ovtq.runtime.gpu_cache import as_gpu_stores
 from ovtq.runtime.paged import PagedRunner
 from ovtq.runtime.runner import Runner, computes_in
@@ -117,7 +117,8 @@ def open_candidate(candidate: Candidate, device: str, defaults: Mapping[str, str
     """
     if candidate.as_hosts:
         defaults = {name: value for name, value in defaults.items() if name in HOSTS}
-    properties = with_defaults(candidate.properties, defaults)
+    own = {} if device.startswith("CPU") else kernels.properties(candidate.folder)
+    properties = own | with_defaults(candidate.properties, defaults)
     if marked(load(candidate.folder)) and not _names_a_cache(candidate.properties):
         properties.pop("KV_CACHE_PRECISION", None)  # the model itself asks for one
     if candidate.paged:

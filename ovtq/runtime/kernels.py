@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ovtq.codec.kernel_layout import CONFIG, FOLDER
+from ovtq.codec.kernel_files import CONFIG, FOLDER
 from ovtq.errors import telling
 
 

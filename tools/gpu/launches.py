@@ -65,6 +65,8 @@ class Own:
 
     def moved(self, past: int, size: int) -> tuple[list[Tensor], list[Tensor]]:
         """What a decode step after `past` tokens reads and writes, where floating-point numbers have `size` bytes."""
+        if self.kernel == "ovtq_window":
+            return self.in_window(past, size)
         heads, queries, width, row, parts, record, window = (
             self.constants[name] for name in ("KV_HEADS", "QUERY_HEADS", "HEAD_DIM", "ROW", "PARTS", "RECORD", "WINDOW")
         )
@@ -73,11 +75,20 @@ class Own:
             return [records], [context]
         if self.kernel != "ovtq_attend":
             raise LedgerError(f"kernel {self.kernel}: it should not be launched in a decode step")
-        entry = 2 * width + 1
+        entry = 2 * width
         constants = heads * (3 * width**2 + width) + 2 * queries  # rotations, centres, sinks
-        step = (queries + 2 * heads) * width + 3
-        reads = [(max(past - window, 0) * heads * row, 2), (min(past, window) * heads * entry, size)]
+        step = (queries + 2 * heads) * width
+        reads = [(max(past - window, 0) * heads * row, 2), (min(past, window) * heads * entry, size), (past + 3, size)]
         return [*reads, (constants + step, size)], [records, (heads * row, 2), (heads * entry, size)]
+
+    def in_window(self, past: int, size: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The same of a sliding layer: what is in the window, and a token."""
+        heads, queries, width, window = (
+            self.constants[name] for name in ("KV_HEADS", "QUERY_HEADS", "HEAD_DIM", "WINDOW")
+        )
+        token = 2 * heads * width
+        reads = [(min(past, window - 1) * token, size), (queries * width + token + 2 * queries + 2, size)]
+        return [*reads, (window + 1, 4)], [(queries * width, size), (token, size)]
 
 
 def read_sources(folder: Path) -> dict[str, Source | Own]:

@@ -16,8 +16,9 @@ which the plugin generates, says of how many elements of which type each input a
 - what the plugin optimised out is not launched and moves nothing. A copy reads and writes its bytes;
 - oneDNN's products have no source. Operands are m·k, k·n and m·n elements for each of the batch, of the types of the
   kernels that wrote or read the same buffer, and not more than was written there;
-- ovtq's own kernels (ovtq_attend, ovtq_join; `--kernels` of ovtq-convert) have constants for shapes: of each token that
-  is no longer recent they read a row of each KV head, of each recent one an entry, both once, and what is flat;
+- ovtq's own kernels (ovtq_attend, ovtq_join, ovtq_window; `--kernels` of ovtq-convert) have constants for shapes: of
+  each token that is no longer recent they read a row of each KV head, of each recent one, or one in a sliding window,
+  its key and value, all once, of every token whether it is shown, and what is flat;
 - not counted: weights of products, the matrices of a mixture of experts (`grouped_micro_gemm`) and the scratch of
   attention, none of which grows with the history; what the host does; a step now and then in which a cache is moved to
   a larger buffer.

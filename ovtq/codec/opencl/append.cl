@@ -1,8 +1,7 @@
 // Several new tokens: append them. A sub-group takes one token of one KV head.
 //   state   the layer's
 //   step    the numbers of past and of new tokens, as high and low each, and a number that is not read; then, with as
-//           many tokens as there are rows, padding included, keys and values (KV_HEADS, tokens, HEAD_DIM), and whether
-//           each token is shown
+//           many tokens as there are rows, padding included, keys and values (KV_HEADS, tokens, HEAD_DIM)
 //   output  zero, in its first element
 __attribute__((intel_reqd_sub_group_size(LANES)))
 __kernel void ovtq_append(__global REAL* state, const __global REAL* step, __global OUTPUT0_TYPE* output) {
@@ -13,9 +12,8 @@ __kernel void ovtq_append(__global REAL* state, const __global REAL* step, __glo
   if ((int)token >= count || past + (int)token >= CAPACITY) return;
   const __global REAL* keys = step + 5;
   const __global REAL* values = keys + (size_t)KV_HEADS * rows * HEAD_DIM;
-  const __global REAL* shown = values + (size_t)KV_HEADS * rows * HEAD_DIM;
   float key[SHARE], value[SHARE];
   load_key(key, keys + ((size_t)head * rows + token) * HEAD_DIM, state, head);
   load_value(value, values + ((size_t)head * rows + token) * HEAD_DIM, state, head);
-  store(state, head, past + token, key, value, shown[token] > (REAL)0.5f, (int)token + SLOTS > count);
+  store(state, head, past + token, key, value, (int)token + SLOTS > count);
 }

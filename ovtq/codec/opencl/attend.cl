@@ -1,29 +1,24 @@
 // One new token: append it, and attend to the sink, the window, the history. Work-groups of a KV head share the history
 // (the first has the rest); each gives a partial context of every query head, its largest score and its sum of weights.
+//   step    queries (QUERY_HEADS, HEAD_DIM), key and value (KV_HEADS, HEAD_DIM) each
+//   columns the number of past tokens as high and low; then of each token, this one's included, whether it is shown:
+//           positive (CAPACITY)
 //   state   the layer's
-//   step    queries (QUERY_HEADS, HEAD_DIM), key and value (KV_HEADS, HEAD_DIM) each, then the number of past tokens
-//           as high and low, and whether this one is shown
 //   output  PARTS records of RECORD floats for each query head
-inline void add(float score, const float* value, float* top, float* sum, float* context) {
-  const float larger = fmax(*top, score), old = native_exp(*top - larger), weight = native_exp(score - larger);
-  *sum = *sum * old + weight;
-  *top = larger;
-  FOR_SHARE context[i] = context[i] * old + weight * value[i];
-}
-
 // Coordinates are unpacked 32 at a time, from as many words of each plane as it has bits a code.
 #define WORDS(plane, width, block) ((const __global uint*)(plane) + (block) * (width))
 #define CODE(words, width, n) (((words)[(n) / (32 / (width))] >> ((width) * ((n) % (32 / (width))))) & ((1u << (width)) - 1))
 
 __attribute__((intel_reqd_sub_group_size(LANES)))
-__kernel void ovtq_attend(__global REAL* state, const __global REAL* step, __global OUTPUT0_TYPE* output) {
+__kernel void ovtq_attend(const __global REAL* step, const __global REAL* columns, __global REAL* state,
+                          __global OUTPUT0_TYPE* output) {
   const uint lane = get_sub_group_local_id(), me = get_sub_group_id();
   const uint head = get_group_id(0) / PARTS, part = get_group_id(0) % PARTS;
   const __global REAL* queries = step + head * GROUP * HEAD_DIM;
   const __global REAL* keys = step + QUERY_HEADS * HEAD_DIM;
   const __global REAL* values = keys + KV_HEADS * HEAD_DIM;
-  const __global REAL* facts = values + KV_HEADS * HEAD_DIM;
-  const int past = count_of(facts[0], facts[1]);
+  const __global REAL* shown = columns + 2;
+  const int past = count_of(columns[0], columns[1]);
   if (past >= CAPACITY) return;  // nothing is written out of bounds
 
   __local float turned[GROUP][HEAD_DIM];
@@ -57,18 +52,17 @@ __kernel void ovtq_attend(__global REAL* state, const __global REAL* step, __glo
     if (me == SUB_GROUPS - 1) {  // the new token
       load_key(key, keys + head * HEAD_DIM, state, head);
       load_value(value, values + head * HEAD_DIM, state, head);
-      const bool shown = facts[2] > (REAL)0.5f;
       for (int g = 0; g < GROUP; g++) {
         float score = 0;
         FOR_SHARE score += key[i] * turned[g][SHARE * lane + i];
         score = sub_group_reduce_add(score);
-        if (shown) add(score, value, &top[g], &sum[g], context[g]);
+        if (shown[past] > 0) add(score, value, &top[g], &sum[g], context[g]);
       }
-      store(state, head, past, key, value, shown, true);
+      store(state, head, past, key, value, true);
     }
     for (int token = older + (int)me; token < past; token += SUB_GROUPS) {
+      if (!(shown[token] > 0)) continue;
       const __global REAL* entry = ring_row(state, head, token);
-      if (entry[2 * HEAD_DIM] < (REAL)0.5f) continue;
       load(key, entry);
       load(value, entry + HEAD_DIM);
       for (int g = 0; g < GROUP; g++) {
@@ -101,7 +95,7 @@ __kernel void ovtq_attend(__global REAL* state, const __global REAL* step, __glo
         }
       }
       const float key_scale = row[ROW - 2], value_scale = row[ROW - 1];
-      const bool seen = first + (int)lane < older && key_scale >= 0;
+      const bool seen = first + (int)lane < older && shown[token] > 0;
       float weight[GROUP];
       for (int g = 0; g < GROUP; g++) {
         const float x = seen ? score[g] * key_scale : NOWHERE;

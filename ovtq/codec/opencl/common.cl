@@ -1,13 +1,6 @@
-// What the kernels share. A sub-group of 16 lanes holds a vector of HEAD_DIM coordinates, SHARE = HEAD_DIM / 16 of them
-// in each lane: lane l has those from SHARE·l on. Behind the generated constants, before each kernel.
-#pragma OPENCL EXTENSION cl_khr_fp16 : enable
-#define LANES 16
-#define SUB_GROUPS 8  // of a work-group
-#define SHARE (HEAD_DIM / LANES)
+// What the kernels of packed layers share.
 #define SLOTS (WINDOW + 1)           // of the ring: while the new token is written, all of the window can be read
-#define RING_ROW (2 * HEAD_DIM + 2)  // its key, its value, whether it is shown
-#define NOWHERE -1e30f               // the score of what is not seen
-#define FOR_SHARE _Pragma("unroll") for (int i = 0; i < SHARE; i++)
+#define RING_ROW (2 * HEAD_DIM)      // its key, its value
 
 // The state of a layer: constants, packed rows of all tokens, the last tokens as they came. Offsets are in its elements.
 // Of a KV head: what queries, keys and values are multiplied with, and what turns keys and values back.
@@ -27,9 +20,6 @@ inline __global REAL* ring_row(__global REAL* state, uint head, uint token) {
   return state + RING + ((size_t)head * SLOTS + token % SLOTS) * RING_ROW;
 }
 
-// A count that came as floats, 1024·high + low: exact in f16, too.
-inline int count_of(REAL high, REAL low) { return (int)high * 1024 + (int)low; }
-
 // x·matrix, the matrix by rows.
 inline void turn(float* x, const __global REAL* matrix) {
   const uint lane = get_sub_group_local_id();
@@ -43,11 +33,6 @@ inline void turn(float* x, const __global REAL* matrix) {
     }
   }
   FOR_SHARE x[i] = y[i];
-}
-
-inline void load(float* x, const __global REAL* source) {
-  const uint lane = get_sub_group_local_id();
-  FOR_SHARE x[i] = source[SHARE * lane + i];
 }
 
 // (scale·key − centre)·matrix and (value − centre)·matrix: as they are quantised.
@@ -115,8 +100,8 @@ inline void read_codes(const __global uchar* row, int first, int second, float m
   }
 }
 
-// Write a token: packed, and as it came if `recent`. Its scale of the key is −1 if it is never to be seen.
-inline void store(__global REAL* state, uint head, uint token, float* key, float* value, bool shown, bool recent) {
+// Write a token: packed, and as it came if `recent`.
+inline void store(__global REAL* state, uint head, uint token, float* key, float* value, bool recent) {
   const uint lane = get_sub_group_local_id();
   __global REAL* row = packed_row(state, head, token);
   __global uchar* bytes = (__global uchar*)row;
@@ -129,13 +114,12 @@ inline void store(__global REAL* state, uint head, uint token, float* key, float
   write_plane(bytes, VALUE_FIRST, VALUE_SECOND, code, VALUE_MIDDLE);
   if (VALUE_SECOND) write_plane(bytes + HEAD_DIM / 8 * VALUE_FIRST, VALUE_SECOND, 0, code, VALUE_MIDDLE);
   if (lane == 0) {
-    row[ROW - 2] = shown ? (REAL)key_scale : (REAL)-1;
+    row[ROW - 2] = (REAL)key_scale;
     row[ROW - 1] = (REAL)value_scale;
   }
   if (recent) {
     __global REAL* entry = ring_row(state, head, token);
     FOR_SHARE entry[SHARE * lane + i] = (REAL)key[i];
     FOR_SHARE entry[HEAD_DIM + SHARE * lane + i] = (REAL)value[i];
-    if (lane == 0) entry[2 * HEAD_DIM] = shown ? (REAL)1 : (REAL)0;
   }
 }

@@ -18,7 +18,7 @@ __kernel void ovtq_read(__global REAL* state, const __global INPUT1_TYPE* unused
       const __global uchar* bytes = (const __global uchar*)packed;
       read_codes(bytes, KEY_FIRST, KEY_SECOND, KEY_MIDDLE, key);
       read_codes(bytes + HEAD_DIM / 8 * (KEY_FIRST + KEY_SECOND), VALUE_FIRST, VALUE_SECOND, VALUE_MIDDLE, value);
-      const float key_scale = fmax((float)packed[ROW - 2], 0.0f), value_scale = packed[ROW - 1];
+      const float key_scale = packed[ROW - 2], value_scale = packed[ROW - 1];
       FOR_SHARE key[i] *= key_scale;
       FOR_SHARE value[i] *= value_scale;
     } else if ((int)row < count) {
