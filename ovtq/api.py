@@ -81,6 +81,8 @@ def compress(
     passes: PassList | None = None,
     k_bits: int | str | None = None,
     v_bits: int | str | None = None,
+    bits: str | None = None,
+    budget_kld: float | None = None,
     residual_window: int | None = None,
     protect: str | None = None,
     centre: str | None = None,
@@ -110,8 +112,8 @@ def compress(
     it. Raises InputError, UnsupportedModel or PreconditionFailed; the model is then as it was.
     """
     options = Options(
-        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, kernels, capacity, window_bits, basis,
-        calibration, budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
+        preset, target, passes, k_bits, v_bits, bits, budget_kld, residual_window, protect, centre, kernels, capacity,
+        window_bits, basis, calibration, budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     graph = _graph(model)
     options.refuse_bad()  # before the rest takes seconds
@@ -143,6 +145,8 @@ def convert(
     passes: PassList | None = None,
     k_bits: int | str | None = None,
     v_bits: int | str | None = None,
+    bits: str | None = None,
+    budget_kld: float | None = None,
     residual_window: int | None = None,
     protect: str | None = None,
     centre: str | None = None,
@@ -178,8 +182,8 @@ def convert(
     `model_dir` is never changed.
     """
     options = Options(
-        preset, target, passes, k_bits, v_bits, residual_window, protect, centre, kernels, capacity, window_bits, basis,
-        calibration, budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
+        preset, target, passes, k_bits, v_bits, bits, budget_kld, residual_window, protect, centre, kernels, capacity,
+        window_bits, basis, calibration, budget, recent_window, prefix, score, stats, mode, slack, heads, settings,
     )  # fmt: skip
     checks = Checks(verify, verify_device, verify_seed, verify_layers)
     raised: list[Exception] = []

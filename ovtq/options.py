@@ -10,6 +10,7 @@ from typing import Any
 from ovtq import pipeline
 from ovtq.advice import BY_TEXT, Advice, gains_by_text
 from ovtq.automatic import AUTO, PACKED, choose
+from ovtq.codec.allotment import AUTO as ALLOTTED
 from ovtq.errors import InputError
 from ovtq.forms.table import TARGETS
 from ovtq.models import ModelDescription
@@ -17,7 +18,7 @@ from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
 from ovtq.passes.base import BasisPass
 from ovtq.wording import PROGRAM, Wording
 
-PACKING = ("k_bits", "v_bits", "residual_window", "protect", "centre", "kernels", "capacity")
+PACKING = ("k_bits", "v_bits", "bits", "budget_kld", "residual_window", "protect", "centre", "kernels", "capacity")
 PRUNING = ("budget", "recent_window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv
 
 PassList = str | Sequence[str | Pass]  # as on the command line, or each so or made
@@ -28,10 +29,10 @@ Settings = Mapping[str, Mapping[str, Any]]  # options by pass
 class Options:
     """Which passes run, and with which options; None: as the preset has it.
 
-    `k_bits` to `capacity` are options of quantize-kv, or of prune-kv in its place; `window_bits` are bits of keys and
-    of values that sliding layers keep; `basis` and `calibration` are options of all passes that store heads in a basis;
-    `budget` puts prune-kv among the passes, and `recent_window` to `heads` are its options. `settings` are any other
-    options by pass, such as {"truncate-window": {"slack": 16}}.
+    `k_bits` to `capacity` are options of quantize-kv, or, but for `bits`, of prune-kv in its place; `window_bits` are
+    bits of keys and of values that sliding layers keep; `basis` and `calibration` are options of all passes that store
+    heads in a basis; `budget` puts prune-kv among the passes, and `recent_window` to `heads` are its options.
+    `settings` are any other options by pass, such as {"truncate-window": {"slack": 16}}.
     """
 
     preset: str | None = None
@@ -39,6 +40,8 @@ class Options:
     passes: PassList | None = None
     k_bits: int | str | None = None
     v_bits: int | str | None = None
+    bits: str | None = None
+    budget_kld: float | None = None
     residual_window: int | None = None
     protect: str | None = None
     centre: str | None = None
@@ -104,6 +107,9 @@ class Options:
         if self.capacity is not None and not self.kernels:
             raise InputError(f"{wording.option('capacity')} has no effect without {wording.option('kernels')}")
         packing = {QuantizeKv.name: self._given(PACKING)}
+        basis = self._given(("basis", "calibration"))
+        if self.bits == ALLOTTED and self.basis is None:
+            basis["basis"] = "calibrated"  # in which losses were measured
         if self.window_bits is not None:
             bits = self.window_bits
             if isinstance(bits, str) or not isinstance(bits, Sequence) or len(bits) != 2:
@@ -113,7 +119,7 @@ class Options:
         if self.budget is not None:
             passes = pipeline.with_pruning(passes, self.target, wording)
         settings = {name: dict(some) for name, some in self._settings(wording).items()}
-        passes = pipeline.with_basis(passes, self._given(("basis", "calibration")), wording)
+        passes = pipeline.with_basis(passes, basis, wording)
         if pruning:
             settings[PruneKv.name] = pruning | settings.get(PruneKv.name, {})
         passes = pipeline.with_settings(passes, settings, wording)

@@ -18,7 +18,7 @@ import openvino as ov
 from openvino import opset15 as op
 
 from ovtq.codec.basis import HeadBasis
-from ovtq.codec.coding import codecs
+from ovtq.codec.coding import Codecs, codecs
 from ovtq.forms.attend import FullCacheSpec
 from ovtq.forms.bases import LayerBases
 from ovtq.forms.gpu.kernels import Kernels
@@ -54,7 +54,8 @@ def one_layer(bits: tuple[int, int], head_dim: int) -> tuple[ov.Model, Attention
     centre = rounded(0.3 * np.random.RandomState(2).standard_normal((HEADS, head_dim)))
     middle = rounded(0.3 * np.random.RandomState(3).standard_normal((HEADS, head_dim)))
     bases = LayerBases(skewed(head_dim, centre, 4), skewed(head_dim, middle, 5))
-    plan = FullCacheSpec(*codecs(tuple(map(str, bits)), head_dim), (layer,), {0: bases}, WINDOW)
+    coded = {0: Codecs(*codecs(tuple(map(str, bits)), head_dim))}
+    plan = FullCacheSpec(coded, (layer,), {0: bases}, WINDOW)
     past = op.subtract(dim(mask, 1), dim(ids, 1))
     form = Kernels(ModelDescription("none", ids, mask, None, (layer,), (), past), plan, CAPACITY)
     made = form.rewrite(layer)

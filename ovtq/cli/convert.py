@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from ovtq.verification.extent import BIG, BIG_LAYERS
 from ovtq.wording import COMMAND_LINE
 
 # Of quantize-kv, with flags of their own.
-PACKED_OPTIONS = ("k-bits", "v-bits", "residual-window", "protect", "centre", "capacity")
+PACKED_OPTIONS = ("k-bits", "v-bits", "bits", "budget-kld", "residual-window", "protect", "centre", "capacity")
 BASIS_OPTIONS = ("basis", "calibration")  # of all passes that have them
 PRUNING_OPTIONS = ("recent-window", "prefix", "score", "stats", "mode", "slack", "heads")  # of prune-kv, likewise
 
@@ -275,6 +276,17 @@ def _packed_line(found: Mapping[str, Any]) -> str:
     )
 
 
+def _bits_line(bits: Mapping[str, Sequence[int]], predicted: float | None) -> str:
+    """Bits by layer, neighbours alike in one, and what they are predicted to lose."""
+    runs = [
+        (key, [index for index, _ in some])
+        for key, some in itertools.groupby(bits.items(), lambda item: tuple(item[1]))
+    ]
+    words = [f"{these[0]}{f' to {these[-1]}' if len(these) > 1 else ''}: {key}/{value}" for (key, value), these in runs]
+    line = f"bits of keys/values, by full layer: {', '.join(words)}"
+    return line if predicted is None else f"{line}; predicted mean KLD {predicted:.2g}"
+
+
 def _names(passes: Sequence[Pass]) -> str:
     return ", ".join(item.name for item in passes)
 
@@ -306,6 +318,10 @@ def _report(
                 f"a window of {step['facts']['window']:,} tokens is held from the first token on and copied in every "
                 "step: shorter texts are slower than in the exported model"
             )
+
+    for step in record["passes"]:
+        if bits := step["facts"].get("bits"):
+            console.print(_bits_line(bits, step["facts"].get("predicted_kld")))
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     before, after = record["state_bytes"]["before"], record["state_bytes"]["after"]

@@ -94,7 +94,7 @@ class Kernels:
     def __init__(self, description: ModelDescription, plan: FullCacheSpec, capacity: int) -> None:
         if description.past is None:
             raise ValueError("lengths come from a state still; decouple-length comes first")
-        first, ((key, _), (value, _)) = plan.layers[0], plan.pairs
+        first, ((key, _), (value, _)) = plan.layers[0], plan.uniform.pairs
         bits = key.bits, value.bits
         self.plan = plan
         self.layout = KernelLayout(first.kv_heads, first.group, first.head_dim, bits, plan.window, capacity)
