@@ -200,6 +200,7 @@ def convert(
             tick()
             record["weights"] = written.how
             io.copy_rest(model_dir, folder)
+            (folder / (moments.NAME + moments.PART)).unlink(missing_ok=True)  # of no use to who runs it
             for item in passes:
                 item.leave(folder)
             if kernels:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from ovtq import pipeline
 from ovtq.advice import BY_TEXT, Advice, gains_by_text
 from ovtq.automatic import AUTO, PACKED, choose
+from ovtq.codec.allotment import AUTO as ALLOTTED
 from ovtq.errors import InputError
 from ovtq.forms.table import TARGETS
 from ovtq.models import ModelDescription
@@ -41,10 +42,10 @@ def _of(kind: type[Pass], meaning: str = "", group: str = "") -> Any:
 class Options:
     """Which passes run, and with which options; None: as the preset has it.
 
-    `k_bits` to `capacity` are options of quantize-kv, or of prune-kv in its place; `window_bits` are bits of keys and
-    of values that sliding layers keep; `basis` and `calibration` are options of all passes that store heads in a basis;
-    `budget` puts prune-kv among the passes, and `recent_window` to `heads` are its options. `settings` are any other
-    options by pass, such as {"truncate-window": {"slack": 16}}.
+    `k_bits` to `capacity` are options of quantize-kv, or, but for `bits`, of prune-kv in its place; `window_bits` are
+    bits of keys and of values that sliding layers keep; `basis` and `calibration` are options of all passes that store
+    heads in a basis; `budget` puts prune-kv among the passes, and `recent_window` to `heads` are its options.
+    `settings` are any other options by pass, such as {"truncate-window": {"slack": 16}}.
     """
 
     preset: str | None = option(
@@ -62,6 +63,8 @@ class Options:
     passes: PassList | None = option(None, "passes in order, NAME[:OPTION=VALUE]…,NAME…")
     k_bits: int | str | None = _of(QuantizeKv)
     v_bits: int | str | None = _of(QuantizeKv)
+    bits: str | None = _of(QuantizeKv)
+    budget_kld: float | None = _of(QuantizeKv)
     residual_window: int | None = _of(
         QuantizeKv, "recent tokens kept at full precision (default: 64 in a packed preset, none in u8 and u4, on a GPU)"
     )
@@ -133,6 +136,9 @@ class Options:
         packing = {QuantizeKv.name: self._given(QuantizeKv.name)}
         if self.target == "gpu" and self.named in pipeline.NATIVE and self.residual_window is not None:
             passes = pipeline.with_window(passes, packing[QuantizeKv.name].pop("residual_window"))
+        basis = self._given(BASIS)
+        if self.bits == ALLOTTED and self.basis is None:
+            basis["basis"] = "calibrated"  # in which losses were measured
         if self.window_bits is not None:
             bits = self.window_bits
             if isinstance(bits, str) or not isinstance(bits, Sequence) or len(bits) != 2:
@@ -144,7 +150,7 @@ class Options:
         if self.budget is not None:
             passes = pipeline.with_pruning(passes, self.target, wording)
         settings = {name: dict(some) for name, some in self._settings(wording).items()}
-        passes = pipeline.with_basis(passes, self._given(BASIS), wording)
+        passes = pipeline.with_basis(passes, basis, wording)
         if pruning:
             settings[PruneKv.name] = pruning | settings.get(PruneKv.name, {})
         passes = pipeline.with_settings(passes, settings, wording)

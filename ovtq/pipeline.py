@@ -182,6 +182,8 @@ def with_pruning(passes: Sequence[Pass], target: str, wording: Wording = COMMAND
         )
     if any(isinstance(item, QuantizeKv) and item.kernels for item in passes):
         raise InputError(f"{budget} and {wording.option('kernels')} don't go together: no kernel prunes; leave one out")
+    if any(isinstance(item, QuantizeKv) and item.bits for item in passes):
+        raise InputError(f"{budget} and {wording.option('bits')} don't go together; give {wording.option('k_bits')}")
     if not any(isinstance(item, DecoupleLength) for item in passes):
         raise InputError(f"{budget} needs the pass decouple-length; take the preset exact, k8v4, k6v4 or k4v4")
     done: list[Pass] = []

@@ -212,6 +212,8 @@ def _value(kind: type, text: Any) -> Any:
             return str(text)  # bits, a layer's index, a file
         if isinstance(text, bool) != (kind is bool):
             raise TypeError(text)
+        if kind is float:
+            return float(text)
         return text if kind is bool else operator.index(text)
     if kind is bool:
         if text.lower() not in ("true", "false"):

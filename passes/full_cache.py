@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 import openvino as ov
 
-from ovtq.codec.coding import codecs, unfit
+from ovtq.codec.allotment import AUTO, allot, named
+from ovtq.codec.coding import Codecs, codecs, unfit
 from ovtq.codec.kernel_files import HEAD_DIMS
 from ovtq.codec.kernel_layout import MOST_HEADS
 from ovtq.codec.rotation import orthogonal
@@ -43,6 +44,8 @@ class FullCache:
     capacity: int | None = None  # tokens that kernels of ovtq have room for; None: no kernels
     basis: str = "rotation"
     calibration: str = ""
+    by_layer: str = ""  # bits of some layers, or of all by what they lose, in place of `bits`
+    most: float = 0.0  # mean KLD that may then be predicted, in nats; 0: `by_layer` says which bits
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
@@ -50,6 +53,17 @@ class FullCache:
         for part in filter(None, self.protect.split(",")):
             if not re.fullmatch(r"(first:|last:)?\d+", part):
                 raise ValueError(f"protect: expected first:N, last:N or an index, got {part!r}")
+        named(self.by_layer)
+        if self.automatic != bool(self.most) or not 0 <= self.most < float("inf"):
+            raise ValueError(
+                f"bits auto and budget-kld, a number of nats above 0, go together; got bits {self.by_layer or 'none'} "
+                f"and budget-kld {self.most:g}"
+            )
+
+    @property
+    def automatic(self) -> bool:
+        """Whether bits are chosen by what they lose."""
+        return self.by_layer == AUTO
 
     def chosen(self, description: ModelDescription) -> tuple[AttentionLayer, ...]:
         """The full layers that are not protected."""
@@ -80,7 +94,56 @@ class FullCache:
             or coupled(description)
             or taken(description.states, RECENT)
             or self.choice.unfit(layers)
+            or self._without_bits(layers)
         )
+
+    def _without_bits(self, layers: tuple[AttentionLayer, ...]) -> str:
+        """Why these layers can't have bits of their own, if they are to."""
+        if not self.by_layer:
+            return ""
+        if "none" in self.bits:
+            return "bits: keys and values are both packed then; give k-bits and v-bits numbers"
+        if other := [index for index in named(self.by_layer) if index not in {layer.index for layer in layers}]:
+            have = ", ".join(str(layer.index) for layer in layers)
+            return f"bits: layer {other[0]} is no full layer that is packed; those are {have}"
+        try:
+            coded, _ = self.allotted(layers)
+        except ValueError as error:
+            return str(error)
+        if self.capacity and len({*coded.values()}) > 1:
+            return "kernels have the same bits in all layers; leave out kernels, or bits"
+        return ""
+
+    def allotted(self, layers: tuple[AttentionLayer, ...]) -> tuple[dict[int, tuple[str, str]], dict[str, Any]]:
+        """Bits of each layer, and what is told of them. Raises ValueError if none are as good as is asked for."""
+        if not self.by_layer:
+            return {layer.index: self.bits for layer in layers}, {}
+        facts: dict[str, Any] = {}
+        some = named(self.by_layer)
+        if self.automatic:
+            found = allot(self._sensitivities(layers), layers[0].head_dim, self.most)
+            some, facts = dict(found.bits), {"predicted_kld": found.predicted}
+        bits = {x.index: tuple(map(str, some[x.index])) if x.index in some else self.bits for x in layers}
+        for index, pair in bits.items():
+            if reason := unfit(pair, layers[0].head_dim):
+                raise ValueError(f"layer {index} {reason}")
+        facts["bits"] = {str(index): [int(key), int(value)] for index, (key, value) in bits.items()}
+        return {index: (key, value) for index, (key, value) in bits.items()}, facts
+
+    def _sensitivities(self, layers: tuple[AttentionLayer, ...]) -> dict[int, tuple[float, float]]:
+        found = self.choice.calibration()
+        if self.basis != "calibrated" or found is None:
+            raise ValueError("bits auto: needs the basis calibrated, in which losses were measured")
+        known = {}
+        for layer in layers:
+            key, value = (found.layers[layer.index].sensitivity(which) for which in ("key", "value"))
+            if key is None or value is None:
+                raise ValueError(
+                    f"bits auto: {self.calibration} does not say what layer {layer.index} loses; run ovtq-calibrate "
+                    "--sensitivity MODEL_DIR"
+                )
+            known[layer.index] = key, value
+        return known
 
     def _without_kernels(self, layer: AttentionLayer) -> str:
         if not TARGET[self.target].kernels:
@@ -105,7 +168,8 @@ class FullCache:
         spread = orthogonal(layers[0].head_dim, self.seed)
         bases = self.choice.of(model, layers, (spread, spread))
         scaled = {x.index: LayerBases(bases[x.index].key.scaled(x.scale), bases[x.index].value) for x in layers}
-        return FullCacheSpec(*codecs(self.bits, layers[0].head_dim), layers, scaled, self.window, self.pruning)
+        coded = {index: Codecs(*codecs(bits, layers[0].head_dim)) for index, bits in self.allotted(layers)[0].items()}
+        return FullCacheSpec(coded, layers, scaled, self.window, self.pruning)
 
     def give(
         self, model: ov.Model, description: ModelDescription
@@ -120,7 +184,7 @@ class FullCache:
         )
         changed = {layer.index: form.rewrite(layer) for layer in layers}
         model = rebuild(model, drop=[path.assign for layer in layers for path in layer.paths], add=form.finish())
-        facts = {"layers": plan.indices, **plan.digests, **told(self.choice, plan.bases)}
+        facts = {"layers": plan.indices, **plan.digests, **told(self.choice, plan.bases), **self.allotted(layers)[1]}
         if isinstance(form, Kernels):
             facts["kernels_sha256"] = form.layout.digest
         return model, description.recached(changed, form.states), facts

@@ -32,6 +32,9 @@ class QuantizeKv(FullCachePass):
     Codes are of vectors in a basis: a rotation, or one that balances what keys are multiplied with against what they
     are (`ovtq.codec.basis`), for each KV head. The inverse merges into the decoding, so it costs nothing.
 
+    With `bits` layers have widths of their own: as named, or, auto, the fewest bytes whose loss is predicted to be
+    within `budget-kld`, by what statistics say that each layer's keys and values cost (`ovtq.codec.allotment`).
+
     Refuses models whose full layers no longer have the exported KV states, whose lengths come from them (run
     decouple-length first), or whose shapes differ; and a head_dim that the packing can't fill. Source: TurboQuant
     (arXiv 2504.19874), Algorithm 1, with the step of `ovtq.codec.AdaptiveUniform` instead of a fixed codebook;
@@ -42,6 +45,10 @@ class QuantizeKv(FullCachePass):
 
     k_bits: str = option("6", "bits per coordinate of a key", choices=BITS)
     v_bits: str = option("4", "bits per coordinate of a value", choices=BITS)
+    bits: str = option(
+        "", "bits of layers of their own, LAYER:K/V,… such as 0:6/4,3:4/3; or auto, by what each loses of budget-kld"
+    )
+    budget_kld: float = option(0.0, "with bits auto: the mean KLD, in nats, that may be predicted of the whole model")
     residual_window: int = option(64, "recent tokens kept at full precision")
     protect: str = option("", "full layers left alone: first:N, last:N or indices, separated by commas")
     centre: str = centre_option()
@@ -70,7 +77,7 @@ class QuantizeKv(FullCachePass):
         capacity = self.capacity if self.kernels else None
         return FullCache(
             bits, self.residual_window, self.protect, self.centre, self.seed, self.target,
-            basis=self.basis, calibration=self.calibration, capacity=capacity,
+            basis=self.basis, calibration=self.calibration, capacity=capacity, by_layer=self.bits, most=self.budget_kld,
         )  # fmt: skip
 
     def requires(self, description: ModelDescription) -> None:

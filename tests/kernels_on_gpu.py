@@ -21,7 +21,7 @@ from openvino import opset15 as op
 
 from ovtq.codec import kernel_files
 from ovtq.codec.basis import HeadBasis
-from ovtq.codec.coding import codecs
+from ovtq.codec.coding import Codecs, codecs
 from ovtq.codec.packed_attention import PackedAttention
 from ovtq.forms.attend import FullCacheSpec
 from ovtq.forms.bases import LayerBases
@@ -67,7 +67,8 @@ def one_layer(bits: tuple[int, int] | None, head_dim: int) -> tuple[ov.Model, Mo
         centre = rounded(0.3 * np.random.RandomState(2).standard_normal((HEADS, head_dim)))
         middle = rounded(0.3 * np.random.RandomState(3).standard_normal((HEADS, head_dim)))
         bases = LayerBases(skewed(head_dim, centre, 4), skewed(head_dim, middle, 5))
-        plan = FullCacheSpec(*codecs(tuple(map(str, bits)), head_dim), (layer,), {0: bases}, WINDOW)
+        coded = {0: Codecs(*codecs(tuple(map(str, bits)), head_dim))}
+        plan = FullCacheSpec(coded, (layer,), {0: bases}, WINDOW)
         form = Kernels(description, plan, CAPACITY)
     made = form.rewrite(layer)
     model = ov.Model([result], form.finish(), [ids, mask, query, key, value], "layer")

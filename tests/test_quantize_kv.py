@@ -52,6 +52,7 @@ FORMS: dict[str, QuantizeKv] = {
         ("K3V8", 16, {"k_bits": "3", "v_bits": "8"}),
         ("values alone", 16, {"k_bits": "none", "v_bits": "6"}),
         ("keys alone", 16, {"v_bits": "none"}),
+        ("bits by layer", 16, {"bits": "1:8/3"}),  # layer 3 has those of all
     )
 }
 
@@ -60,7 +61,7 @@ def references(item: QuantizeKv) -> dict[int, PackedAttention]:
     model, description = load(TINY["5.5"])
     made = {}
     for layer in item.chosen(description):
-        d, texts = layer.head_dim, (item.k_bits, item.v_bits)
+        d, texts = layer.head_dim, ("8", "3") if item.bits and layer.index == 1 else (item.k_bits, item.v_bits)
         codecs = tuple(None if bits == "none" else AdaptiveUniform(int(bits), d) for bits in texts)
         centre = np.zeros((layer.kv_heads, d), np.float32)
         if item.centre == "auto":
@@ -232,12 +233,34 @@ def test_protected_layers_stay_as_they_are() -> None:
         ({"protect": "middle"}, "protect: expected first:N, last:N or an index, got 'middle'"),
         ({"residual-window": "-1"}, "residual-window must be from 0 to 4096, got -1"),
         ({"seed": "-1"}, "seed must be from 0 to 4294967295, got -1"),
+        ({"bits": "1:8/7"}, "bits: expected auto, or LAYER:K/V,… such as 0:6/4,3:4/3, each layer once"),
+        ({"bits": "1:8/4,1:6/4"}, "each layer once, with bits of 2, 3, 4, 5, 6, 8, got '1:6/4'"),
+        ({"bits": "auto"}, "bits auto and budget-kld, a number of nats above 0, go together; got bits auto and"),
+        ({"budget_kld": "1e-3"}, "go together; got bits none and budget-kld 0.001"),
+        ({"bits": "auto", "budget_kld": "nan"}, "a number of nats above 0"),
+        ({"bits": "auto", "budget_kld": "inf"}, "a number of nats above 0"),
+        ({"bits": "auto", "budget_kld": "little"}, "budget_kld needs float, got 'little'"),
         ({"target": "npu"}, "quantize-kv: target is one of gpu, cpu, got 'npu'"),
     ],
 )
 def test_options_are_checked(options: dict[str, str], message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         QuantizeKv.parse(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bits": "0:6/4"}, "bits: layer 0 is no full layer that is packed; those are 1, 3"),
+        ({"bits": "1:6/4", "protect": "first:1"}, "bits: layer 1 is no full layer that is packed; those are 3"),
+        ({"bits": "1:6/4", "v_bits": "none"}, "bits: keys and values are both packed then"),
+        ({"bits": "1:6/3", "kernels": True}, "kernels have the same bits in all layers"),
+        ({"bits": "auto", "budget_kld": 1e-3}, "bits auto: needs the basis calibrated, in which losses were measured"),
+    ],
+)
+def test_bits_by_layer_that_can_not_be(options: dict[str, object], message: str) -> None:
+    with pytest.raises(PreconditionFailed, match=re.escape(f"quantize-kv: {message}")):
+        applied(TINY["5.5"], *EXACT, QuantizeKv(**options))
 
 
 @pytest.mark.parametrize(("before", "message"), [((), "run decouple-length first")])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, JustifyMethod
@@ -38,6 +39,9 @@ def show(console: Console, record: Record, precision: str | None) -> None:
     if line := caution(record["target"], precision):
         console.print(line)
     console.print(_passes(record))
+    for step in record["passes"]:
+        if bits := step["facts"].get("bits"):
+            console.print(_bits_line(bits, step["facts"].get("predicted_kld")))
     for name, reason in record["skipped"].items():
         console.print(f"{name} left out: {reason}")
     for line in _window_lines(record):
@@ -72,6 +76,17 @@ def _passes(record: Record) -> Table:
         notes = [f"{key}={value}" for key, value in step["options"].items()]
         table.add_row(step["name"], str(step["sites"]), " ".join([*notes, "" if step["exact"] else "lossy"]))
     return table
+
+
+def _bits_line(bits: Mapping[str, Sequence[int]], predicted: float | None) -> str:
+    """Bits by layer, neighbours alike in one, and what they are predicted to lose."""
+    runs = [
+        (key, [index for index, _ in some])
+        for key, some in itertools.groupby(bits.items(), lambda item: tuple(item[1]))
+    ]
+    words = [f"{these[0]}{f' to {these[-1]}' if len(these) > 1 else ''}: {key}/{value}" for (key, value), these in runs]
+    line = f"bits of keys/values, by full layer: {', '.join(words)}"
+    return line if predicted is None else f"{line}; predicted mean KLD {predicted:.2g}"
 
 
 def _window_lines(record: Record) -> Iterator[str]:

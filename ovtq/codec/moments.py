@@ -7,16 +7,20 @@ Moments come from a text that the model has read (`ovtq.evidence.calibration`), 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
 
 from ovtq import archives
+from ovtq.codec.turboquant import distortion
 from ovtq.errors import InputError
 
 NAME = "calibration.npz"  # in a model's folder
+PART = ".part"  # behind the name of a file that an interrupted run left beside
 FORM = 2  # of the file: 1 had all tokens weigh the same
+PROBED = (3, 4)  # bits in which the KLD of each layer is measured
+MEASURED = ("key_kld", "value_kld")  # of Moments, if it was asked for
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +32,8 @@ class Moments:
     Gram matrix W·Wᵀ of the output projection's rows that their results meet. Errors are of 4-bit codes of text that the
     moments do not know: mean squares of a score in nats², about the mean over the keys, and of what a value adds to the
     residual stream, weighted likewise. They are of the plain rotation about zero, of the same about the mean, and of
-    the balanced basis about the mean; or empty.
+    the balanced basis about the mean; or empty. `key_kld` and `value_kld` are what codes of PROBED bits of this layer's
+    alone cost of the whole model's logits, as their mean KLD in nats, where that was measured (`ovtq.evidence.probe`).
     """
 
     key_mean: np.ndarray  # (H, d)
@@ -39,6 +44,8 @@ class Moments:
     output: np.ndarray  # (H, d, d)
     key_errors: np.ndarray  # (3,) or (0,)
     value_errors: np.ndarray
+    key_kld: np.ndarray = field(default_factory=lambda: np.zeros(0))  # (len(PROBED),) or (0,)
+    value_kld: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
     def about(self, which: str, centre: np.ndarray) -> np.ndarray:
         """E[(x − centre)ᵀ(x − centre)] of keys or values, (H, d, d) f64."""
@@ -58,6 +65,14 @@ class Moments:
     def pays(self, which: str) -> bool:
         """Whether, as far as is known, the balanced basis loses less than the plain rotation."""
         return self.best(which) == 2
+
+    def sensitivity(self, which: str) -> float | None:
+        """What a unit of distortion of keys, or of values, costs: KLD in nats; None if it was not measured."""
+        found = getattr(self, f"{which}_kld")
+        if not found.size:
+            return None
+        head_dim = self.key_mean.shape[1]
+        return float(np.mean([kld / distortion(bits, head_dim) for bits, kld in zip(PROBED, found, strict=True)]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +98,7 @@ class Calibration:
             f"{index}.{item.name}": np.asarray(getattr(some, item.name), np.float32)
             for index, some in self.layers.items()
             for item in fields(Moments)
+            if item.name not in MEASURED or getattr(some, item.name).size
         }
         facts = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "layers"}
         archives.write(path, {"form": FORM, "indices": np.array([*self.layers]), **facts, **arrays})
@@ -95,7 +111,13 @@ def load(path: Path) -> Calibration:
         if int(file["form"]) != FORM:
             raise InputError(f"{path}: statistics in form {int(file['form'])}, this ovtq reads {FORM}; make them anew")
         layers = {
-            int(index): Moments(**{item.name: file[f"{index}.{item.name}"] for item in fields(Moments)})
+            int(index): Moments(
+                **{
+                    item.name: file[f"{index}.{item.name}"]
+                    for item in fields(Moments)
+                    if item.name not in MEASURED or f"{index}.{item.name}" in file
+                }
+            )
             for index in file["indices"]
         }
         return Calibration(
@@ -110,10 +132,13 @@ def load(path: Path) -> Calibration:
 
 def _sound(some: Moments) -> bool:
     heads, d = some.key_mean.shape if some.key_mean.ndim == 2 else (0, 0)
-    shapes = {"mean": (heads, d), "errors": some.key_errors.shape}
+    shapes = {"mean": (heads, d), "errors": some.key_errors.shape, "kld": some.key_kld.shape}
     alike = all(
         getattr(some, item.name).shape == shapes.get(item.name.rpartition("_")[2], (heads, d, d))
         and np.isfinite(getattr(some, item.name)).all()
         for item in fields(Moments)
     )
-    return bool(heads) and alike and some.key_errors.shape in ((0,), (3,))
+    probed = (
+        some.key_kld.shape in ((0,), (len(PROBED),)) and (np.concatenate([some.key_kld, some.value_kld]) >= 0).all()
+    )
+    return bool(heads) and alike and bool(probed) and some.key_errors.shape in ((0,), (3,))

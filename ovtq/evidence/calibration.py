@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import openvino as ov
@@ -16,6 +18,7 @@ from ovtq.codec.basis import HeadBasis, balanced, rotated
 from ovtq.codec.moments import Calibration, Moments
 from ovtq.codec.rotation import orthogonal
 from ovtq.errors import InputError
+from ovtq.evidence.unfinished import Unfinished
 from ovtq.ir import io
 from ovtq.models import AttentionLayer, describe, projections
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
@@ -32,13 +35,16 @@ def calibrate(
     device: str = "CPU",
     tick: Callable[[], None] = lambda: None,
     begin: int | None = None,
+    unfinished: Unfinished | None = None,
 ) -> Calibration:
     """Run a model as exported over a text, ids (tokens,), then over `held` (tokens,), to see which basis loses less.
 
     In texts of CALL tokens, each from an empty cache and behind the token `begin`, if there is one, at f32 on a CPU;
-    `tick` is called behind each. In memory are the sums alone: of each KV head four matrices of head_dim². Raises
-    InputError for a converted model, UnsupportedModel for one not understood.
+    `tick` is called behind each, those that an interrupted run has read included, which are not read again. In memory
+    are the sums alone: of each KV head four matrices of head_dim². Raises InputError for a converted model,
+    UnsupportedModel for one not understood.
     """
+    unfinished = unfinished or Unfinished()
     model = io.load(model_dir)
     if io.stamp_of(model):
         raise InputError(f"{model_dir}: already converted; calibrate with the original model instead")
@@ -48,25 +54,40 @@ def calibrate(
     read = ov.Model(taps, model.get_sinks(), model.get_parameters())
     runner = Runner(read, device, EXACT_PROPERTIES if device == "CPU" else {})
     sums = [_Sums(layer) for layer in layers]
-    for text in _texts(ids, begin):
-        runner.reset()
-        runner.step(text)
-        for at, some in enumerate(sums):
-            some.add(*_tensors(runner, at))
-        tick()
+    _read(runner, _texts(ids, begin), sums, unfinished, "sums", tick)
     found = [some.moments(output) for some, output in zip(sums, outputs, strict=True)]
     probes = [_Probe(layer, some) for layer, some in zip(layers, found, strict=True)]
-    for text in _texts(held, begin):
-        runner.reset()
-        runner.step(text)
-        for at, probe in enumerate(probes):
-            probe.add(*_tensors(runner, at))
-        tick()
+    _read(runner, _texts(held, begin), probes, unfinished, "errors", tick)
     runner.close()
     made = {layer.index: probe.judged() for layer, probe in zip(layers, probes, strict=True)}
     numbers = np.ascontiguousarray(np.concatenate([ids, held]), np.int64)
     read_as = hashlib.sha256(numbers.tobytes()).hexdigest()
     return Calibration(made, len(ids), len(held), read_as, io.text_sha256(io.model_xml(model_dir)))
+
+
+def _read(
+    runner: Runner,
+    texts: Iterator[np.ndarray],
+    layers: Sequence[_Summed],
+    unfinished: Unfinished,
+    stage: str,
+    tick: Callable[[], None],
+) -> None:
+    """Let each layer add what it has of each text, but for texts that an interrupted run has read."""
+    done = 0
+    if kept := unfinished.taken(stage):
+        done = int(kept["done"])
+        for at, layer in enumerate(layers):
+            layer.restore({name: kept[f"{at}/{name}"] for name in layer.SUMS})
+    for number, text in enumerate(texts):
+        if number >= done:
+            runner.reset()
+            runner.step(text)
+            for at, layer in enumerate(layers):
+                layer.add(*_tensors(runner, at))
+            sums = {f"{at}/{name}": getattr(layer, name) for at, layer in enumerate(layers) for name in layer.SUMS}
+            unfinished.keep(stage, {"done": number + 1, **sums})
+        tick()
 
 
 def calls(tokens: int, held: int) -> int:
@@ -109,19 +130,37 @@ def _tensors(runner: Runner, layer: int) -> tuple[np.ndarray, ...]:
     return query, key, value
 
 
-class _Sums:
+class _Summed(ABC):
+    """Something with numbers and arrays, SUMS, that an interrupted run is to go on from."""
+
+    SUMS: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def add(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> None:
+        """A text's, (heads, tokens, d) each."""
+
+    def restore(self, kept: Mapping[str, np.ndarray]) -> None:
+        """Have what was kept of them."""
+        for name in self.SUMS:
+            setattr(self, name, np.array(kept[name]))
+
+
+class _Sums(_Summed):
     """Sums of one layer; products are of vectors less the first call's mean, lest digits be lost."""
+
+    SUMS = ("count", "query", "origins", "weight", "firsts", "seconds")
 
     def __init__(self, layer: AttentionLayer) -> None:
         H, d = layer.kv_heads, layer.head_dim
-        self.layer, self.count = layer, 0
+        self.layer, self.count = layer, np.zeros((), np.int64)
         self.query = np.zeros((H, d, d))
-        self.origins: list[np.ndarray] = []
+        self.origins = np.zeros((2, H, 1, d))  # of keys and of values
         self.weight, self.firsts, self.seconds = np.zeros(H), np.zeros((2, H, 1, d)), np.zeros((2, H, d, d))
 
     def add(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> None:
         """A text's."""
-        self.origins = self.origins or [x.mean(1, keepdims=True) for x in (key, value)]
+        if not self.count:
+            self.origins = np.stack([x.mean(1, keepdims=True) for x in (key, value)])
         rows = query.reshape(len(key), -1, query.shape[-1])
         self.query += rows.swapaxes(1, 2) @ rows / self.layer.group
         weight = attended(self.layer, query, key)
@@ -131,7 +170,7 @@ class _Sums:
             self.firsts[which] += of_weight.sum(1, keepdims=True)
             self.seconds[which] += of_weight.swapaxes(1, 2) @ away
         self.weight += weight.sum(1)
-        self.count += key.shape[1]
+        self.count = self.count + key.shape[1]
 
     def moments(self, output: np.ndarray) -> Moments:
         """What they come to."""
@@ -143,8 +182,10 @@ class _Sums:
         return Moments(key, covariances[0], value, covariances[1], self.query / self.count, output, nothing, nothing)
 
 
-class _Probe:
+class _Probe(_Summed):
     """What 4-bit codes of one layer's keys and values lose in each basis, over a text that the moments are not of."""
+
+    SUMS = ("errors", "count")
 
     def __init__(self, layer: AttentionLayer, some: Moments) -> None:
         self.layer, self.moments = layer, some
@@ -155,7 +196,7 @@ class _Probe:
             return [rotated(spread, 0 * mean), rotated(spread, mean), best]
 
         self.bases = three("key", some.key_mean), three("value", some.value_mean)
-        self.errors, self.count = np.zeros((2, 3)), 0.0
+        self.errors, self.count = np.zeros((2, 3)), np.zeros(())
 
     def add(self, query: np.ndarray, key: np.ndarray, value: np.ndarray) -> None:
         """A text's."""
@@ -168,7 +209,7 @@ class _Probe:
         for number, basis in enumerate(self.bases[1]):
             lost = self._error(basis, value)
             self.errors[1, number] += np.einsum("hte,hte,ht->", lost @ self.moments.output, lost, weight)
-        self.count += weight.sum()
+        self.count = self.count + weight.sum()
 
     def _error(self, basis: HeadBasis, x: np.ndarray) -> np.ndarray:
         centred = x - basis.centre[:, None]

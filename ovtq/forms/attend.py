@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from openvino import Node, Output
@@ -31,13 +32,15 @@ NEVER = 2**30  # no query is so late
 
 
 @dataclass(frozen=True, eq=False)
-class FullCacheSpec(Codecs):
+class FullCacheSpec:
     """What becomes of the tokens of some layers.
 
-    `bases` are those of each layer's keys, times the scale of its attention, and of its values; `window` is how many
-    recent tokens are at full precision, at the least. `pruning` says which of the others stay; None: all.
+    `coded` are the codecs of each layer, by index; all layers pack their keys, or none, and so with values. `bases` are
+    those of each layer's keys, times the scale of its attention, and of its values; `window` is how many recent tokens
+    are at full precision, at the least. `pruning` says which of the others stay; None: all.
     """
 
+    coded: Mapping[int, Codecs]
     layers: tuple[AttentionLayer, ...]
     bases: dict[int, LayerBases]
     window: int
@@ -45,8 +48,8 @@ class FullCacheSpec(Codecs):
 
     def definition(self, layer: AttentionLayer, flush: int) -> PackedAttention:
         """What a layer then computes, where tokens leave the recent ones `flush` at a time."""
-        codecs, sinks = (self.key, self.value), layer.sink_logits.reshape(-1)
-        args = codecs, self.bases[layer.index], sinks, layer.scale, self.window, flush
+        mine, sinks = self.coded[layer.index], layer.sink_logits.reshape(-1)
+        args = (mine.key, mine.value), self.bases[layer.index], sinks, layer.scale, self.window, flush
         if self.pruning is None:
             return PackedAttention(*args)
         first = self.indices.index(layer.index) * layer.kv_heads
@@ -80,7 +83,27 @@ class FullCacheSpec(Codecs):
     @property
     def packed(self) -> int:
         """How many of a layer's two tensors, keys and values, are."""
-        return sum(layout is not None for layout in self.layouts)
+        return sum(layout is not None for layout in self.coded[self.indices[0]].layouts)
+
+    @property
+    def alike(self) -> bool:
+        """Whether all layers have the same codecs."""
+        return len({(some.key, some.value) for some in self.coded.values()}) == 1
+
+    @property
+    def uniform(self) -> Codecs:
+        """The codecs of all layers. Raises ValueError if layers have others."""
+        if not self.alike:
+            raise ValueError("here all layers must have the same codecs")
+        return self.coded[self.indices[0]]
+
+    @property
+    def digests(self) -> dict[str, Any]:
+        """What tells these codecs from all others, for the record of a conversion."""
+        if self.alike:
+            return self.uniform.digests
+        hashes = {str(index): some.digests["quantizer_sha256"] for index, some in self.coded.items()}
+        return {"quantizer_sha256": hashes}
 
     def centre(self, layer: AttentionLayer) -> np.ndarray:
         """(2·kv_heads, head_dim): what is taken from a layer's scaled keys and from its values."""
@@ -93,8 +116,12 @@ class FullCacheSpec(Codecs):
         return np.concatenate([-self.centre(layer) for layer in self.layers])
 
     def encoder(self, layers: Sequence[AttentionLayer], codecs: Sequence[AdaptiveUniform]) -> np.ndarray:
-        """What `encode` multiplies with: heads of the keys of all `layers` first, then of their values, if packed."""
-        which = [k for k, codec in enumerate((self.key, self.value)) if codec in codecs and codec]
+        """What `encode` multiplies with: heads of the keys of all `layers` first, then of their values, if packed.
+
+        The layers have the same codecs.
+        """
+        mine = self.coded[layers[0].index]
+        which = [k for k, codec in enumerate((mine.key, mine.value)) if codec in codecs and codec]
         some = [self.bases[layer.index][k] for k in which for layer in layers]
         if all(basis.shared and np.array_equal(basis.matrix, some[0].matrix) for basis in some):
             return some[0].matrix[0]
@@ -137,7 +164,7 @@ class LayerEncoder:
     """
 
     def __init__(self, beams: Beams, plan: FullCacheSpec, layer: AttentionLayer, rule: Growing) -> None:
-        self.plan, self.layer, self.beams = plan, layer, beams
+        self.plan, self.layer, self.beams, self.codecs = plan, layer, beams, plan.coded[layer.index]
         self.held = [
             GrowingState(
                 beams,
@@ -146,7 +173,7 @@ class LayerEncoder:
                     where.bytes if where else layer.head_dim, rule, what, [layer.index],
                 ),
             )
-            for what, where in zip(("key", "value"), plan.layouts, strict=True)
+            for what, where in zip(("key", "value"), self.codecs.layouts, strict=True)
         ]  # fmt: skip
 
     def packed(self, tokens: Node | Output) -> tuple[list[Node | Output], list[Node]]:
@@ -155,7 +182,8 @@ class LayerEncoder:
         And the scales of those that are packed, (batch, ·kv_heads, tokens, 1) in one tensor, if there are any.
         """
         halves = self.beams.cut_heads(tokens, 2)
-        triples = list(zip(halves, (self.plan.key, self.plan.value), self.plan.layouts, strict=True))
+        mine = self.codecs
+        triples = list(zip(halves, (mine.key, mine.value), mine.layouts, strict=True))
         chosen = [(half, codec, where) for half, codec, where in triples if codec and where]
         if not chosen:
             return [*halves], []

@@ -85,13 +85,14 @@ class Choice:
         layers: Sequence[AttentionLayer],
         spreads: tuple[np.ndarray, np.ndarray],
         centred: bool = True,
+        known: Calibration | None = None,
     ) -> dict[int, LayerBases]:
         """The bases of some layers; `spreads`, (d, width) orthonormal rows, are the rotations of keys and of values.
 
         Not `centred`, they are about zero, but for what was taken from the keys already. Raises UnsupportedModel where
-        the weights say nothing.
+        the weights say nothing. `known` are statistics in place of those of the file.
         """
-        known = self.calibration()
+        known = known or self.calibration()
         return {layer.index: self._of(model, layer, known, spreads, centred) for layer in layers}
 
     def centres(self, model: ov.Model, layer: AttentionLayer, known: Moments | None) -> tuple[np.ndarray, np.ndarray]:

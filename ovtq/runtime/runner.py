@@ -55,6 +55,7 @@ class Runner:
         self.model, self.device = model, device
         self.names = {name for port in self.request.model_inputs for name in port.names}
         self.mask: np.ndarray | None = None
+        self.more: dict[str, np.ndarray] = {}  # inputs that only this model has
 
     @property
     def vocabulary(self) -> int:
@@ -98,7 +99,13 @@ class Runner:
         shown = np.ones(ids.shape, np.int64) if shown is None else shown
         self.mask = shown if self.mask is None else np.concatenate([self.mask[beams], shown], axis=1)
         positions = np.maximum(np.cumsum(self.mask, axis=1) - 1, 0)[:, -ids.shape[1] :]
-        inputs = {"input_ids": ids, "attention_mask": self.mask, "position_ids": positions, "beam_idx": beams}
+        inputs = {
+            "input_ids": ids,
+            "attention_mask": self.mask,
+            "position_ids": positions,
+            "beam_idx": beams,
+            **self.more,
+        }
         try:
             inputs = {name: value for name, value in inputs.items() if name in self.names}
             self.request.infer(inputs, share_outputs=True)  # not copied: there may be more than logits

@@ -75,7 +75,7 @@ class BlockAttention:
 
     def __init__(self, layer: AttentionLayer, plan: FullCacheSpec) -> None:
         self.layer, self.bases = layer, plan.bases[layer.index]
-        self.keys, self.values = plan.layouts
+        self.keys, self.values = plan.coded[layer.index].layouts
         self.parts = plan.packed
 
     def __call__(self, read: Block, recent_mask: Node | Output, sizes: Sizes) -> Node:

@@ -163,7 +163,7 @@ class CpuFull:
         """Where keys and values of a layer are."""
         first = self.plan.indices.index(layer.index) * self.plan.packed
         found = []
-        for what, where in zip(("key", "value"), self.plan.layouts, strict=True):
+        for what, where in zip(("key", "value"), self.plan.coded[layer.index].layouts, strict=True):
             heads = slice(first * layer.kv_heads, (first + 1) * layer.kv_heads)
             found.append(StateSlice(cache_name(layer.index, what), scale_heads=heads, scale_state=SCALES))
             first += where is not None

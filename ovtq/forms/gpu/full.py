@@ -84,7 +84,9 @@ class Appended:
         self.histories[layer.index] = encoder.held[0].past
         rows, scales = encoder.packed(new)
         parts = iter(op.split(scales[0], i64(1), self.plan.packed).outputs() if self.plan.packed > 1 else scales)
-        keys, values = (self._dense(*some, parts) for some in zip(encoder.held, rows, self.plan.layouts, strict=True))
+        keys, values = (
+            self._dense(*some, parts) for some in zip(encoder.held, rows, encoder.codecs.layouts, strict=True)
+        )
         return keys, values
 
     def _dense(
@@ -240,7 +242,7 @@ class GpuFull:
     def _decode(self, layer: AttentionLayer, read: Decode) -> Node:
         """One new token: the recent columns are 2 + window, so that every sum has a shape that fuses."""
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
-        (key_layout, value_layout), (key, value) = self.plan.layouts, self.plan.bases[layer.index]
+        (key_layout, value_layout), (key, value) = self.plan.coded[layer.index].layouts, self.plan.bases[layer.index]
         width = 2 + self.columns.rows
         sinks = np.zeros((1, H, G, width), np.float32)
         sinks[..., :1] = layer.sink_logits[..., 0]
@@ -267,7 +269,7 @@ class GpuFull:
         they are, where those of several would be copied to all query heads. The plugin runs nodes by their depth, so
         what reads a head takes its number from what the head before it gave.
         """
-        (key_layout, value_layout), (key, value) = self.plan.layouts, self.plan.bases[layer.index]
+        (key_layout, value_layout), (key, value) = self.plan.coded[layer.index].layouts, self.plan.bases[layer.index]
         H, d, seen = layer.kv_heads, layer.head_dim, read.seen
         groups = op.reshape(read.queries, i64([0, H, -1, d]), True)
         out: list[Node] = []

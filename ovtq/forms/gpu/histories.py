@@ -72,9 +72,10 @@ class Evicted:
         self.nodes, self.plan = nodes, nodes.plan
         plan = nodes.plan
         self.residents = GpuEviction(nodes.beams, plan.layers, plan.pruned_by, nodes.columns, nodes.is_prefill)
+        coded = plan.uniform
         self.stacks = [
             _Stack(nodes.beams, plan, what, codec, layout)
-            for what, codec, layout in zip(("key", "value"), (plan.key, plan.value), plan.layouts, strict=True)
+            for what, codec, layout in zip(("key", "value"), (coded.key, coded.value), coded.layouts, strict=True)
         ]
         pasts = zip(*(stack.pasts() for stack in self.stacks), strict=True)
         self.pasts = dict(zip(plan.indices, pasts, strict=True))

@@ -86,7 +86,7 @@ class Kernels:
 
     def __init__(self, description: ModelDescription, plan: FullCacheSpec, capacity: int) -> None:
         past = refuse_others(description, capacity)
-        first, ((key, _), (value, _)) = plan.layers[0], plan.pairs
+        first, ((key, _), (value, _)) = plan.layers[0], plan.uniform.pairs
         bits = key.bits, value.bits
         self.plan = plan
         self.layout = KernelLayout(first.kv_heads, first.group, first.head_dim, bits, plan.window, capacity)
