@@ -10,17 +10,17 @@ import openvino as ov
 from ovtq.codec.coding import BITS, coding, unfit
 from ovtq.errors import VerificationFailed
 from ovtq.forms.table import TARGET, TARGETS
-from ovtq.forms.window_state import PackedWindowState, WindowState
+from ovtq.forms.window import PAYS
 from ovtq.ir.graph import rebuild
 from ovtq.models.description import ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.passes.checks import coupled, not_exported, unequal
-from ovtq.states import WINDOW, Fixed
+from ovtq.states import Growing
 
 
 @dataclass(frozen=True)
 class TruncateWindow(Pass):
-    """A query at position t sees the keys t − window < k ≤ t: so the state is the last window − 1 tokens, always.
+    """A query at position t sees the keys t − window < k ≤ t: so the state is the last window − 1 tokens, no others.
 
     The K and V states of all sliding layers become one state (batch, layers·2·kv_heads, window − 1 + slack, head_dim)
     of fixed length, zero before the text begins: one copy and one wait in a step, where a state a layer costs one each.
@@ -30,6 +30,11 @@ class TruncateWindow(Pass):
 
     The sink logit is the score of an all-zero key and value row, added to it where the mask is. The exported mask is
     not used: the band is constant, the padding is read from attention_mask.
+
+    For a CPU, a window of more than 256 tokens in a model without sinks has a state a tensor, which grows with the text
+    until it is full. What is kept is copied in every step; without sinks the plugin reads its own cache in place, in 8
+    bits, so that a larger window is slower cut than whole until a text is several windows long. With `up-to` such
+    layers are left as exported.
 
     GenAI's chat can't cut tokens from the end of such a state; seeing its fixed shape it resets and prefills again
     when a history diverges, which is right. `slack` keeps that many tokens more than needed, masked until a host
@@ -51,9 +56,12 @@ class TruncateWindow(Pass):
     k_bits: str = option("none", "bits per coordinate of a key", choices=BITS)
     v_bits: str = option("none", "bits per coordinate of a value", choices=BITS)
     seed: int = option(0, "seed of the rotation before packing")
+    up_to: int = option(0, "tokens; without sinks, larger windows are left as exported (0: none is)")
     target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
 
     def __post_init__(self) -> None:
+        if not 0 <= self.up_to <= 2**20:
+            raise ValueError(f"up-to must be from 0 to {2**20} tokens, got {self.up_to}")
         if not 0 <= self.slack <= 4096:
             raise ValueError(f"slack must be from 0 to 4096, got {self.slack}")
         if not 0 <= self.seed < 2**32:
@@ -71,8 +79,16 @@ class TruncateWindow(Pass):
         return len(description.sliding)
 
     def needless(self, description: ModelDescription) -> str:
-        """In a model without sliding layers."""
-        return "" if description.sliding else "the model has no sliding-window layers"
+        """In a model without sliding layers, or with larger windows than it is to cut."""
+        if not description.sliding:
+            return "the model has no sliding-window layers"
+        window = max(layer.reach for layer in description.sliding)
+        if description.sinks or not 0 < self.up_to < window:
+            return ""
+        return (
+            f"a window of {window:,} tokens is slower cut than whole in texts of less than some {PAYS * window:,}; for "
+            f"longer ones, and for less memory, {self.name}.up-to=0 cuts it"
+        )
 
     def requires(self, description: ModelDescription) -> None:
         """Refuses models without uniform sliding layers in exported form, and those not decoupled yet."""
@@ -90,22 +106,17 @@ class TruncateWindow(Pass):
         facts = {"window": layers[0].window, "rows": rows, "layers": [layer.index for layer in layers]}
         target = TARGET[self.target]
         beams = target.beams(description)
-        tokens: WindowState | PackedWindowState
-        if self.exact:
-            tokens = target.window_state(description, WINDOW, layers, rows, beams)
-        else:
-            how = coding((self.k_bits, self.v_bits), layers[0].head_dim, self.seed)
-            tokens = PackedWindowState(description, WINDOW, layers, rows, how, beams)
-            facts |= how.digests
-        form = target.window(description, self.slack, tokens)
+        how = None if self.exact else coding((self.k_bits, self.v_bits), layers[0].head_dim, self.seed)
+        facts |= how.digests if how else {}
+        form = target.window(description, self.slack, how, beams)
         changed = {layer.index: form.rewrite(layer) for layer in layers}
         old = [path.assign for layer in layers for path in layer.paths]
         model = rebuild(model, drop=old, add=form.finish())
         return Rewrite(model, description.recached(changed, form.states), len(changed), facts)
 
     def ensures(self, rewrite: Rewrite) -> None:
-        """What the sliding layers have is of fixed length."""
+        """What the sliding layers have is bounded."""
         sliding = {layer.index for layer in rewrite.description.sliding}
         for state in rewrite.description.states:
-            if sliding & {*state.layers} and not isinstance(state.held, Fixed):
-                raise VerificationFailed(f"{self.name}: the state {state.name} grows")
+            if sliding & {*state.layers} and isinstance(state.held, Growing) and state.held.most is None:
+                raise VerificationFailed(f"{self.name}: the state {state.name} grows with every text")

@@ -15,11 +15,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from ovtq import conversion, pipeline, states, system
-from ovtq.advice import SHORT_WINDOW
 from ovtq.automatic import AUTO, caution
 from ovtq.cli.command import Out, Parser, path_of, progress, run
 from ovtq.conversion import CONTEXTS
 from ovtq.errors import InputError
+from ovtq.forms.window import PAYS, SHORT_WINDOW
 from ovtq.ir.dump import dump
 from ovtq.options import Checks, Options
 from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
@@ -303,8 +303,8 @@ def _report(
     for step in record["passes"]:
         if record["target"] == "cpu" and step["facts"].get("window", 0) > SHORT_WINDOW:
             console.print(
-                f"a window of {step['facts']['window']:,} tokens is held from the first token on and copied in every "
-                "step: shorter texts are slower than in the exported model"
+                f"what a window of {step['facts']['window']:,} tokens holds is copied in every step: texts of less "
+                f"than some {PAYS * step['facts']['window']:,} tokens are slower than in the exported model"
             )
 
     table = Table(box=None, pad_edge=False, header_style="bold")
