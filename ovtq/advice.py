@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ovtq.forms.window import PAYS, SHORT_WINDOW
 from ovtq.models import ModelDescription
-
-# Tokens. A CPU copies what a sliding layer keeps in every step, however short the text; up to here that costs nothing.
-SHORT_WINDOW = 256
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,8 @@ def advise(description: ModelDescription, target: str) -> Advice:
     reason = "the plugin's own 8-bit cache, rotated for less loss, in the exported form: as fast as exported"
     if windows:
         reason += (
-            f"; exact would keep {longest - 1:,} tokens per sliding layer from the first token on and copy them in "
-            "every step, which is slower than the exported model until texts are longer than that"
+            f"; sliding layers cut to their window of {longest:,} tokens would be slower than the exported model in "
+            f"texts of less than some {PAYS * longest:,} tokens"
         )
     return Advice("u8", reason)
 

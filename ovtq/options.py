@@ -143,7 +143,7 @@ class Options:
             bits = self.window_bits
             if isinstance(bits, str) or not isinstance(bits, Sequence) or len(bits) != 2:
                 raise InputError(f"{wording.option('window_bits')}: expected (K, V) such as (8, 4), got {bits!r}")
-            packing[TruncateWindow.name] = dict(zip(("k_bits", "v_bits"), bits, strict=True))
+            packing[TruncateWindow.name] = dict(zip(("k_bits", "v_bits"), bits, strict=True)) | {"up_to": 0}
         elif self.kernels and any(isinstance(item, TruncateWindow) for item in passes):
             packing[TruncateWindow.name] = {"kernels": True}
         passes = pipeline.with_settings(passes, {name: some for name, some in packing.items() if some}, wording)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import openvino as ov
 
 from ovtq.errors import InputError, PreconditionFailed
+from ovtq.forms.window import LONG_WINDOW, SHORT_WINDOW
 from ovtq.ir.graph import id_of
 from ovtq.models import ModelDescription
 from ovtq.passes import (
@@ -57,26 +58,29 @@ class Preset:
         """
         if pruned and self.pruned:
             return for_target(self.pruned, target)
-        if self.plain and description and not description.sinks:
+        if self.plain and target in self.plain and description and not description.sinks:
             return for_target(self.plain[target], target)
         return for_target(self.cpu if target == "cpu" and self.cpu else self.passes, target)
 
 
 def _packed(bits: str, purpose: str) -> Preset:
     """Exact passes, then packed full layers; keys need more bits than values."""
-    return Preset(
-        passes=(
-            DecoupleLength(),
-            TruncateWindow(),
-            SimplifyMask(),
-            # rotates what it packs itself: one product takes the rotation, the decoding and the packing's order
-            QuantizeKv(k_bits=bits, v_bits="4"),
-            # a full layer that is protected is left as by `exact`
-            RotateHeads(layers="left", tensors="v"),
-            CheckCall(),
-        ),
-        purpose=purpose,
+    passes: tuple[Pass, ...] = (
+        DecoupleLength(),
+        TruncateWindow(),
+        SimplifyMask(),
+        # rotates what it packs itself: one product takes the rotation, the decoding and the packing's order
+        QuantizeKv(k_bits=bits, v_bits="4"),
+        # a full layer that is protected is left as by `exact`
+        RotateHeads(layers="left", tensors="v"),
+        CheckCall(),
     )
+    return Preset(passes, purpose, plain={"cpu": _cut(passes, LONG_WINDOW)})
+
+
+def _cut(passes: Sequence[Pass], up_to: int) -> tuple[Pass, ...]:
+    """`passes`, windows of more than `up_to` tokens left as exported."""
+    return tuple(replace(item, up_to=up_to) if isinstance(item, TruncateWindow) else item for item in passes)
 
 
 # Full layers are left to the runtime's own cache and attention.
@@ -91,6 +95,13 @@ PLAIN: tuple[Pass, ...] = (
     RotateHeads(layers="full", tensors="v"),
     # last: what tells the past length is what the other passes made of the caches
     CheckCall(),
+)
+
+
+# For a CPU and attention without sinks: there the runtime's cache is faster than a large window that is copied.
+UNCUT: tuple[Pass, ...] = tuple(
+    RotateHeads(layers="left", tensors="v") if isinstance(item, RotateHeads) else item
+    for item in _cut(PLAIN, SHORT_WINDOW)
 )
 
 
@@ -133,7 +144,7 @@ PRESETS: dict[str, Preset] = {
         purpose="lossless: sliding-window layers keep their window only; on a GPU full layers are read in place by the "
         "plugin's fused attention, 30,720 bytes per token of GPT-OSS-20B",
         cpu=PLAIN,
-        plain={"gpu": PLAIN, "cpu": PLAIN},
+        plain={"gpu": PLAIN, "cpu": UNCUT},
         pruned=PLAIN,
     ),
     "rotate": Preset(

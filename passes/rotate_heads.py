@@ -44,7 +44,9 @@ class RotateHeads(BasisPass):
 
     seed: int = option(0, "seed of the random signs")
     tensors: str = option("qkv", "what to rotate: queries and keys, values, or both", choices=("qkv", "qk", "v"))
-    layers: str = option("all", "which layers; left: full ones not packed, if any", choices=("all", "full", "left"))
+    layers: str = option(
+        "all", "which layers; left: those whose cache is as exported, if any", choices=("all", "full", "left")
+    )
     basis: str = basis_option()
     calibration: str = calibration_option()
 
@@ -59,7 +61,7 @@ class RotateHeads(BasisPass):
 
     def _chosen(self, description: ModelDescription) -> tuple[AttentionLayer, ...]:
         if self.layers == "left":
-            return tuple(layer for layer in description.full if isinstance(layer.cache, Exported))
+            return tuple(layer for layer in description.layers if isinstance(layer.cache, Exported))
         return description.layers if self.layers == "all" else description.full
 
     def sites(self, description: ModelDescription) -> int:

@@ -13,17 +13,17 @@ from ovtq.codec.kernel_files import HEAD_DIMS
 from ovtq.errors import VerificationFailed
 from ovtq.forms.gpu.kernel_window import KernelWindow
 from ovtq.forms.table import TARGET, TARGETS, CacheForm
-from ovtq.forms.window_state import PackedWindowState
+from ovtq.forms.window import PAYS
 from ovtq.ir.graph import rebuild
 from ovtq.models.description import ModelDescription
 from ovtq.passes.base import Pass, Rewrite, option
 from ovtq.passes.checks import coupled, not_exported, unequal
-from ovtq.states import WINDOW, Fixed
+from ovtq.states import Growing
 
 
 @dataclass(frozen=True)
 class TruncateWindow(Pass):
-    """A query at position t sees the keys t − window < k ≤ t: so the state is the last window − 1 tokens, always.
+    """A query at position t sees the keys t − window < k ≤ t: so the state is the last window − 1 tokens, no others.
 
     The K and V states of all sliding layers become one state (batch, layers·2·kv_heads, window − 1 + slack, head_dim)
     of fixed length, zero before the text begins: one copy and one wait in a step, where one per layer costs one each.
@@ -33,6 +33,11 @@ class TruncateWindow(Pass):
 
     The sink logit is the score of an all-zero key and value row, added to it where the mask is. The exported mask is
     not used: the band is constant, the padding is read from attention_mask.
+
+    For a CPU, a window of more than 256 tokens in a model without sinks has a state a tensor, which grows with the text
+    until it is full. What is kept is copied in every step; without sinks the plugin reads its own cache in place, in 8
+    bits, so that a larger window is slower cut than whole until a text is several windows long. With `up-to` such
+    layers are left as exported.
 
     GenAI's chat can't cut tokens from the end of such a state; seeing its fixed shape it resets and prefills again
     when a history diverges, which is right. `slack` keeps that many tokens more than needed, masked until a host
@@ -57,12 +62,15 @@ class TruncateWindow(Pass):
     k_bits: str = option("none", "bits per coordinate of a key", choices=BITS)
     v_bits: str = option("none", "bits per coordinate of a value", choices=BITS)
     seed: int = option(0, "seed of the rotation before packing")
+    up_to: int = option(0, "tokens; without sinks, larger windows are left as exported (0: none is)")
     target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
     kernels: bool = option(
         False, "attend with an OpenCL kernel of ovtq, which a GPU is given by the property CONFIG_FILE"
     )
 
     def __post_init__(self) -> None:
+        if not 0 <= self.up_to <= 2**20:
+            raise ValueError(f"up-to must be from 0 to {2**20} tokens, got {self.up_to}")
         if not 0 <= self.slack <= 4096:
             raise ValueError(f"slack must be from 0 to 4096, got {self.slack}")
         if not 0 <= self.seed < 2**32:
@@ -82,8 +90,16 @@ class TruncateWindow(Pass):
         return len(description.sliding)
 
     def needless(self, description: ModelDescription) -> str:
-        """In a model without sliding layers."""
-        return "" if description.sliding else "the model has no sliding-window layers"
+        """In a model without sliding layers, or with larger windows than it is to cut."""
+        if not description.sliding:
+            return "the model has no sliding-window layers"
+        window = max(layer.reach for layer in description.sliding)
+        if description.sinks or not 0 < self.up_to < window:
+            return ""
+        return (
+            f"a window of {window:,} tokens is slower cut than whole in texts of less than some {PAYS * window:,}; for "
+            f"longer ones, and for less memory, {self.name}.up-to=0 cuts it"
+        )
 
     def requires(self, description: ModelDescription) -> None:
         """Refuses models without uniform sliding layers in exported form, and those not decoupled yet."""
@@ -115,18 +131,14 @@ class TruncateWindow(Pass):
         if self.kernels:
             kernels = KernelWindow(description)
             return kernels, {"kernels_sha256": kernels.layout.digest}
-        layers, target = description.sliding, TARGET[self.target]
-        rows, beams = layers[0].reach - 1 + self.slack, target.beams(description)
-        if self.exact:
-            whole = target.window_state(description, WINDOW, layers, rows, beams)
-            return target.window(description, self.slack, whole), {}
-        how = coding((self.k_bits, self.v_bits), layers[0].head_dim, self.seed)
-        packed = PackedWindowState(description, WINDOW, layers, rows, how, beams)
-        return target.window(description, self.slack, packed), how.digests
+        target = TARGET[self.target]
+        how = None if self.exact else coding((self.k_bits, self.v_bits), description.sliding[0].head_dim, self.seed)
+        form = target.window(description, self.slack, how, target.beams(description))
+        return form, how.digests if how else {}
 
     def ensures(self, rewrite: Rewrite) -> None:
-        """What the sliding layers have is of fixed length."""
+        """What the sliding layers have is bounded."""
         sliding = {layer.index for layer in rewrite.description.sliding}
         for state in rewrite.description.states:
-            if sliding & {*state.layers} and not isinstance(state.held, Fixed):
-                raise VerificationFailed(f"{self.name}: the state {state.name} grows")
+            if sliding & {*state.layers} and isinstance(state.held, Growing) and state.held.most is None:
+                raise VerificationFailed(f"{self.name}: the state {state.name} grows with every text")

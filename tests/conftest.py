@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -11,13 +12,16 @@ import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import openvino as ov
 import pytest
 from filelock import FileLock
+from openvino import opset15 as op
 
 import ovtq.verification.verify
 from ovtq.cli.convert import main
 from ovtq.ir import io
+from ovtq.ir.graph import constant_of
 from ovtq.models import ModelDescription, describe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -138,6 +142,20 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return folder
 
     return unpacked
+
+
+def widened(folder: Path, out: Path, window: int, was: int = 24) -> Path:
+    """A copy of a model whose windows are of so many tokens."""
+    shutil.copytree(folder, out)
+    config = io.load_config(folder)
+    (out / "config.json").write_text(json.dumps({**config, "sliding_window": window}))
+    model = io.load(folder)
+    for node in model.get_ops():
+        value = constant_of(node.input_value(1)) if node.get_type_name() == "Add" else None
+        if value is not None and value.size == 1 and value.reshape(-1)[0] == -was:
+            node.input(1).replace_source_output(op.constant(np.full(value.shape, -window, value.dtype)).output(0))
+    ov.save_model(model, out / "openvino_model.xml", compress_to_fp16=False)
+    return out
 
 
 @pytest.fixture(autouse=True)

@@ -10,10 +10,10 @@ from typing import Any
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
-from ovtq.advice import SHORT_WINDOW
 from ovtq.automatic import caution
 from ovtq.cli.command import plain_table
 from ovtq.conversion import CONTEXTS
+from ovtq.forms.window import PAYS, SHORT_WINDOW
 from ovtq.verification.closeness import STRETCH
 
 Record = Mapping[str, Any]
@@ -93,8 +93,8 @@ def _window_lines(record: Record) -> Iterator[str]:
     for step in record["passes"]:
         if record["target"] == "cpu" and step["facts"].get("window", 0) > SHORT_WINDOW:
             yield (
-                f"a window of {step['facts']['window']:,} tokens is held from the first token on and copied in every "
-                "step: shorter texts are slower than in the exported model"
+                f"what a window of {step['facts']['window']:,} tokens holds is copied in every step: texts of less "
+                f"than some {PAYS * step['facts']['window']:,} tokens are slower than in the exported model"
             )
 
 

@@ -8,11 +8,13 @@ from typing import Protocol
 
 from openvino import Node
 
+from ovtq.codec.coding import Coding
 from ovtq.forms.attend import FullCacheSpec
 from ovtq.forms.beams import Beams
 from ovtq.forms.cpu import full as cpu_full
 from ovtq.forms.cpu import prune as cpu_prune
 from ovtq.forms.cpu.beams import CpuBeams
+from ovtq.forms.cpu.growing_window import LEAST, CpuGrowingState, CpuGrowingWindow
 from ovtq.forms.cpu.window import CpuWindow, CpuWindowState
 from ovtq.forms.gpu import full as gpu_full
 from ovtq.forms.gpu import histories as gpu_histories
@@ -21,7 +23,7 @@ from ovtq.forms.gpu.window import GpuWindow
 from ovtq.forms.pruning import Pruning
 from ovtq.forms.window_state import PackedWindowState, WindowState
 from ovtq.models.description import AttentionLayer, ModelDescription, TokenRows
-from ovtq.states import StateSpec
+from ovtq.states import WINDOW, StateSpec
 
 
 class CacheForm(Protocol):
@@ -66,6 +68,26 @@ def _gpu(description: ModelDescription, plan: FullCacheSpec) -> CacheForm:
     return gpu_full.GpuFull(nodes, kinds[plan.mode](nodes))
 
 
+def _cpu_window(description: ModelDescription, slack: int, coding: Coding | None, beams: Beams) -> CacheForm:
+    layers, rows = description.sliding, description.sliding[0].reach - 1 + slack
+    if coding is None and layers[0].reach > LEAST and not description.sinks:
+        return CpuGrowingWindow(description, slack, CpuGrowingState(description, layers, rows, beams))
+    return CpuWindow(description, slack, _window_state(CpuWindowState, description, rows, coding, beams))
+
+
+def _gpu_window(description: ModelDescription, slack: int, coding: Coding | None, beams: Beams) -> CacheForm:
+    rows = description.sliding[0].reach - 1 + slack
+    return GpuWindow(description, slack, _window_state(WindowState, description, rows, coding, beams))
+
+
+def _window_state(
+    floats: type[WindowState], description: ModelDescription, rows: int, coding: Coding | None, beams: Beams
+) -> WindowState | PackedWindowState:
+    if coding is None:
+        return floats(description, WINDOW, description.sliding, rows, beams)
+    return PackedWindowState(description, WINDOW, description.sliding, rows, coding, beams)
+
+
 @dataclass(frozen=True)
 class Target:
     """What a model for one plugin is made of. Each form is made for its own plugin alone.
@@ -77,8 +99,7 @@ class Target:
 
     beams: type[Beams]
     full: Callable[[ModelDescription, FullCacheSpec], CacheForm]
-    window: Callable[[ModelDescription, int, WindowState | PackedWindowState], CacheForm]
-    window_state: type[WindowState]
+    window: Callable[[ModelDescription, int, Coding | None, Beams], CacheForm]  # with a slack, packed or not
     batch: int
     unfit: Callable[[Pruning], str]
     kernels: bool
@@ -88,7 +109,7 @@ class Target:
 # The GPU's is verified on a CPU, too, but not to be run there: with a single packed layer it can't be reset (P01,
 # `extent.keep_initial_values`).
 TARGET = {
-    "gpu": Target(GpuBeams, _gpu, GpuWindow, WindowState, 0, gpu_histories.unfit, kernels=True, counts=False),
-    "cpu": Target(CpuBeams, _cpu, CpuWindow, CpuWindowState, 127, cpu_prune.unfit, kernels=False, counts=True),
+    "gpu": Target(GpuBeams, _gpu, _gpu_window, 0, gpu_histories.unfit, kernels=True, counts=False),
+    "cpu": Target(CpuBeams, _cpu, _cpu_window, 127, cpu_prune.unfit, kernels=False, counts=True),
 }
 TARGETS = tuple(TARGET)

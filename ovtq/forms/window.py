@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
+# What a CPU keeps of a window it copies in every step, where without sinks its own 8-bit cache is read in place.
+SHORT_WINDOW = 256  # tokens; up to here that costs nothing
+LONG_WINDOW = 1024  # beyond, all scores of a long prompt take more memory than its cache does
+PAYS = 6  # windows that a text must be long for a larger one to cost less cut than whole
+
 
 def seen(queries: int, keys: int, window: int) -> np.ndarray:
     """Which keys of its block each query sees, (queries, keys): key rows i … i + window − 1 the i-th."""

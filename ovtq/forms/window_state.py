@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from openvino import Node, Output
@@ -63,7 +64,24 @@ class FixedState:
         return op.assign(self.beams.kept(rows, self.exact), self.variable)
 
 
-class _Rows:
+class WindowTokens(Protocol):
+    """What holds the last tokens of layers, as the attention to a window uses it."""
+
+    states: list[StateSpec]
+
+    def join(
+        self, layer: AttentionLayer, which: int, new: Node | Output, first: Node | None = None, last: Node | None = None
+    ) -> Node:
+        """What a layer reads of it, `new` behind, and maybe one more row before or after all of them."""
+
+    def store(self) -> list[Node]:
+        """The Assigns that keep the last tokens, once every layer has joined its own."""
+
+    def cache(self, layer: AttentionLayer, lengths: tuple[int, ...]) -> Window | Packed:
+        """What it is to a sliding layer."""
+
+
+class Rows:
     """What layers read of a window state, and what they put behind it; a part is a layer's index, which of its tensors.
 
     Keys and values of a layer in one (batch, 2·kv_heads, rows, d), which is number 0; for a CPU, which splits nothing
@@ -93,7 +111,7 @@ class _Rows:
         return op.concat([some[part] for part in self.parts], 1)
 
 
-class WindowState(_Rows):
+class WindowState(Rows):
     """The last `rows` tokens of `layers`, keys then values of each, in one state (batch, layers·2·kv_heads, rows, d).
 
     Zero before the text begins. `head`, (layers·2·kv_heads, d), becomes a row before all others that stays where it is.
@@ -134,7 +152,7 @@ class WindowState(_Rows):
         return Window(lengths)
 
 
-class WholeWindowState(_Rows):
+class WholeWindowState(Rows):
     """The last `rows` tokens of `layers`, in one state (batch, layers·2·kv_heads, 1 + rows, 2·width) of whole numbers.
 
     Keys then values of each layer. `start`, (layers·2·kv_heads, 1 + rows, width), is what there is before the text
@@ -173,7 +191,7 @@ class WholeWindowState(_Rows):
         return [self.state.store(op.convert(op.concat([whole, parts], 3), "i32"))]
 
 
-class PackedWindowState(_Rows):
+class PackedWindowState(Rows):
     """A WindowState whose tokens are packed when they leave the call they came in, and then moved as they are.
 
     Bytes (batch, layers·kv_heads, rows, bytes of a key and a value) i8 and scales (batch, layers·2·kv_heads, rows, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
@@ -9,7 +11,7 @@ from openvino import opset15 as op
 from ovtq.forms.attend import sink_columns
 from ovtq.forms.cpu.beams import CpuBeams
 from ovtq.forms.window import seen
-from ovtq.forms.window_state import PackedWindowState, WindowState
+from ovtq.forms.window_state import WindowState, WindowTokens
 from ovtq.ir.graph import ALL, MASKED, Port, dim, f32, i64, scalar
 from ovtq.models.description import AttentionLayer, ModelDescription
 
@@ -40,49 +42,69 @@ class CpuWindow:
     Columns of scores: the sink, whose key and value are 0, the rows of the state, the new tokens.
     """
 
-    def __init__(self, description: ModelDescription, slack: int, tokens: WindowState | PackedWindowState) -> None:
+    tokens: WindowTokens
+
+    def __init__(self, description: ModelDescription, slack: int, tokens: WindowTokens) -> None:
         layers = description.sliding
         H, d, window = layers[0].kv_heads, layers[0].head_dim, layers[0].reach
-        rows = window - 1 + slack
+        self.window, self.slack, self.tokens, self.states = window, slack, tokens, tokens.states
         batch, new = (dim(description.input_ids, axis) for axis in (0, 1))
         self.trips = op.divide(op.subtract(new, i64([1])), i64([BLOCK]))
         self.lead = op.multiply(self.trips, i64([BLOCK]))
-        self.columns = op.add(new, i64([1 + rows]))
+        self.columns = op.add(new, self._rows(1))
         self.rest = op.subtract(new, self.lead)
         self.sink = op.broadcast(f32(0), op.concat([batch, i64([H, 1, d])], 0))
 
         # Query t sees the columns t + slack < j ≤ t + 1 + rows, and the sink; padding is 0 in attention_mask
         shown = op.slice(
-            description.attention_mask, op.negative(op.add(new, i64([rows]))), i64([ALL]), i64([1]), i64([1])
+            description.attention_mask, op.negative(op.add(new, self._rows(0))), i64([ALL]), i64([1]), i64([1])
         )
         before = op.subtract(self.columns, dim(shown, 1))
         shown = op.pad(shown, op.concat([i64([0]), before], 0), i64([0, 0]), "constant", i64(0))
         query = op.unsqueeze(op.range(scalar(self.lead), scalar(new), i64(1), "i64"), i64([1]))
         column = op.unsqueeze(op.range(i64(0), scalar(self.columns), i64(1), "i64"), i64([0]))
-        sink = op.equal(column, i64(0))
-        shown = op.logical_or(op.not_equal(shown, i64(0)), sink)  # (batch, columns)
-        band = op.logical_or(_between(query, column, slack, 1 + rows), sink)
+        shown = op.not_equal(shown, i64(0))  # (batch, columns)
+        band = _between(query, column, self._rows(1 - window), self._rows(1))
+        band, shown = self._sink_shown(column, band, shown)
         visible = op.logical_and(op.unsqueeze(band, i64([0])), op.unsqueeze(shown, i64([1])))  # (batch, rest, columns)
         self.mask = op.unsqueeze(op.select(visible, f32(0), f32(MASKED)), i64([1, 2]))
-        # Divided by the scale that is applied behind them
-        logits = {layer.index: layer.sink_logits / layer.scale for layer in layers}
-        self.sinks = sink_columns(logits, self.columns)
+        self.sinks = self._sinks(layers)
+        self._blocks(shown)
+        self.lengths: tuple[int, ...] = (BLOCK, window, window - 1 + slack)
 
+    def _rows(self, more: int) -> Node:
+        """How many rows are held, and `more`, a vector of one element."""
+        return i64([self.window - 1 + self.slack + more])
+
+    def _sink_shown(self, column: Node, band: Node, shown: Node) -> tuple[Node, Node]:
+        """The band and the tokens that are shown, with the sink's column, which every query sees."""
+        sink = op.equal(column, i64(0))
+        shown = op.logical_or(shown, sink)
+        return op.logical_or(band, sink), shown
+
+    def _sinks(self, layers: Sequence[AttentionLayer]) -> Mapping[int, Output]:
+        """What is added to scores behind the mask, divided by the scale that is applied behind both."""
+        return sink_columns({layer.index: layer.sink_logits / layer.scale for layer in layers}, self.columns)
+
+    def _blocks(self, shown: Node) -> None:
+        """Which columns each block of leading queries is scored against, and what it sees of them."""
         # Block t has the sink, and the columns from t·BLOCK + slack + 1 on
         begin = op.multiply(op.range(i64(0), scalar(self.trips), i64(1), "i64"), i64(BLOCK))
-        width = window - 1 + BLOCK
-        own = op.add(op.unsqueeze(begin, i64([1])), i64(slack + 1 + np.arange(width)[None]))
+        width = self.window - 1 + BLOCK
+        own = op.add(op.unsqueeze(begin, i64([1])), i64(self.slack + 1 + np.arange(width)[None]))
         zero = op.broadcast(i64(0), op.concat([self.trips, i64([1])], 0))
         self.index = op.concat([zero, own], 1)  # (trips, 1 + width)
         # Whether a column is seen is told by booleans, never by masks that cancel: at bf16 the plugin rounds what a
         # Select gives, -65504 to -65536, but not a constant, so that 32 would be left of their sum
-        within = np.concatenate([np.full((BLOCK, 1), True), seen(BLOCK, width, window)], 1)
+        within = np.concatenate([np.full((BLOCK, 1), True), seen(BLOCK, width, self.window)], 1)
         padding = op.unsqueeze(op.gather(shown, self.index, i64(1)), i64([2]))  # (batch, trips, 1, 1 + width)
         visible = op.logical_and(padding, op.constant(within))  # (batch, trips, BLOCK, 1 + width)
         self.block_mask = op.unsqueeze(op.select(visible, f32(0), f32(MASKED)), i64([1, 3]))
         self.width = 1 + width
-        self.tokens, self.states = tokens, tokens.states
-        self.lengths = (BLOCK, window, rows)
+
+    def _wide(self, shape: list[int]) -> Node:
+        """A shape of scores of blocks, with the columns of a block behind."""
+        return i64([*shape, self.width])
 
     def rewrite(self, layer: AttentionLayer) -> AttentionLayer:
         """The layer with a window for its cache."""
@@ -110,7 +132,10 @@ class CpuWindow:
         by_query = op.concat([i64([0, 0, G]), self.rest, i64([-1])], 0)
         scores = op.reshape(op.matmul(rows, keys, False, True), by_query, True)
         # The scale comes last, for right behind the product the plugin would scale the keys instead
-        scores = op.multiply(op.add(op.add(scores, self.mask), self.sinks[layer.index]), f32(layer.scale))
+        scores = op.add(scores, self.mask)
+        if layer.index in self.sinks:
+            scores = op.add(scores, self.sinks[layer.index])
+        scores = op.multiply(scores, f32(layer.scale))
         weights = op.reshape(op.softmax(scores, 4), op.concat([i64([0, 0, -1]), self.columns], 0), True)
         context = op.reshape(op.matmul(weights, values, False, False), i64([0, 0, G, -1, d]), True)
         return op.reshape(op.transpose(context, i64([0, 3, 1, 2, 4])), i64([0, 0, H * G, d]), True)
@@ -123,19 +148,20 @@ class CpuWindow:
         rows = op.reshape(op.transpose(rows, i64([0, 1, 3, 2, 4, 5])), i64([0, 0, 0, G * BLOCK, d]), True)
         keys, values = (op.gather(x, self.index, i64(2)) for x in (keys, values))  # (batch, H, trips, width, d)
         scores = op.matmul(rows, keys, False, True)
-        scores = op.reshape(scores, i64([0, 0, 0, G, BLOCK, self.width]), True)
-        sinks = np.zeros((H, 1, G, 1, self.width), np.float32)
-        sinks[..., :1] = layer.sink_logits[0, :, None, :, :] / layer.scale
-        scores = op.multiply(op.add(op.add(scores, self.block_mask), f32(sinks[None])), f32(layer.scale))
+        scores = op.reshape(scores, self._wide([0, 0, 0, G, BLOCK]), True)
+        scores = op.add(scores, self.block_mask)
+        if layer.index in self.sinks:
+            sinks = np.zeros((H, 1, G, 1, self.width), np.float32)
+            sinks[..., :1] = layer.sink_logits[0, :, None, :, :] / layer.scale
+            scores = op.add(scores, f32(sinks[None]))
+        scores = op.multiply(scores, f32(layer.scale))
         # A Softmax of rank 6 the plugin would take apart
-        weights = op.softmax(op.reshape(scores, i64([0, 0, 0, G * BLOCK, self.width]), True), 4)
+        weights = op.softmax(op.reshape(scores, self._wide([0, 0, 0, G * BLOCK]), True), 4)
         context = op.reshape(op.matmul(weights, values, False, False), i64([0, 0, 0, G, BLOCK, d]), True)
         context = op.transpose(context, i64([0, 2, 4, 1, 3, 5]))  # (batch, trips, BLOCK, H, G, d)
         return op.reshape(context, op.concat([i64([0]), self.lead, i64([H * G, d])], 0), True)
 
 
-def _between(query: Node, column: Node, above: int, last: int) -> Node:
+def _between(query: Node, column: Node, above: Node, last: Node) -> Node:
     """query + above < column ≤ query + last."""
-    return op.logical_and(
-        op.less(op.add(query, i64([above])), column), op.less_equal(column, op.add(query, i64([last])))
-    )
+    return op.logical_and(op.less(op.add(query, above), column), op.less_equal(column, op.add(query, last)))
