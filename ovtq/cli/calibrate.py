@@ -8,7 +8,7 @@ A long run goes on where it was ended, by the same command: what it had is in ca
 
 With --sensitivity the model then reads a short text again and again, each time with the past of one full layer's keys,
 or values, rounded to few bits: what that costs is what `ovtq-convert --bits auto` chooses by. That takes four calls of
-128 tokens for each full layer and text, of which there are at most four.
+192 tokens for each full layer and text, of which there are at most four.
 
 Without --text a short text that comes with ovtq is read: English prose, dialogue, tables, code. One like what the model
 will read is better; measure with another.

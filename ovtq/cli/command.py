@@ -27,8 +27,9 @@ MOST, MANY = 1 << 24, 10_000  # tokens, steps and the like that may be asked for
 
 # What people type who know other programs of this kind, or the flag of another command.
 ELSEWHERE = {
-    "--(?:k|v|window)-bits": "bits are chosen when a model is converted: ovtq convert",
+    "--(?:(?:k|v|window)-)?bits": "bits are chosen when a model is converted: ovtq convert",
     "--(?:preset|target|budget|protect|residual-window|recent-window|centre|score|passes)": "an option of ovtq convert",
+    "--budget-kld": "an option of ovtq convert",
     "--model(?:-dir)?": "the model's folder is the first argument, without a flag",
     "--output-dir": "the folder to write is the second argument, without a flag",
     "--compress-every": "there is no such step: the graph itself packs tokens as they leave the recent ones",
