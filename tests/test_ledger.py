@@ -157,7 +157,7 @@ def test_what_packed_windows_cost(
 @on_lunar_lake
 @pytest.mark.slow
 def test_kernels_of_our_own_by_hand(convert: Callable[..., Path], measured: Callable[[str], dict[str, Any]]) -> None:
-    """A packed row of each KV head and whether the token is shown; no copies, fewer kernels than `exact`."""
+    """A packed row of each KV head and whether the token is shown; nothing is copied; fewer kernels than `exact`."""
     plain = measured("exact")
     found = ledger(convert(MINI, "--preset", "k6v4", "--kernels", "--capacity", "4096", "--no-verify"))
     (attend,) = rows(found, "ovtq_attend")
