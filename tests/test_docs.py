@@ -151,7 +151,9 @@ def tool_flags() -> frozenset[str]:
 
 
 def _flags_in(path: Path) -> list[str]:
-    return re.findall(r"[\"'](--[\w-]+)[\"']", path.read_text(encoding="utf-8"))
+    text = path.read_text(encoding="utf-8")
+    switches = re.findall(r"[\"']--([\w-]+)[\"'], action=argparse\.BooleanOptionalAction", text)
+    return [*re.findall(r"[\"'](--[\w-]+)[\"']", text), *(f"--no-{name}" for name in switches)]
 
 
 def _commands(code: Code) -> Iterator[str]:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import openvino as ov
 import pytest
 from conftest import GPU_TOOLS, MINI, ROOT, TINY
@@ -19,10 +20,11 @@ from ovtq.codec.kernel_files import config
 from ovtq.codec.kernel_layout import KernelLayout
 from ovtq.codec.window_layout import WindowLayout
 from ovtq.errors import InputError, PreconditionFailed
-from ovtq.runtime.runner import EXACT_PROPERTIES
+from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 
 AT_20B = KernelLayout(8, 8, 64, (6, 4), 64, 32768)
 STATEFUL = {**EXACT_PROPERTIES, "ATTENTION_BACKEND": "SDPA"}
+PACKED_TINY = ["--preset", "k6v4", "--residual-window", "16", "--no-verify"]
 ALL = ["8,4", "6,4", "4,4", "5,3", "3,6", "2,2", "8,8", "6,4,128"]
 
 
@@ -231,7 +233,7 @@ def test_requests_of_one_model_keep_apart(tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 def test_a_model_cache_hands_out_the_model_that_was_asked_for(convert: Callable[..., Path], tmp_path: Path) -> None:
     """Of two whose graphs are the same but for what the stamp says of their kernels; each asked for twice."""
-    options = ["--preset", "k6v4", "--kernels", "--capacity", "1024", "--residual-window", "16", "--no-verify"]
+    options = [*PACKED_TINY, "--kernels", "--capacity", "1024"]
     models = [convert(TINY["5.5"], *options, "--k-bits", k, "--v-bits", v) for k, v in (("6", "4"), ("4", "6"))]
     command = [GPU_TOOLS / "emulated", sys.executable, ROOT / "tests" / "cached_on_gpu.py", tmp_path, *models, *models]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
@@ -242,3 +244,8 @@ def test_a_model_cache_hands_out_the_model_that_was_asked_for(convert: Callable[
     assert first_again["logits"] == pytest.approx(first["logits"], rel=1e-3, abs=1e-3)
     assert second_again["logits"] == pytest.approx(second["logits"], rel=1e-3, abs=1e-3)
     assert first["logits"] != pytest.approx(second["logits"], rel=1e-2, abs=1e-2)
+    runner = Runner(convert(TINY["5.5"], *PACKED_TINY) / "openvino_model.xml", "CPU", EXACT_PROPERTIES)
+    ids = np.random.RandomState(0).randint(0, 100, (1, 40)).astype(np.int64)
+    for new in (slice(0, 38), slice(38, 39), slice(39, 40)):
+        on_a_cpu = runner.step(ids[:, new])[0, -1, :64]
+    assert first["logits"] == pytest.approx(on_a_cpu.tolist(), rel=1e-3, abs=1e-3)
