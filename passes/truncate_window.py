@@ -62,11 +62,11 @@ class TruncateWindow(Pass):
     k_bits: str = option("none", "bits per coordinate of a key", choices=BITS)
     v_bits: str = option("none", "bits per coordinate of a value", choices=BITS)
     seed: int = option(0, "seed of the rotation before packing")
-    up_to: int = option(0, "tokens; without sinks, larger windows are left as exported (0: none is)")
     target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
     kernels: bool = option(
         False, "attend with an OpenCL kernel of ovtq, which a GPU is given by the property CONFIG_FILE"
     )
+    up_to: int = option(0, "tokens; without sinks, larger windows are left as exported (0: none is)")
 
     def __post_init__(self) -> None:
         if not 0 <= self.up_to <= 2**20:

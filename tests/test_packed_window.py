@@ -142,7 +142,15 @@ def test_it_is_recorded_as_lossy(convert: Callable[..., Path]) -> None:
     record = json.loads((convert(TINY["5.5"], *TOGETHER) / "ovtq.json").read_text())
     step = record["passes"][1]
     assert (step["name"], step["exact"]) == ("truncate-window", False)
-    assert step["options"] == {"slack": 0, "k_bits": "8", "v_bits": "4", "seed": 0, "target": "cpu"}
+    assert step["options"] == {
+        "slack": 0,
+        "k_bits": "8",
+        "v_bits": "4",
+        "seed": 0,
+        "target": "cpu",
+        "kernels": False,
+        "up_to": 0,
+    }
     hashes = {"key": AdaptiveUniform(8, 64).digest, "value": AdaptiveUniform(4, 64).digest}
     assert step["facts"]["quantizer_sha256"] == hashes
     assert step["facts"]["rotation_sha256"] == digest(randomized_hadamard(64, 0))
