@@ -1,7 +1,7 @@
 """Which preset to take: decided here alone, by what a model's attention is.
 
 With sinks by what was measured of GPT-OSS (docs/benchmarks, docs/evidence.md). Without, by what each plugin fuses, and
-quality by models with real weights (docs/benchmarks/real-models.md): no times were taken there.
+quality by models with real weights (docs/benchmarks/real-models.md), times by docs/benchmarks/large-windows.md.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ def advise(description: ModelDescription, target: str) -> Advice:
             "without sinks a GPU reads its own 8-bit cache in place, rotated for less loss; packed presets (k8v4, "
             "k6v4) move more bytes per step, and are for memory alone",
         )
-    if windows and longest <= SHORT_WINDOW:
-        return Advice("exact", f"sliding layers keep {longest - 1:,} tokens: less to read, and the rest as exported")
     reason = "the plugin's own 8-bit cache, rotated for less loss, in the exported form: as fast as exported"
     if windows:
         reason += (

@@ -68,8 +68,7 @@ def test_statistics_beside_a_model_are_used_where_they_were_measured_to_gain() -
     assert Options().settled(plain)[0].basis is None
     assert Options(basis="rotation").settled(plain, calibrated=True)[0].basis == "rotation"
     assert Options(preset="u8").settled(plain, calibrated=True)[0].basis is None
-    assert Options(target="cpu").settled(plain, calibrated=True)[0].preset == "exact"
-    assert Options(target="cpu").settled(plain, calibrated=True)[0].basis is None
+    assert Options(target="cpu").settled(plain, calibrated=True)[0].basis == "calibrated"
     assert Options().settled(oss, calibrated=True)[0].basis is None
 
 

@@ -355,7 +355,7 @@ def _continued(folder: Path, count: int) -> list[int]:
     [
         ("granite", "gpu", "u8", "without sinks a GPU reads its own 8-bit cache in place"),
         ("gptj", "cpu", "u8", "the plugin's own 8-bit cache"),
-        ("gemma2", "cpu", "exact", "sliding layers keep 23 tokens"),
+        ("gemma2", "cpu", "u8", "the plugin's own 8-bit cache"),
     ],
 )
 def test_inspect_recommends_a_preset_for_a_reason(

@@ -15,14 +15,14 @@ from ovtq.verification.schedule import PASTED, calls_for
 from ovtq.verification.verify import TOLERANCE
 
 
-@pytest.mark.parametrize(("window", "preset"), [(256, "exact"), (512, "u8"), (4096, "u8")])
-def test_a_large_window_is_not_cut_on_a_cpu(window: int, preset: str, family: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("window", [128, 512, 4096])
+def test_a_window_without_sinks_is_not_cut_on_a_cpu(window: int, family: Callable[[str], Path]) -> None:
     """There a cut window is up to twice as slow as the exported model, in short texts."""
     _, description = load(family("gemma2"))
     changed = {layer.index: dataclasses.replace(layer, window=window) for layer in description.sliding}
     advice = advise(description.with_layers(changed), "cpu")
-    assert advice.preset == preset
-    assert ("slower than the exported model" in advice.reason) == (preset == "u8")
+    assert advice.preset == "u8"
+    assert "slower than the exported model" in advice.reason
 
 
 def test_a_long_window_is_crossed_in_calls_that_are_not_long(family: Callable[[str], Path], tmp_path: Path) -> None:
