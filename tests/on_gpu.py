@@ -56,7 +56,7 @@ def generated_by_optimum(model_dir: str, prompt: str, tokens: int, properties: d
 
     with tempfile.TemporaryDirectory() as cache:  # else the host leaves one in the model's folder
         model = OVModelForCausalLM.from_pretrained(
-            model_dir, device="GPU", ov_config={**properties, "CACHE_DIR": cache}
+            model_dir, device="GPU", ov_config={"CACHE_DIR": cache, **properties}
         )
     inputs = AutoTokenizer.from_pretrained(model_dir)(prompt, return_tensors="pt")
     whole = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
