@@ -14,6 +14,8 @@ import pytest
 from conftest import GPU_INSTALLED, GPU_TOOLS, MINI, needs
 from ledgers import COUNTS, PRESETS, RECORD, counts, ledger
 
+import ovtq
+
 DEFAULT = ("exact", "k6v4", "u8")  # the others are slow
 HEADS, KV_HEADS, WIDTH = 16, 2, 64  # of the bundled model
 
@@ -125,6 +127,17 @@ def test_the_plugins_own_cache_by_hand(
     assert attention["read"] == 3 * (2 * KV_HEADS * row + mask + beams)
     assert not [row["kernel"] for row in found["rows"] if row["kernel"].startswith(("broadcast", "concat", "gather"))]
     assert found["copies"] == 2  # windows: bytes, and scales
+
+
+@on_lunar_lake
+@pytest.mark.slow
+def test_what_joins_parts_of_an_attention_reads_no_history(family: Callable[[str], Path], tmp_path: Path) -> None:
+    """Without sinks a 4-bit cache is read in parts: what joins them is given keys and values, too."""
+    ovtq.convert(family("llama3"), tmp_path / "u4", preset="u4", verify=False)
+    found = ledger(tmp_path / "u4")
+    (attend,) = rows(found, "sdpa_opt__single_reg")
+    assert not [row for row in found["rows"] if "finalization" in row["kernel"]]
+    assert attend["read"] <= found["read_per_token"] < 1.2 * attend["read"]
 
 
 @on_lunar_lake

@@ -204,6 +204,8 @@ class Accountant:
         most = outputs[0][0] if outputs and ELEMENTWISE.match(launch.family) else None
         launch.reads = [(count if most is None else min(count, most), size) for count, size in inputs + fused]
         launch.writes = list(outputs)
+        if "__finalization" in launch.kernel:  # joins parts of an attention: given all of it, it reads scratch alone
+            launch.reads = []
         if launch.family.startswith("concatenation"):
             launch.writes = [(inputs[0][0], outputs[0][1])]
         elif launch.family == "dynamic_quantize_gpu_kv_cache":  # outputs are the cache: data, scales, zero points
