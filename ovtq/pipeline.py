@@ -214,11 +214,12 @@ def with_pruning(passes: Sequence[Pass], target: str, wording: Wording = COMMAND
 def with_window(passes: Sequence[Pass], window: int) -> tuple[Pass, ...]:
     """`passes` that keep the GPU plugin's cache, with so many recent tokens as they are beside it.
 
-    What sink-row spreads by is a rotation of its own: without sinks it takes the place of rotate-heads.
+    What sink-row spreads by is a rotation of its own: without sinks it takes the place of rotate-heads. Raises
+    InputError for a number out of range.
     """
-    if any(isinstance(item, SinkRow) for item in passes):
-        return with_settings(passes, {SinkRow.name: {"window": window}})
-    return tuple(SinkRow(window=window) if isinstance(item, RotateHeads) else item for item in passes)
+    spread = SinkRow().changed({"window": window})
+    there = SinkRow if not window or any(isinstance(item, SinkRow) for item in passes) else RotateHeads
+    return tuple(spread if isinstance(item, there) else item for item in passes)
 
 
 def with_basis(passes: Sequence[Pass], options: Mapping[str, Any], wording: Wording = COMMAND_LINE) -> tuple[Pass, ...]:

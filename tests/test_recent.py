@@ -245,6 +245,22 @@ def test_a_residual_window_beside_the_plugins_cache(
     assert "residual-window" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("folder", ["with sinks", "without"])
+def test_no_residual_window_leaves_what_there_is(
+    folder: str, family: Callable[[str], Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Heads stay rotated; a window out of range is refused in a line."""
+    model = TINY["5.5"] if folder == "with sinks" else family("qwen2")
+    plain, none = (
+        ovtq.convert(model, tmp_path / str(window), preset="u8", residual_window=window, verify=False).passes
+        for window in (None, 0)
+    )
+    assert [(x.name, x.options, x.skipped) for x in plain] == [(x.name, x.options, x.skipped) for x in none]
+    assert any(x.name in ("rotate-heads", "sink-row") and not x.skipped for x in none)
+    assert main([str(model), str(tmp_path / "no"), "--preset", "u8", "--residual-window", "-1"]) == 2
+    assert "window must be from 0 to 4096, got -1" in capsys.readouterr().err
+
+
 def test_it_refuses_what_it_cannot_keep() -> None:
     rewrite, _ = recent()
     with pytest.raises(PreconditionFailed, match="sink-row"):
