@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import numpy as np
 
-# What a CPU keeps of a window it copies in every step, where without sinks its own 8-bit cache is read in place.
-SHORT_WINDOW = 256  # tokens; up to here that costs nothing
+# What a CPU keeps of a window it copies in every step, where without sinks its own 8-bit cache is read in place. What
+# that costs is measured in docs/benchmarks/large-windows.md.
+SHORT_WINDOW = 256  # tokens; up to here `exact` cuts: GPT-OSS is no slower for it, without sinks a short text is by 19%
 LONG_WINDOW = 1024  # beyond, all scores of a long prompt take more memory than its cache does
-PAYS = 6  # windows that a text must be long for a larger one to cost less cut than whole
+PAYS = 8  # windows that a text must be long for a larger one to cost less cut than whole; at 3 to 6 it cost more
 
 
 def seen(queries: int, keys: int, window: int) -> np.ndarray:
