@@ -26,10 +26,13 @@ def generated_by_genai(model_dir: str, prompt: str, tokens: int, properties: dic
 
 
 def chat(model_dir: str, prompt: str, tokens: int, properties: dict[str, str]) -> dict[str, list]:
-    """Its answers as the histories come, and to each as a prompt of its own, each asked twice."""
+    """Its answers as the histories come, and to each as a prompt of its own, each asked twice.
+
+    Those are another pipeline's, for one that had a history takes no texts.
+    """
     import openvino_genai as genai
 
-    pipe = genai.LLMPipeline(model_dir, "GPU", ATTENTION_BACKEND="SDPA", **properties)
+    pipe, fresh = (genai.LLMPipeline(model_dir, "GPU", ATTENTION_BACKEND="SDPA", **properties) for _ in range(2))
     tokenizer = pipe.get_tokenizer()
     tokenizer.set_chat_template("{% for message in messages %}{{ message['content'] }} {% endfor %}")
     config = genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True)
@@ -45,7 +48,7 @@ def chat(model_dir: str, prompt: str, tokens: int, properties: dict[str, str]) -
         answers.append(str(pipe.generate(history, config).texts[0]))
         histories.append(history)
     prompts = [tokenizer.apply_chat_template(history, add_generation_prompt=True) for history in histories]
-    alone = [[str(pipe.generate([text], plain).texts[0]) for _ in range(2)] for text in prompts]
+    alone = [[str(fresh.generate([text], plain).texts[0]) for _ in range(2)] for text in prompts]
     return {"chat": answers, "alone": alone}
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ovtq.codec import AdaptiveUniform
-from ovtq.codec.basis import HeadBasis, balance, balanced, loss, power
+from ovtq.codec.basis import HeadBasis, balance, balanced, gain, loss, power
 from ovtq.codec.rotation import orthogonal, randomized_hadamard
 
 EPS = float(np.finfo(np.float32).eps)
@@ -50,6 +50,16 @@ def test_the_balanced_basis_loses_least() -> None:
         for _ in range(20):
             other = root + size * np.linalg.norm(root) / D * random.standard_normal((D, D))
             assert loss(other, sigma, gamma) >= 0.999 * least
+
+
+def test_part_of_the_way_is_between_its_ends() -> None:
+    """Whatever is true, as where weights are wrong of a text: no worse than the mean of the ends, in logarithms."""
+    said, true = ((spectrum(a, 6), spectrum(b, 4)) for a, b in ((0, 1), (7, 8)))
+    start, halfway, end = (loss(balance(*said, share=share)[0], *true) for share in (0, 0.5, 1))
+    assert start == pytest.approx(loss(np.eye(D), *true))
+    assert min(start, end) < halfway < np.sqrt(start * end)
+    assert gain(said[0][None], said[1][None]) > 1.5
+    assert gain(said[0][None], said[0][None]) == pytest.approx(1, abs=1e-3)
 
 
 def test_the_loss_is_what_a_quantiser_loses() -> None:

@@ -19,12 +19,14 @@ from test_quantize_kv import SCHEDULES as CHUNKS
 from ovtq.cli import calibrate as command
 from ovtq.cli.convert import main
 from ovtq.codec import AdaptiveUniform, moments
+from ovtq.codec.basis import gain
 from ovtq.codec.moments import Calibration
 from ovtq.codec.packed_attention import PackedAttention
 from ovtq.codec.rotation import orthogonal
 from ovtq.errors import InputError, PreconditionFailed
 from ovtq.evidence.calibration import CALL, attended, calibrate
 from ovtq.files import sha256
+from ovtq.forms import bases as bases_of
 from ovtq.forms.bases import Choice
 from ovtq.forms.cpu.full import FLUSH
 from ovtq.models import AttentionLayer, projections
@@ -119,6 +121,22 @@ def test_what_loses_more_than_the_plain_rotation_is_left(stats: str, tmp_path: P
         np.testing.assert_array_equal(pair.key.centre, found.layers[layer.index].key_mean if centred else bias)
 
 
+@pytest.mark.parametrize(("promised", "halves"), [(1.2, 0), (1.3, 0.5), (7.9, 0.5), (8.1, 1)])
+def test_weights_are_followed_as_far_as_they_promise(promised: float, halves: float) -> None:
+    assert bases_of.share(promised) == halves
+
+
+def test_weights_that_promise_little_leave_the_rotation() -> None:
+    """As of this model's keys, of whose random weights nothing is to be known."""
+    graph, description = load(TINY["5.5"])
+    layer, spread = description.full[0], orthogonal(D, 0)
+    some = projections.moments(graph, layer)
+    promised = [gain(some.about(which, 0), some.weight(which)) for which in ("key", "value")]
+    assert promised[0] < bases_of.HALFWAY < promised[1] < bases_of.WHOLE
+    pair = Choice("weights").of(graph, [layer], (spread, spread))[layer.index]
+    assert [basis.shared for basis in pair] == [True, False]
+
+
 def test_a_file_of_statistics_is_read_as_it_was_written(stats: str, tmp_path: Path) -> None:
     read = moments.load(Path(stats))
     assert (read.tokens, read.held) == (2 * CALL + 40, 90)
@@ -208,8 +226,9 @@ def packed(target: str, kind: str, stats: str) -> QuantizeKv:
 
 
 @pytest.mark.parametrize(("target", "kind"), [("cpu", "calibrated"), ("gpu", "weights"), ("gpu", "calibrated")])
-def test_packed_attention_equals_numpy(target: str, kind: str, stats: str) -> None:
+def test_packed_attention_equals_numpy(target: str, kind: str, stats: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Codes but for ties, and the context, of a basis of its own for each KV head, values centred."""
+    monkeypatch.setattr(bases_of, "HALFWAY", 1.0)  # random weights promise little
     item = packed(target, kind, stats if kind == "calibrated" else "")
     model = Tapped(TINY["5.5"], (DecoupleLength(), TruncateWindow(), SimplifyMask(), item))
     graph, description = load(TINY["5.5"])

@@ -6,7 +6,8 @@ In a page, what stands between `<!-- table NAME of FILE -->` and `<!-- end -->` 
   as "{.2f} ({.2f}–{.2f})", for the numbers of its cells; a cell is a number, a list of them, a text, or, where
   its form is another, {"form": …, "values": …}.
 - what tools/measure_text.py --json writes: {"runs": {NAME: {"about": …, "measured": …}}}, rows by model and hint.
-- what tools/measure_real_models.py --json writes: "quality" by cache and basis, and "hosts", with no property.
+- what tools/measure_real_models.py --json writes: "quality" by cache and basis, "hosts", with no property, and
+  "needles", answers that are right.
 - what ovtq-bench --output writes: "tpot" are the ratios of decode steps, by context and candidate.
 - tests/data/ledger_20b.json (tests/ledgers_20b.py): "step", "memory" and "bound".
 """
@@ -52,7 +53,7 @@ def made(path: Path, name: str) -> str:
     if found.get("kind") == "bench":
         return {"tpot": of_bench}[name](found)
     if found.get("kind") == "eval":
-        return {"quality": of_quality, "hosts": of_hosts}[name](found)
+        return {"quality": of_quality, "hosts": of_hosts, "needles": of_needles}[name](found)
     kinds: dict[str, Callable[[Mapping[str, Any]], str]] = {"step": of_step, "memory": of_memory, "bound": of_bound}
     return kinds[name](found)
 
@@ -128,27 +129,50 @@ def _preset(name: str) -> str:
     return next((preset for preset in ORDER if Path(name).name.endswith(preset)), "")
 
 
+WAYS = {"": "", "paged": ", paged attention", "GPU": ", as a GPU stores it"}  # in which a cache is measured
+BASES = ("rotation", "weights", "calibrated")
+HEADS = ["as exported", "rotated", "basis of weights", "calibrated"]
+
+
 def of_quality(found: Mapping[str, Any]) -> str:
     """Mean KLD, its 99.9% quantile and how often the most likely token is the same, by cache and by basis."""
+    return _by_basis(found, _loss, sized=True)
+
+
+def of_needles(found: Mapping[str, Any]) -> str:
+    """Answers that are right, of how many, by cache and by basis."""
+    return _by_basis(found, _right, sized=False)
+
+
+def _by_basis(found: Mapping[str, Any], shown: Callable[[Mapping[str, Any] | None], str], sized: bool) -> str:
+    """A line for each cache, in it a cell for the exported model and for each basis; columns without any are left."""
     rows = {row["candidate"]: row for row in found["rows"] if row["role"] == "candidate"}
     caches = dict.fromkeys(name.rpartition(", ")[0] for name in rows if not name.startswith("as hosts"))
     lines = []
     for cache in sorted((name for name in caches if "as exported" not in name), key=_place):
-        kind, paged = cache.removeprefix("paged: "), cache.startswith("paged: ")
-        exported = rows.get(f"{'paged: ' if paged else ''}as exported, {kind}")
-        ours = [rows.get(f"{cache}, {basis}") for basis in ("rotation", "weights", "calibrated")]
+        way, colon, kind = cache.rpartition(": ")
+        exported = rows.get(f"{way}{colon}as exported, {kind}")
+        ours = [rows.get(f"{cache}, {basis}") for basis in BASES]
         size = next(row for row in (*ours, exported) if row)
         flat = f" and {size['flat_bytes'] / 1e6:.1f} MB" if size["flat_bytes"] > 1e5 else ""
-        name = f"`{kind}`, paged attention" if paged else f"`{kind}`"
-        lines.append([name, f"{size['bytes_per_token']:,}{flat}", *(map(_loss, (exported, *ours)))])
-    heads = ["cache", "bytes per token", "as exported", "rotated", "basis of weights", "calibrated"]
-    return numbers(heads, lines, 1)
+        bits, _, more = kind.partition(" ")
+        name = f"`{bits}`{f' {more}' if more else ''}{WAYS[way]}"
+        lines.append([name, f"{size['bytes_per_token']:,}{flat}", *map(shown, (exported, *ours))])
+    kept = [at for at in range(len(HEADS) + 2) if at == 0 or (sized and at == 1) or (at > 1 and _any(lines, at))]
+    heads = ["cache", "bytes per token", *HEADS]
+    return numbers([heads[at] for at in kept], [[line[at] for at in kept] for line in lines], 1)
 
 
-def _place(cache: str) -> tuple[bool, int]:
-    """Paged ones last, more bits first."""
+def _any(lines: Sequence[Sequence[str]], at: int) -> bool:
+    return any(line[at] for line in lines)
+
+
+def _place(cache: str) -> tuple[int, int, str]:
+    """By way; more bits first."""
     order = ("u8", "u4", "k8v4", "k6v4", "k4v4", "k4v3", "k3v3")
-    return cache.startswith("paged"), order.index(cache.removeprefix("paged: "))
+    way, _, kind = cache.rpartition(": ")
+    bits, _, more = kind.partition(" ")
+    return [*WAYS].index(way), order.index(bits), more
 
 
 def _loss(row: Mapping[str, Any] | None) -> str:
@@ -156,6 +180,11 @@ def _loss(row: Mapping[str, Any] | None) -> str:
         return ""
     mean, most = number(row["mean_kld"], ".2e"), number(row["kld_p999"], ".1e")
     return f"{mean} ({most}, {row['same_top']:.2%})"
+
+
+def _right(row: Mapping[str, Any] | None) -> str:
+    cells = (row or {}).get("needles") or []
+    return f"{sum(cell['right'] for cell in cells)} of {sum(cell['of'] for cell in cells)}" if cells else ""
 
 
 def of_hosts(found: Mapping[str, Any]) -> str:

@@ -49,6 +49,7 @@ class Row:
     properties: str = ""
     paged: bool = False
     hosts: bool = False
+    target: str = "cpu"
 
 
 def packed(bits: str, basis: str) -> Row:
@@ -80,9 +81,22 @@ def rows() -> Iterator[Row]:
     yield replace(Row("as exported"), paged=True, properties="KV_CACHE_PRECISION=u4", label="paged: as exported, u4")
     for basis in ("rotation", "calibrated"):
         yield replace(native("u4", basis), paged=True, properties="KV_CACHE_PRECISION=u4", label=f"paged: u4, {basis}")
+    yield from as_a_gpu_stores()
     yield replace(Row("as exported"), hosts=True, label="as hosts load it: as exported")
     for row in (native("u8", "rotation"), packed("k6v4", "calibrated"), packed("k4v4", "calibrated")):
         yield replace(row, hosts=True, label=f"as hosts load it: {row.label}")
+
+
+def as_a_gpu_stores() -> Iterator[Row]:
+    """The plugin's caches with what a GPU's would hold, computed on a CPU."""
+    for bits in ("u8", "u4"):
+        properties = f"GPU_CACHE={bits}"
+        yield Row(f"GPU: as exported, {bits}", properties=properties)
+        for window in (0, 127):
+            for basis in ("rotation", "calibrated"):
+                options = {"preset": bits, "basis": basis} | ({"residual_window": window} if window else {})
+                name = f"GPU: {bits}{f' and {window} exact' if window else ''}, {basis}"
+                yield Row(name, options, properties, target="gpu")
 
 
 def measure(work: Evaluation, model_dir: Path, row: Row, chunk: int) -> dict[str, Any]:
@@ -92,7 +106,7 @@ def measure(work: Evaluation, model_dir: Path, row: Row, chunk: int) -> dict[str
         try:
             if row.options is not None:
                 folder = Path(scratch) / "model"
-                ovtq.convert(model_dir, folder, target="cpu", verify=False, card=False, **row.options)
+                ovtq.convert(model_dir, folder, target=row.target, verify=False, card=False, **row.options)
             settings = f",{row.properties}" if row.properties else ""
             candidate: Candidate = parse(f"{'paged:' if row.paged else ''}{folder}{settings}", model_dir)
             if row.hosts:
@@ -108,6 +122,7 @@ def table(found: dict[str, Any]) -> str:
     refused = [f"{row['candidate']}: {row['reason']}" for row in found["rows"] if row["role"] == "refused"]
     parts = [benchmark_tables.of_quality(found)]
     parts += [benchmark_tables.of_hosts(found)] if any("as hosts" in row["candidate"] for row in found["rows"]) else []
+    parts += [benchmark_tables.of_needles(found)] if any(row.get("needles") for row in found["rows"]) else []
     return "\n\n".join([*parts, *(["refused:\n" + "\n".join(refused)] if refused else [])])
 
 

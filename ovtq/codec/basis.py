@@ -103,8 +103,9 @@ def balanced(
     spread: np.ndarray,
     centre: np.ndarray,
     limit: float = LIMIT,
+    share: float = 1.0,
 ) -> HeadBasis:
-    """The basis that loses least, a matrix for each head.
+    """The basis that loses least, a matrix for each head; or one a `share` of the way there from the rotation, P^share.
 
     covariance Σ (kv_heads, d, d): E[(x − c)ᵀ(x − c)]; weight Γ, likewise: E[qᵀq] of the queries that keys are
     multiplied with, or the Gram matrix of what values are; spread (d, width): orthonormal rows; centre (kv_heads, d).
@@ -112,7 +113,7 @@ def balanced(
     """
     matrices, inverses = [], []
     for sigma, gamma in zip(covariance, weight, strict=True):
-        root, inverse_root = balance(sigma, gamma, limit)
+        root, inverse_root = balance(sigma, gamma, limit, share)
         _, axes = np.linalg.eigh(root @ sigma @ root)
         turn = axes @ spread.astype(np.float64)
         matrices.append(root @ turn)
@@ -121,8 +122,10 @@ def balanced(
     return HeadBasis(matrix, inverse, centre.astype(np.float32))
 
 
-def balance(sigma: np.ndarray, gamma: np.ndarray, limit: float = LIMIT) -> tuple[np.ndarray, np.ndarray]:
-    """P^½ and P^−½ of one head, (d, d) f64 and symmetric, for P ∝ Σ^−½ (Σ^½ΓΣ^½)^½ Σ^−½ with tr(PΣ) = trΣ.
+def balance(
+    sigma: np.ndarray, gamma: np.ndarray, limit: float = LIMIT, share: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """P^½ and P^−½ of one head, (d, d) f64 and symmetric, for P ∝ (Σ^−½ (Σ^½ΓΣ^½)^½ Σ^−½)^share with tr(PΣ) = trΣ.
 
     Eigenvalues of P below limit⁻² of the largest are raised to that. A Σ or Γ of zeros gives the identity.
     """
@@ -131,7 +134,7 @@ def balance(sigma: np.ndarray, gamma: np.ndarray, limit: float = LIMIT) -> tuple
     inverse_half = power(sigma, -0.5)
     middle = power(_symmetric(half @ gamma @ half), 0.5)
     values, vectors = np.linalg.eigh(_symmetric(inverse_half @ middle @ inverse_half))
-    values = np.maximum(values, values.max() / limit**2)
+    values = np.maximum(values, values.max() / limit**2) ** share
     values *= np.trace(sigma) / np.einsum("ij,ji,i->", vectors.T @ sigma, vectors, values)
     return (vectors * values**0.5) @ vectors.T, (vectors * values**-0.5) @ vectors.T
 
@@ -140,6 +143,17 @@ def loss(basis: np.ndarray, sigma: np.ndarray, gamma: np.ndarray) -> float:
     """tr(AᵀΣA)·tr(A⁻¹ΓA⁻ᵀ)/d of a matrix A (d, d): what E[(q·δ)²] is proportional to."""
     inverse = np.linalg.inv(basis.astype(np.float64))
     return float(np.trace(basis.T @ sigma @ basis) * np.trace(inverse @ gamma @ inverse.T) / len(basis))
+
+
+def gain(sigma: np.ndarray, gamma: np.ndarray) -> float:
+    """How many times what the balanced bases of some heads lose a rotation of all loses; (kv_heads, d, d) each."""
+    d = sigma.shape[-1]
+    bases = [balance(*pair)[0] for pair in zip(sigma, gamma, strict=True)]
+    rotation, least = (
+        sum(loss(basis, *pair) for basis, *pair in zip(some, sigma, gamma, strict=True))
+        for some in ([np.eye(d)] * len(sigma), bases)
+    )
+    return rotation / least if least else 1.0
 
 
 def power(matrix: np.ndarray, exponent: float) -> np.ndarray:

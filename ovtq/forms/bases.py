@@ -12,7 +12,7 @@ import openvino as ov
 
 from ovtq import files
 from ovtq.codec import moments
-from ovtq.codec.basis import HeadBasis, balanced, rotated
+from ovtq.codec.basis import HeadBasis, balanced, gain, rotated
 from ovtq.codec.moments import Calibration, Moments
 from ovtq.codec.rotation import digest
 from ovtq.errors import UnsupportedModel
@@ -24,6 +24,9 @@ KINDS = ("rotation", "weights", "calibrated")
 # Of a Gram matrix: what the rounding of weights to 4 bits leaves of a layer is nearer, another layer is not
 ALIKE = 0.25
 CENTRES = ("auto", "bias", "mean", "none")
+# How far weights alone are followed, by what they say a rotation loses in place of the balanced basis: halfway from the
+# first, all the way from the second. They take the input for white, and are wrong where they promise little.
+HALFWAY, WHOLE = 1.25, 8.0
 
 
 class LayerBases(NamedTuple):
@@ -38,9 +41,10 @@ class Choice:
     """How bases are made: `kind` is one of KINDS, `centre` one of CENTRES.
 
     rotation: orthonormal rows, the same for all heads. weights: balanced by what the weights say of queries, keys and
-    values. calibrated: by what a text says, in `stats`, a file of ovtq-calibrate, but where held-out text
-    says that the plain rotation loses less. Keys are centred by the mean of their bias as RoPE turns it (bias), or keys
-    and values by their means over that text (mean); auto is mean if calibrated, else bias.
+    values, as far as they are to be trusted (`share`). calibrated: by what a text says, in `stats`, a file of
+    ovtq-calibrate, but where held-out text says that the plain rotation loses less. Keys are centred by the mean of
+    their bias as RoPE turns it (bias), or keys and values by their means over that text (mean); auto is mean if
+    calibrated, else bias.
     """
 
     kind: str = "rotation"
@@ -127,9 +131,19 @@ class Choice:
         for which, centre, spread, before in zip(("key", "value"), centres, spreads, (taken, nothing), strict=True):
             if some is None or self.kind == "rotation" or not some.pays(which):
                 made.append(rotated(spread, centre))
-            else:
-                made.append(balanced(some.about(which, centre + before), some.weight(which), spread, centre))
+                continue
+            sigma, gamma = some.about(which, centre + before), some.weight(which)
+            part = share(gain(sigma, gamma)) if self.kind == "weights" else 1.0
+            made.append(balanced(sigma, gamma, spread, centre, share=part) if part else rotated(spread, centre))
         return LayerBases(*made)
+
+
+def share(predicted: float) -> float:
+    """How much of the way from the rotation to the balanced basis to go, of what weights alone predict to gain.
+
+    Of losses along the way the logarithm is convex, so halfway is no worse than the geometric mean of both ends.
+    """
+    return 1.0 if predicted >= WHOLE else 0.5 if predicted >= HALFWAY else 0.0
 
 
 def _of_another(some: Moments, layer: AttentionLayer) -> bool:
