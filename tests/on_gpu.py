@@ -15,6 +15,8 @@ import tempfile
 
 import ovtq
 
+OTHER, ELSE = "In the year 1812 the army of Napoleon", "On the coast of Ireland there are"
+
 
 def generated_by_genai(model_dir: str, prompt: str, tokens: int, properties: dict[str, str]) -> dict[str, list]:
     """Its tokens."""
@@ -25,21 +27,21 @@ def generated_by_genai(model_dir: str, prompt: str, tokens: int, properties: dic
     return {"genai": list(pipe.generate(pipe.get_tokenizer().encode(prompt).input_ids, config).tokens[0])}
 
 
-def chat(model_dir: str, prompt: str, tokens: int, properties: dict[str, str]) -> dict[str, list]:
+def chat(model_dir: str, prompt: str, tokens: int, properties: dict[str, str], device: str = "GPU") -> dict[str, list]:
     """Its answers as the histories come, and to each as a prompt of its own, each asked twice.
 
     Those are another pipeline's, for one that had a history takes no texts.
     """
     import openvino_genai as genai
 
-    pipe, fresh = (genai.LLMPipeline(model_dir, "GPU", ATTENTION_BACKEND="SDPA", **properties) for _ in range(2))
+    pipe, fresh = (genai.LLMPipeline(model_dir, device, ATTENTION_BACKEND="SDPA", **properties) for _ in range(2))
     tokenizer = pipe.get_tokenizer()
     tokenizer.set_chat_template("{% for message in messages %}{{ message['content'] }} {% endfor %}")
     config = genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True)
     plain = genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True, apply_chat_template=False)
     answers: list[str] = []
     histories = []
-    for words in ([prompt], [prompt, "And then"], [prompt[: len(prompt) // 2], "Others say that"], [prompt]):
+    for words in ([prompt], [prompt, OTHER], [prompt[: len(prompt) // 2], ELSE], [prompt]):
         history = genai.ChatHistory()
         for number, text in enumerate(words):
             if number:

@@ -145,7 +145,7 @@ def of_needles(found: Mapping[str, Any]) -> str:
 
 
 def _by_basis(found: Mapping[str, Any], shown: Callable[[Mapping[str, Any] | None], str], sized: bool) -> str:
-    """A line for each cache, in it a cell for the exported model and for each basis; columns without any are left."""
+    """A line for each cache, in it a cell for the exported model and for each basis; none and no column without any."""
     rows = {row["candidate"]: row for row in found["rows"] if row["role"] == "candidate"}
     caches = dict.fromkeys(name.rpartition(", ")[0] for name in rows if not name.startswith("as hosts"))
     lines = []
@@ -158,6 +158,7 @@ def _by_basis(found: Mapping[str, Any], shown: Callable[[Mapping[str, Any] | Non
         bits, _, more = kind.partition(" ")
         name = f"`{bits}`{f' {more}' if more else ''}{WAYS[way]}"
         lines.append([name, f"{size['bytes_per_token']:,}{flat}", *map(shown, (exported, *ours))])
+    lines = [line for line in lines if any(line[2:])]
     kept = [at for at in range(len(HEADS) + 2) if at == 0 or (sized and at == 1) or (at > 1 and _any(lines, at))]
     heads = ["cache", "bytes per token", *HEADS]
     return numbers([heads[at] for at in kept], [[line[at] for at in kept] for line in lines], 1)
