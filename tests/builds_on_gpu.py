@@ -1,0 +1,71 @@
+"""Build `attend` for a virtual chip, as JSON: run by test_kernels.py.
+
+usage: VIRTUAL_GPU=CHIP tools/gpu/virtual python tests/builds_on_gpu.py {half|float},K,V,HEAD_DIM,GROUP…
+
+Of each, type of the state, bits, and query heads of a KV head, prints whether it multiplies matrices (dpas, XMX) and
+how many bytes of registers it spills, as the compiled program says itself. Of what the plugin puts before a kernel, the
+types alone are here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import re
+import sys
+
+from ovtq.codec.kernel_layout import KernelLayout
+
+GPU, LOG, SIZES, BINARIES = 4, 0x1183, 0x1165, 0x1166  # CL_DEVICE_TYPE_GPU, CL_PROGRAM_BUILD_LOG, CL_PROGRAM_BINARY_…
+
+
+def sources(kind: str, layout: KernelLayout) -> str:
+    names = next(item.sources for item in layout.bindings if item.sources[-1] == "attend")
+    types = "".join(f"#define {port}_TYPE {kind}\n" for port in ("INPUT0", "OUTPUT0"))
+    return types + "".join(layout.texts[f"{name}.cl"] for name in names)
+
+
+class Chip:
+    """The only device of the only platform."""
+
+    def __init__(self) -> None:
+        self.cl = ctypes.CDLL("libOpenCL.so.1")
+        self.cl.clCreateContext.restype = self.cl.clCreateProgramWithSource.restype = ctypes.c_void_p
+        platform, self.device = ctypes.c_void_p(), ctypes.c_void_p()
+        self.cl.clGetPlatformIDs(1, ctypes.byref(platform), None)
+        self.cl.clGetDeviceIDs(platform, ctypes.c_ulong(GPU), 1, ctypes.byref(self.device), None)
+        context = self.cl.clCreateContext(None, 1, ctypes.byref(self.device), None, None, None)
+        self.context = ctypes.c_void_p(context)
+
+    def build(self, text: str) -> bytes:
+        """The program, an ELF whose section .ze_info tells of it in YAML."""
+        source = ctypes.c_char_p(text.encode())
+        made = self.cl.clCreateProgramWithSource(self.context, 1, ctypes.byref(source), None, None)
+        program = ctypes.c_void_p(made)
+        if self.cl.clBuildProgram(program, 1, ctypes.byref(self.device), None, None, None):
+            log = ctypes.create_string_buffer(1 << 16)
+            self.cl.clGetProgramBuildInfo(program, self.device, LOG, ctypes.c_size_t(1 << 16), log, None)
+            raise RuntimeError(log.value.decode())
+        size = ctypes.c_size_t()
+        self.cl.clGetProgramInfo(program, SIZES, ctypes.c_size_t(ctypes.sizeof(size)), ctypes.byref(size), None)
+        binary = ctypes.create_string_buffer(size.value)
+        place = ctypes.c_void_p(ctypes.addressof(binary))
+        self.cl.clGetProgramInfo(program, BINARIES, ctypes.c_size_t(ctypes.sizeof(place)), ctypes.byref(place), None)
+        return binary.raw
+
+
+def main(*specs: str) -> None:
+    """Print what became of each."""
+    chip, found = Chip(), {}
+    for spec in specs:
+        kind, *numbers = spec.split(",")
+        key, value, head_dim, group = map(int, numbers)
+        binary = chip.build(sources(kind, KernelLayout(4, group, head_dim, (key, value), 64, 4096)))
+        assert b"ovtq_attend" in binary
+        matrices, spilled = (re.search(text, binary) for text in (rb"has_dpas: +true", rb"spill_size: +(\d+)"))
+        found[spec] = {"dpas": matrices is not None, "spilled": int(spilled[1]) if spilled else 0}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
