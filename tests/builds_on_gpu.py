@@ -1,10 +1,10 @@
-"""Build `attend` for a virtual chip, as JSON: run by test_kernels.py.
+"""Build kernels for a virtual chip, as JSON: run by test_kernels.py.
 
-usage: VIRTUAL_GPU=CHIP tools/gpu/virtual python tests/builds_on_gpu.py {half|float},K,V,HEAD_DIM,GROUP…
+usage: VIRTUAL_GPU=CHIP tools/gpu/virtual python tests/builds_on_gpu.py KERNEL,{half|float},K,V,HEAD_DIM,GROUP…
 
-Of each, type of the state, bits, and query heads of a KV head, prints whether it multiplies matrices (dpas, XMX) and
-how many bytes of registers it spills, as the compiled program says itself. Of what the plugin puts before a kernel, the
-types alone are here.
+Of each kernel, type of its state, bits, and query heads of a KV head, prints whether it multiplies matrices (dpas, XMX)
+and how many bytes of registers it spills, as the compiled program says itself: a build's log is silent of spills. Types
+and lengths alone are here of what the plugin puts before a kernel.
 """
 
 from __future__ import annotations
@@ -15,14 +15,20 @@ import re
 import sys
 
 from ovtq.codec.kernel_layout import KernelLayout
+from ovtq.codec.window_layout import WindowLayout
 
 GPU, LOG, SIZES, BINARIES = 4, 0x1183, 0x1165, 0x1166  # CL_DEVICE_TYPE_GPU, CL_PROGRAM_BUILD_LOG, CL_PROGRAM_BINARY_…
 
 
-def sources(kind: str, layout: KernelLayout) -> str:
-    names = next(item.sources for item in layout.bindings if item.sources[-1] == "attend")
-    types = "".join(f"#define {port}_TYPE {kind}\n" for port in ("INPUT0", "OUTPUT0"))
-    return types + "".join(layout.texts[f"{name}.cl"] for name in names)
+def sources(kernel: str, kind: str, bits: tuple[int, int], head_dim: int, group: int) -> str:
+    sets = KernelLayout(4, group, head_dim, bits, 64, 4096), WindowLayout(4, group, head_dim, 128)
+    for some in sets:
+        for item in some.bindings:
+            if item.sources[-1] == kernel:
+                ports = [*(f"INPUT{number}" for number in range(item.inputs)), "OUTPUT0"]
+                lines = [f"#define {port}_TYPE {kind}\n#define {port}_DIMS (long[]){{1, 1, 1, 1}}\n" for port in ports]
+                return "".join((*lines, *(some.texts[f"{name}.cl"] for name in item.sources)))
+    raise ValueError(f"no kernel {kernel}")
 
 
 class Chip:
@@ -58,10 +64,10 @@ def main(*specs: str) -> None:
     """Print what became of each."""
     chip, found = Chip(), {}
     for spec in specs:
-        kind, *numbers = spec.split(",")
+        kernel, kind, *numbers = spec.split(",")
         key, value, head_dim, group = map(int, numbers)
-        binary = chip.build(sources(kind, KernelLayout(4, group, head_dim, (key, value), 64, 4096)))
-        assert b"ovtq_attend" in binary
+        binary = chip.build(sources(kernel, kind, (key, value), head_dim, group))
+        assert f"ovtq_{kernel}".encode() in binary
         matrices, spilled = (re.search(text, binary) for text in (rb"has_dpas: +true", rb"spill_size: +(\d+)"))
         found[spec] = {"dpas": matrices is not None, "spilled": int(spilled[1]) if spilled else 0}
     print(json.dumps(found))

@@ -2,9 +2,9 @@
 
 usage: tools/gpu/emulated python tests/kernels_on_gpu.py FOLDER PRECISION TEXTS {K,V|window}[,HEAD_DIM[,GROUP[,PARTS]]]…
 
-PRECISION is f32, f16, or xmx: f16 with what stands in for XMX (xmx_stand_in.cl) before `attend`, which does not build
-unless it takes it. GROUP are query heads of a KV head. PARTS are work-groups of a KV head; with 2 one of them has the
-whole history, 128 tokens at a time.
+PRECISION is f32 or f16, or either with +xmx: what stands in for XMX (xmx_stand_in.cl) is then before `attend`, which
+does not build unless it takes it. GROUP are query heads of a KV head. PARTS are work-groups of a KV head; with 2 one of
+them has the whole history, 128 tokens at a time.
 
 TEXTS are tokens of each call, such as 37,1x40,20/1,70: a stroke is a reset, 1x40 forty calls of one. Some tokens on the
 left of each longer call are padding; in every fifth call some of the past are hidden, which are seen again in the next.
@@ -170,9 +170,10 @@ def worst(folder: Path, precision: str, texts: str, of: Layer) -> float:
     kernel_layout.GROUPS = HEADS * of.parts
     model, description, attention = one_layer(of)
     kernel_files.write(description.kernels, folder)
-    if precision == "xmx":
+    precision, *xmx = precision.split("+")
+    if xmx:
         take_xmx(folder)
-    config = {"INFERENCE_PRECISION_HINT": precision.replace("xmx", "f16"), **properties(folder)}
+    config = {"INFERENCE_PRECISION_HINT": precision, **properties(folder)}
     compiled = ov.Core().compile_model(model, "GPU", config)
     if texts == "+":
         two = [Text(compiled, one_layer(of)[2], of, seed) for seed in (1, 2)]
