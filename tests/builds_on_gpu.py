@@ -48,10 +48,10 @@ class Chip:
         source = ctypes.c_char_p(text.encode())
         made = self.cl.clCreateProgramWithSource(self.context, 1, ctypes.byref(source), None, None)
         program = ctypes.c_void_p(made)
-        if self.cl.clBuildProgram(program, 1, ctypes.byref(self.device), None, None, None):
+        if error := self.cl.clBuildProgram(program, 1, ctypes.byref(self.device), None, None, None):
             log = ctypes.create_string_buffer(1 << 16)
             self.cl.clGetProgramBuildInfo(program, self.device, LOG, ctypes.c_size_t(1 << 16), log, None)
-            raise RuntimeError(log.value.decode())
+            raise RuntimeError(f"clBuildProgram: {error}\n{log.value.decode()}")
         size = ctypes.c_size_t()
         self.cl.clGetProgramInfo(program, SIZES, ctypes.c_size_t(ctypes.sizeof(size)), ctypes.byref(size), None)
         binary = ctypes.create_string_buffer(size.value)

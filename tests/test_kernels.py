@@ -13,7 +13,7 @@ import numpy as np
 import openvino as ov
 import pytest
 from conftest import GPU_TOOLS, MINI, ROOT, TINY
-from test_gpu import SLOW, emulated, virtual
+from test_gpu import SLOW, emulated, probe, report, virtual
 
 import ovtq
 from ovtq.codec.kernel_files import config
@@ -198,9 +198,9 @@ def test_the_form_for_xmx_is_that_of_numpy(layer: str, tmp_path: Path) -> None:
 @emulated
 @SLOW
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("layer", ["6,4", "6,4,64,8,2"])
-def test_every_call_of_the_form_for_xmx_is_that_of_numpy(layer: str, tmp_path: Path) -> None:
-    assert on_gpu(tmp_path, "f16+xmx", MANY, layer)[layer] < 8e-3
+@pytest.mark.parametrize(("texts", "layer"), [(MANY, "6,4"), ("1x300", "6,4,64,8,2")])
+def test_steps_of_the_form_for_xmx_are_those_of_numpy_at_f16(texts: str, layer: str, tmp_path: Path) -> None:
+    assert on_gpu(tmp_path, "f16+xmx", texts, layer)[layer] < 8e-3
 
 
 @virtual
@@ -219,6 +219,23 @@ def test_chips_with_xmx_for_16_lanes_take_it(chip: str, xmx: bool, monkeypatch: 
     assert not built.pop(exact)["dpas"]
     assert {layer: found["dpas"] for layer, found in built.items()} == dict.fromkeys(heads, xmx)
     assert not xmx or not [found for found in built.values() if found["spilled"]]
+
+
+@virtual
+@SLOW
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("precision", "xmx"), [("f16", True), ("f32", False)])
+def test_the_plugin_builds_the_form_for_xmx(
+    precision: str, xmx: bool, convert: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """For Lunar Lake: by what the driver's cache has of the model's kernels once a step was taken."""
+    monkeypatch.setenv("NEO_CACHE_DIR", str(tmp_path))
+    model = convert(TINY["5.5"], *PACKED_TINY, "--kernels", "--capacity", "1024")
+    options = ["--branch-by-length", "--steps", "1,1", "--config", f"INFERENCE_PRECISION_HINT={precision}"]
+    report(probe("virtual", model, *options))
+    programs = [path.read_bytes() for path in tmp_path.rglob("*.cl_cache")]
+    forms = {b"has_dpas" in program for program in programs if b"ovtq_attend" in program}
+    assert forms == {xmx}
 
 
 @emulated
