@@ -13,7 +13,7 @@ import numpy as np
 import openvino as ov
 import pytest
 from conftest import GPU_TOOLS, MINI, ROOT, TINY
-from test_gpu import SLOW, emulated
+from test_gpu import SLOW, emulated, probe, report, virtual
 
 import ovtq
 from ovtq.codec.kernel_files import config
@@ -26,13 +26,19 @@ AT_20B = KernelLayout(8, 8, 64, (6, 4), 64, 32768)
 STATEFUL = {**EXACT_PROPERTIES, "ATTENTION_BACKEND": "SDPA"}
 PACKED_TINY = ["--preset", "k6v4", "--residual-window", "16", "--no-verify"]
 ALL = ["8,4", "6,4", "4,4", "5,3", "3,6", "2,2", "8,8", "6,4,128"]
+GROUPS = ["6,4,64,1,2", "6,4,64,5,2", "6,4,64,9,2", "6,4,64,16,2", "6,4,128,5,2", "6,4,128,9,2", "6,4,128,16,2"]
+MANY = "37,1x300,20,1,5,1,1/1,70,1,1"
 
 
-def on_gpu(folder: Path, precision: str, texts: str, *bits: str) -> dict:
-    command = [GPU_TOOLS / "emulated", sys.executable, ROOT / "tests" / "kernels_on_gpu.py", folder, precision, texts]
-    done = subprocess.run([*map(str, command), *bits], capture_output=True, text=True, check=False)
+def run(tool: str, script: str, *options: object) -> dict:
+    command = [GPU_TOOLS / tool, sys.executable, ROOT / "tests" / script, *options]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def on_gpu(folder: Path, precision: str, texts: str, *layers: str) -> dict:
+    return run("emulated", "kernels_on_gpu.py", folder, precision, texts, *layers)
 
 
 @pytest.mark.parametrize(("bits", "bytes_"), [((6, 4), 672), ((8, 4), 800), ((4, 4), 544)])
@@ -88,7 +94,8 @@ def test_a_conversion_writes_what_the_property_names(convert: Callable[..., Path
     (name, path), *more = ovtq.properties(out).items()
     assert (name, more) == ("CONFIG_FILE", [("CACHE_DIR", "")])
     text = Path(path).read_text()
-    for source in ("attend", "join", "append", "read", "window", "guard", "common", "constants", "window_constants"):
+    kernels = ("attend", "xmx", "join", "append", "read", "window", "guard")
+    for source in (*kernels, "common", "lanes", "constants", "window_constants"):
         assert f'"{source}.cl"' in text
         assert (Path(path).parent / f"{source}.cl").is_file()
     record = json.loads((out / "ovtq.json").read_text())
@@ -151,7 +158,7 @@ def test_every_call_is_that_of_numpy(precision: str, allowed: float, layer: str,
 
     A code may be another at a tie: then no more.
     """
-    assert on_gpu(tmp_path, precision, "37,1x300,20,1,5,1,1/1,70,1,1", layer)[layer] < allowed
+    assert on_gpu(tmp_path, precision, MANY, layer)[layer] < allowed
 
 
 @emulated
@@ -168,6 +175,67 @@ def test_a_window_of_wider_heads(layer: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", ALL)
 def test_any_bits(bits: str, tmp_path: Path) -> None:
     assert on_gpu(tmp_path, "f32", "1x40,20,1", bits)[bits] < (1e-5 if "8,8" not in bits else 1e-3)
+
+
+@emulated
+@SLOW
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("layer", GROUPS)
+def test_any_number_of_query_heads(layer: str, tmp_path: Path) -> None:
+    """Those of a KV head are split among sub-groups; one work-group has all of the history, round by round."""
+    assert on_gpu(tmp_path, "f32", "150,1x40", layer)[layer] < 1e-5
+
+
+@emulated
+@SLOW
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("layer", [*GROUPS, *ALL])
+def test_the_form_for_xmx_is_that_of_numpy(layer: str, tmp_path: Path) -> None:
+    """Its arithmetic, with what stands in for the built-in: of f16 are its operands alone."""
+    assert on_gpu(tmp_path, "f32+xmx", "1x60", layer)[layer] < 2e-3
+
+
+@emulated
+@SLOW
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize(("texts", "layer"), [(MANY, "6,4"), ("1x300", "6,4,64,8,2")])
+def test_steps_of_the_form_for_xmx_are_those_of_numpy_at_f16(texts: str, layer: str, tmp_path: Path) -> None:
+    assert on_gpu(tmp_path, "f16+xmx", texts, layer)[layer] < 8e-3
+
+
+@virtual
+@SLOW
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("chip", "xmx"), [("lnl", True), ("ptl", True), ("dg2", False), ("arl", False), ("mtl", False)]
+)
+def test_chips_with_xmx_for_16_lanes_take_it(chip: str, xmx: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the compiled program says of itself; and there nothing spills. Where states are f32, none does."""
+    monkeypatch.setenv("VIRTUAL_GPU", chip)
+    heads = [f"attend,half,{bits},64,8" for bits in ("6,4", "8,8", "5,3", "2,2")]
+    heads += [f"attend,half,6,4,{shape}" for shape in ("64,1", "64,4", "64,16", "128,4", "128,7", "128,16")]
+    exact = "attend,float,6,4,64,8"
+    built = run("virtual", "builds_on_gpu.py", *heads, exact)
+    assert not built.pop(exact)["dpas"]
+    assert {layer: found["dpas"] for layer, found in built.items()} == dict.fromkeys(heads, xmx)
+    assert not xmx or not [found for found in built.values() if found["spilled"]]
+
+
+@virtual
+@SLOW
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("precision", "xmx"), [("f16", True), ("f32", False)])
+def test_the_plugin_builds_the_form_for_xmx(
+    precision: str, xmx: bool, convert: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """For Lunar Lake: by what the driver's cache has of the model's kernels once a step was taken."""
+    monkeypatch.setenv("NEO_CACHE_DIR", str(tmp_path))
+    model = convert(TINY["5.5"], *PACKED_TINY, "--kernels", "--capacity", "1024")
+    options = ["--branch-by-length", "--steps", "1,1", "--config", f"INFERENCE_PRECISION_HINT={precision}"]
+    report(probe("virtual", model, *options))
+    programs = [path.read_bytes() for path in tmp_path.rglob("*.cl_cache")]
+    forms = {b"has_dpas" in program for program in programs if b"ovtq_attend" in program}
+    assert forms == {xmx}
 
 
 @emulated

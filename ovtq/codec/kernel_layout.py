@@ -123,7 +123,7 @@ class KernelLayout(KernelSet):
         shared, token = ("constants", "lanes", "common"), f"(B-1)/{self.fives}*{self.kv_heads}*16"
         attend = f"{self.kv_heads * self.parts * WORK_GROUP}"
         return (
-            Binding("ExperimentalDetectronPriorGridGenerator", (*shared, "attend"), 3, attend),
+            Binding("ExperimentalDetectronPriorGridGenerator", (*shared, "xmx", "attend"), 3, attend),
             Binding("ROIPooling", (*shared, "join"), 2, "B*16", 16),
             Binding("PSROIPooling", (*shared, "append"), 2, token),
             Binding("ROIAlign", (*shared, "read"), 3, "B*128"),

@@ -5,7 +5,8 @@
 //           positive (CAPACITY)
 //   state   the layer's
 //   output  PARTS records of RECORD floats for each query head
-// Coordinates are unpacked 32 at a time, from as many words of each plane as it has bits a code.
+// A history is read by XMX where `xmx.cl` finds it, else coordinates are unpacked 32 at a time, from as many words of each
+// plane as it has bits a code.
 #define WORDS(plane, width, block) ((const __global uint*)(plane) + (block) * (width))
 #define CODE(words, width, n) (((words)[(n) / (32 / (width))] >> ((width) * ((n) % (32 / (width))))) & ((1u << (width)) - 1))
 
@@ -14,29 +15,30 @@ __kernel void ovtq_attend(const __global REAL* step, const __global REAL* column
                           __global OUTPUT0_TYPE* output) {
   const uint lane = get_sub_group_local_id(), me = get_sub_group_id();
   const uint head = get_group_id(0) / PARTS, part = get_group_id(0) % PARTS;
-  const __global REAL* queries = step + head * GROUP * HEAD_DIM;
   const __global REAL* keys = step + QUERY_HEADS * HEAD_DIM;
   const __global REAL* values = keys + KV_HEADS * HEAD_DIM;
   const __global REAL* shown = columns + 2;
   const int past = count_of(columns[0], columns[1]);
   if (past >= CAPACITY) return;  // nothing is written out of bounds
 
-  __local float turned[GROUP][HEAD_DIM];
-  __local float joined[SUB_GROUPS][GROUP][HEAD_DIM + 2];
-  __local float sinks[GROUP];
-  for (uint g = me; g < GROUP; g += SUB_GROUPS) {
+  const uint team = me / SPLIT, from = me % SPLIT * HEADS;  // the query heads that this sub-group takes
+  __local float turned[SPLIT * HEADS][HEAD_DIM];
+  __local float joined[TEAMS][SPLIT * HEADS][HEAD_DIM + 2];
+  __local float sinks[SPLIT * HEADS];
+  for (uint g = me; g < SPLIT * HEADS; g += SUB_GROUPS) {
+    const uint of = head * GROUP + min(g, (uint)GROUP - 1);  // the last is there twice where they don't come apart evenly
     float query[SHARE], along = 0;
-    load(query, queries + g * HEAD_DIM);
+    load(query, step + of * HEAD_DIM);
     FOR_SHARE along += query[i] * (float)centre(state, KEY_CENTRES, head)[SHARE * lane + i];
     along = sub_group_reduce_add(along);
-    if (lane == 0) sinks[g] = (float)state[SINKS + 2 * (head * GROUP + g)] + (float)state[SINKS + 2 * (head * GROUP + g) + 1] - along;
+    if (lane == 0) sinks[g] = (float)state[SINKS + 2 * of] + (float)state[SINKS + 2 * of + 1] - along;
     turn(query, matrix(state, QUERY_BASES, head));
     FOR_SHARE turned[g][SHARE * lane + i] = query[i];
   }
   barrier(CLK_LOCAL_MEM_FENCE);
 
-  float top[GROUP], sum[GROUP], context[GROUP][SHARE];
-  for (int g = 0; g < GROUP; g++) {
+  float top[HEADS], sum[HEADS], context[HEADS][SHARE];
+  for (int g = 0; g < HEADS; g++) {
     top[g] = NOWHERE;
     sum[g] = 0;
     FOR_SHARE context[g][i] = 0;
@@ -44,40 +46,44 @@ __kernel void ovtq_attend(const __global REAL* step, const __global REAL* column
   const int older = max(past - WINDOW, 0);  // tokens that are read as packed
   if (part == 0) {
     float key[SHARE], value[SHARE];
-    if (me == 0) {  // the sink: a token without a value, so less the centre
+    if (team == 0) {  // the sink: a token without a value, so less the centre
       FOR_SHARE value[i] = -(float)centre(state, VALUE_CENTRES, head)[SHARE * lane + i];
       turn(value, matrix(state, VALUE_BASES, head));
-      for (int g = 0; g < GROUP; g++) add(sinks[g], value, &top[g], &sum[g], context[g]);
+      for (int g = 0; g < HEADS; g++) add(sinks[from + g], value, &top[g], &sum[g], context[g]);
     }
-    if (me == SUB_GROUPS - 1) {  // the new token
+    if (team == TEAMS - 1) {  // the new token
       load_key(key, keys + head * HEAD_DIM, state, head);
       load_value(value, values + head * HEAD_DIM, state, head);
-      for (int g = 0; g < GROUP; g++) {
+      for (int g = 0; g < HEADS; g++) {
         float score = 0;
-        FOR_SHARE score += key[i] * turned[g][SHARE * lane + i];
+        FOR_SHARE score += key[i] * turned[from + g][SHARE * lane + i];
         score = sub_group_reduce_add(score);
         if (shown[past] > 0) add(score, value, &top[g], &sum[g], context[g]);
       }
-      store(state, head, past, key, value, true);
+      if (from == 0) store(state, head, past, key, value, true);
     }
-    for (int token = older + (int)me; token < past; token += SUB_GROUPS) {
+    for (int token = older + (int)team; token < past; token += TEAMS) {
       if (!(shown[token] > 0)) continue;
       const __global REAL* entry = ring_row(state, head, token);
       load(key, entry);
       load(value, entry + HEAD_DIM);
-      for (int g = 0; g < GROUP; g++) {
+      for (int g = 0; g < HEADS; g++) {
         float score = 0;
-        FOR_SHARE score += key[i] * turned[g][SHARE * lane + i];
+        FOR_SHARE score += key[i] * turned[from + g][SHARE * lane + i];
         add(sub_group_reduce_add(score), value, &top[g], &sum[g], context[g]);
       }
     }
   } else {  // 16 tokens at a time: lanes are tokens for the scores, coordinates for the context
-    for (int first = ((int)(part - 1) * SUB_GROUPS + (int)me) * LANES; first < older; first += (PARTS - 1) * SUB_GROUPS * LANES) {
+    const int begin = ((int)(part - 1) * TEAMS + (int)team) * LANES, stride = (PARTS - 1) * TEAMS * LANES;
+#ifdef XMX
+    attend_by_xmx(state, head, shown, begin, stride, older, turned + from, top, sum, context);
+#else
+    for (int first = begin; first < older; first += stride) {
       const int token = min(first + (int)lane, older - 1);
       const __global REAL* row = packed_row(state, head, token);
       const __global uchar* bytes = (const __global uchar*)row;
-      float score[GROUP];
-      for (int g = 0; g < GROUP; g++) score[g] = 0;
+      float score[HEADS];
+      for (int g = 0; g < HEADS; g++) score[g] = 0;
       for (int block = 0; block < HEAD_DIM / 32; block++) {
         uint high[KEY_FIRST], low[KEY_SECOND ? KEY_SECOND : 1];
         _Pragma("unroll") for (int w = 0; w < KEY_FIRST; w++) high[w] = WORDS(bytes, KEY_FIRST, block)[w];
@@ -91,13 +97,13 @@ __kernel void ovtq_attend(const __global REAL* step, const __global REAL* column
           code = code << KEY_SECOND | CODE(low, KEY_SECOND, n);
 #endif
           const float x = (float)code - KEY_MIDDLE;
-          for (int g = 0; g < GROUP; g++) score[g] += x * turned[g][32 * block + n];
+          for (int g = 0; g < HEADS; g++) score[g] += x * turned[from + g][32 * block + n];
         }
       }
       const float key_scale = row[ROW - 2], value_scale = row[ROW - 1];
       const bool seen = first + (int)lane < older && shown[token] > 0;
-      float weight[GROUP];
-      for (int g = 0; g < GROUP; g++) {
+      float weight[HEADS];
+      for (int g = 0; g < HEADS; g++) {
         const float x = seen ? score[g] * key_scale : NOWHERE;
         const float larger = fmax(top[g], sub_group_reduce_max(x)), old = native_exp(top[g] - larger);
         const float e = seen ? native_exp(x - larger) : 0;
@@ -111,26 +117,27 @@ __kernel void ovtq_attend(const __global REAL* step, const __global REAL* column
         float value[SHARE];
         read_codes((const __global uchar*)packed_row(state, head, first + n) + HEAD_DIM / 8 * (KEY_FIRST + KEY_SECOND),
                    VALUE_FIRST, VALUE_SECOND, VALUE_MIDDLE, value);
-        for (int g = 0; g < GROUP; g++) {
+        for (int g = 0; g < HEADS; g++) {
           const float w = sub_group_broadcast(weight[g], n);
           FOR_SHARE context[g][i] += w * value[i];
         }
       }
     }
+#endif
   }
-  for (int g = 0; g < GROUP; g++) {
-    FOR_SHARE joined[me][g][SHARE * lane + i] = context[g][i];
+  for (int g = 0; g < HEADS; g++) {
+    FOR_SHARE joined[team][from + g][SHARE * lane + i] = context[g][i];
     if (lane == 0) {
-      joined[me][g][HEAD_DIM] = top[g];
-      joined[me][g][HEAD_DIM + 1] = sum[g];
+      joined[team][from + g][HEAD_DIM] = top[g];
+      joined[team][from + g][HEAD_DIM + 1] = sum[g];
     }
   }
   barrier(CLK_LOCAL_MEM_FENCE);
   for (uint g = me; g < GROUP; g += SUB_GROUPS) {
     float largest = NOWHERE, total = 0, x[SHARE];
     FOR_SHARE x[i] = 0;
-    for (int n = 0; n < SUB_GROUPS; n++) largest = fmax(largest, joined[n][g][HEAD_DIM]);
-    for (int n = 0; n < SUB_GROUPS; n++) {
+    for (int n = 0; n < TEAMS; n++) largest = fmax(largest, joined[n][g][HEAD_DIM]);
+    for (int n = 0; n < TEAMS; n++) {
       const float factor = native_exp(joined[n][g][HEAD_DIM] - largest);
       total += factor * joined[n][g][HEAD_DIM + 1];
       FOR_SHARE x[i] += factor * joined[n][g][SHARE * lane + i];

@@ -1,6 +1,11 @@
 // What the kernels of packed layers share.
 #define SLOTS (WINDOW + 1)           // of the ring: while the new token is written, all of the window can be read
 #define RING_ROW (2 * HEAD_DIM)      // its key, its value
+// The query heads of a KV head are split among as many sub-groups as have registers for their contexts; HEADS are those
+// of one, TEAMS how many times a work-group has all of them.
+#define SPLIT (GROUP * HEAD_DIM <= 512 ? 1 : GROUP * HEAD_DIM <= 1024 ? 2 : 4)
+#define HEADS ((GROUP + SPLIT - 1) / SPLIT)
+#define TEAMS (SUB_GROUPS / SPLIT)
 
 // The state of a layer: constants, packed rows of all tokens, the last tokens as they came. Offsets are in its elements.
 // Of a KV head: what queries, keys and values are multiplied with, and what turns keys and values back.
