@@ -2,7 +2,7 @@
 
 usage: python tests/ledgers_20b.py [--show] [--layers 2,4,6] [PRESET…]
 
-Models of 2, 4 and 6 layers (tools/make_synthetic_gpt_oss.py), of which half are full layers, are converted with every
+Models of 2, 4 and 6 layers (tools/make_synthetic.py), of which half are full layers, are converted with every
 preset; tools/gpu/ledger.py reads off each what a decode step does, tools/gpu/memory.py off the first two what is
 allocated. What 24 layers take follows from the last two of each: a pair of layers more is their difference. (The first
 pair is no measure of kernels: what joins states of several sliding layers is not in it.) Prints that as tables, too;
@@ -41,7 +41,7 @@ def tool(name: str, model_dir: Path) -> dict[str, Any]:
 
 def synthetic(layers: int, out: Path) -> Path:
     """Write the model of so many layers at full width."""
-    command = [sys.executable, ROOT / "tools" / "make_synthetic_gpt_oss.py", out, "--layers", layers, "--no-tokenizer"]
+    command = [sys.executable, ROOT / "tools" / "make_synthetic.py", out, "--layers", layers, "--no-tokenizer"]
     subprocess.run([str(part) for part in command], check=True)
     return out
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "tools"))
-import make_synthetic_gpt_oss as synthetic
+import make_synthetic as synthetic
 
 from ovtq.runtime.runner import EXACT_PROPERTIES
 
@@ -83,6 +83,6 @@ def test_the_hosts_load_it_and_generate(
     gc.collect()
     assert len(said) == TOKENS
     assert len(set(said)) > TOKENS // 2
-    assert max(said) < synthetic.SIZES["20b"]["vocab_size"]
+    assert max(said) < synthetic.GPT_OSS.sizes["20b"]["vocab_size"]
     expected = exported(host)
     assert said == expected if preset == "exact" else said[0] == expected[0]

@@ -13,7 +13,7 @@ from conftest import ROOT
 from openvino import opset15 as op
 
 sys.path.insert(0, str(ROOT / "tools"))
-import make_synthetic_gpt_oss as synthetic
+import make_synthetic as synthetic
 
 import ovtq.forms.gpu.full as gpu_full
 from ovtq.cli.convert import main
@@ -35,7 +35,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with such experts, 2 MB."""
     out = tmp_path_factory.mktemp("synthetic") / "wide"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(synthetic.SIZES, "wide", WIDE_EXPERTS)
+        patch.setitem(synthetic.GPT_OSS.sizes, "wide", WIDE_EXPERTS)
         synthetic.make(out, "wide", tokenizer=False)
     return out
 

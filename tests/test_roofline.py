@@ -14,7 +14,7 @@ from ovtq.evidence import roofline, roofline_cpu
 from ovtq.ir import io
 
 sys.path.insert(0, str(ROOT / "tools"))
-import make_synthetic_gpt_oss as synthetic
+import make_synthetic as synthetic
 
 
 def test_by_hand() -> None:

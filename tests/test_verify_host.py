@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import openvino as ov
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 from openvino import opset15 as op
+
+sys.path.insert(0, str(ROOT / "tools"))
+import make_synthetic as synthetic
 
 import ovtq.forms.cpu.full
 import ovtq.passes.check_call
@@ -104,6 +109,15 @@ def _later_blocks_shifted(monkeypatch: pytest.MonkeyPatch) -> None:
         rows.index = op.subtract(rows.index, op.convert(late, "i64"))
 
     after_init(monkeypatch, change)
+
+
+def test_an_original_whose_cache_is_compressed_excuses_nothing(tmp_path: Path) -> None:
+    """P60: a CPU compresses the cache where weights are compressed, and what follows a short text would be garbage."""
+    synthetic.make(tmp_path / "model", "llama3-tiny", layers=2, tokenizer=False)
+    assert main([str(tmp_path / "model"), str(tmp_path / "out"), "--preset", "exact"]) == 0
+    host = json.loads((tmp_path / "out" / "ovtq.json").read_text(encoding="utf-8"))["verified"]["host"]
+    assert host["cache"] == "u8"
+    assert host["original"]["largest"] < 0.1
 
 
 @pytest.mark.parametrize(

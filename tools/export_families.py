@@ -109,11 +109,17 @@ def weigh(model: torch.nn.Module) -> None:
                 parameter.add_(size * torch.randn(parameter.shape, generator=draw))
 
 
-def export(family: str, sizes: dict[str, Any], out: Path) -> None:
-    """Write the IR of a model of these sizes to `out`."""
+def weighed(family: str, sizes: dict[str, Any]) -> torch.nn.Module:
+    """A model of these sizes, at f32."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes)).eval().float()
     weigh(model)
+    return model
+
+
+def export(family: str, sizes: dict[str, Any], out: Path) -> None:
+    """Write the IR of a model of these sizes to `out`."""
+    model = weighed(family, sizes)
     with tempfile.TemporaryDirectory() as checkpoint:
         model.save_pretrained(checkpoint)
         main_export(checkpoint, out, task="text-generation-with-past", stateful=True, convert_tokenizer=False)

@@ -129,7 +129,7 @@ def _verified_lines(record: Record) -> Iterator[str]:
     every = found["layers"] == len(record["layers"])
     yield (
         f"verified on {found['device']} at f32, {'all' if every else 'the first'} {found['layers']} layers"
-        f"{'' if found['experts'] else ' without their experts'}: "
+        f"{'' if found['experts'] else ' without their MLPs or experts'}: "
         f"largest difference {found['largest']:.3g} ({found['relative']:.2g} of the scale of "
         f"{'logits' if every and found['experts'] else 'results'}, allowed {found['tolerance']:.2g}"
         + (f", for rounding alone moves the original's by {found['rounding']:.2g}" if found["rounding"] else "")

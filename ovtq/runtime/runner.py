@@ -9,6 +9,7 @@ import numpy as np
 import openvino as ov
 
 from ovtq.errors import InputError
+from ovtq.ir.cache import precisions
 from ovtq.ir.io import REFUSALS, last_line, refuse_mismatch, states_of
 
 # f32 everywhere, so that what remains is rounding: no f16 inference, no compressed cache, no quantised activations.
@@ -73,6 +74,10 @@ class Runner:
         """What the device computes in, and what it keeps the caches of attention in that it knows."""
         compiled = self.request.get_compiled_model()
         return computes_in(compiled), compiled.get_property("KV_CACHE_PRECISION").to_string()
+
+    def caches(self) -> list[str]:
+        """The precision of each K and V cache that the device keeps."""
+        return precisions(self.request.get_compiled_model())
 
     def reset(self) -> None:
         """Forget everything."""

@@ -117,8 +117,8 @@ def _as_stored(
     span = (end - count + packed.columns(states, count))[..., None]  # which token a row is
     some, some_scales = (np.take_along_axis(tensor, span, 2) for tensor in (codes, scale))
     tie = codec.near_tie(np.take_along_axis(y, span, 2), CODE_TIE)
-    some[tie] = unpack(bytes_[:, :, rows], codec.bits)[tie]
-    tied = tie.any(-1)
+    tied = tie.any(-1)  # few: unpacking all takes longer than all else here
+    some[tied] = np.where(tie[tied], unpack(bytes_[:, :, rows][tied], codec.bits), some[tied])
     some_scales[tied] = scales[:, :, rows][tied]
     if packed.whole:
         some_scales = whole_scale(some_scales, scales[:, :, rows])

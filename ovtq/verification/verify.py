@@ -235,9 +235,8 @@ def _verify(
     model, chosen = with_routers(model)
     before = _played(model, device, calls, vocabulary, seed, tick, chosen)
     del model
-    # What the original loses it loses in any text: the longest is read by the converted model alone. But a compressed
-    # cache that has not held the longest is wrong in what follows (P60), which would excuse anything.
-    long = 0 if precision else next(number for number, call in enumerate(calls) if number and call.reset)
+    # What the original loses it loses in any text: the longest is read by the converted model alone, if it can be.
+    long = next(number for number, call in enumerate(calls) if number and call.reset)
     properties = {"KV_CACHE_PRECISION": precision} if precision else {}
     at = (calls, vocabulary, seed)
     original_host = hosted(_part(original, extent)[0], device, properties, *at, before, tick, long)
@@ -270,7 +269,8 @@ def _verify(
     host = as_hosts(seed, after, tick)
     shown = [call.shown for call in before]
     codes = loss(calls, [lost(a.results, b.results) for a, b in zip(before, after, strict=True)], shown)
-    reference = loss(calls[long:], original_host.losses, shown[long:])
+    told = len(original_host.losses)
+    reference = loss(calls[-told:], original_host.losses, shown[-told:])
     runs = [host.losses]
     while reason := too_lossy(reference, found := loss(calls, recurring(runs), shown), codes, bool(chosen)):
         if not chosen or len(runs) == ATTEMPTS:  # without experts no text is an excuse
