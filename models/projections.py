@@ -10,6 +10,8 @@ which leaves of a covariance what turns together, and of a mean what does not tu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import openvino as ov
 from openvino import Node, Output
@@ -44,6 +46,16 @@ def moments(model: ov.Model, layer: AttentionLayer) -> Moments:
     output = gram(layer)
     query = second.reshape(H, layer.group, d, d).mean(1)
     return Moments(key_mean, key, *values, query, output, NONE, NONE)
+
+
+def tell(model: ov.Model, layers: Sequence[AttentionLayer]) -> bool:
+    """Whether the weights of such layers say what their heads hold; asked of the first and the last."""
+    try:
+        for layer in (layers[0], layers[-1]):
+            moments(model, layer)
+    except UnsupportedModel:
+        return False
+    return True
 
 
 def output_rows(layer: AttentionLayer) -> np.ndarray:

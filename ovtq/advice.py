@@ -59,6 +59,18 @@ def gains_by_text(description: ModelDescription, found: Advice) -> bool:
     return not description.sinks and found.preset != "exact"
 
 
+BY_WEIGHTS = "in bases by the model's weights, which say much where keys have biases"
+
+
+def gains_by_weights(description: ModelDescription, found: Advice) -> bool:
+    """Whether a preset is to follow a model's weights, if they tell anything, where no statistics of a text lie.
+
+    In the plugin's own cache, and where every key has a bias: there it was measured to lose 3.5 times less than rotated
+    heads, under paged attention 6.6 times, where the rotation alone loses more than the exported model.
+    """
+    return not description.sinks and found.preset == "u8" and all(x.key_bias is not None for x in description.layers)
+
+
 def attention_of(description: ModelDescription) -> str:
     """What kind of attention a model has, in a line."""
     parts = []

@@ -21,7 +21,7 @@ from ovtq.conversion import Conversion, OnProgress, counted
 from ovtq.errors import InputError, OvtqError, foreseen, telling
 from ovtq.forms import pruning
 from ovtq.ir import cache, io
-from ovtq.models import ModelDescription
+from ovtq.models import ModelDescription, projections
 from ovtq.models import describe as described
 from ovtq.options import Checks, Options, PassList, Settings, among
 from ovtq.passes import QuantizeKv
@@ -119,7 +119,8 @@ def compress(
     copy = graph.clone()  # passes reuse the nodes of what they are given
     description = described(copy, facts)
     folder = _folder_of(config) if isinstance(config, str | Path) else None
-    options, _ = options.settled(description, folder is not None and (folder / moments.NAME).is_file())
+    calibrated = folder is not None and (folder / moments.NAME).is_file()
+    options, _ = options.settled(description, calibrated, lambda: projections.tell(copy, description.layers))
     items = options.chosen(description=description)
     if any(isinstance(item, QuantizeKv) and item.kernels for item in items):
         raise InputError("kernels are files beside a model, which is written for them: use ovtq.convert")

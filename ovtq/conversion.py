@@ -19,7 +19,7 @@ from ovtq.codec import kernel_files, moments
 from ovtq.codec.kernel_files import CONFIG, FOLDER
 from ovtq.errors import InputError, UnsupportedModel, VerificationFailed, scarcity
 from ovtq.ir import cache, io
-from ovtq.models import ModelDescription, describe
+from ovtq.models import ModelDescription, describe, projections
 from ovtq.options import Checks, Options
 from ovtq.passes import Pass, QuantizeKv
 from ovtq.pipeline import Step
@@ -166,7 +166,9 @@ def convert(
     config = io.load_config(model_dir)
     with _foreseen(model_dir):
         description = describe(model, config)
-    options, advice = options.settled(description, (model_dir / moments.NAME).is_file())
+    options, advice = options.settled(
+        description, (model_dir / moments.NAME).is_file(), lambda: projections.tell(model, description.layers)
+    )
     passes = tuple(item.at(model_dir) for item in options.chosen(wording, description))
     device = _device(passes, checks.verify_device) if checks.verify else None
     tick()

@@ -8,13 +8,13 @@ fields, and `tests/test_options.py` holds the keywords of `ovtq.api` to them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ovtq import pipeline
-from ovtq.advice import BY_TEXT, Advice, gains_by_text
+from ovtq.advice import BY_TEXT, BY_WEIGHTS, Advice, gains_by_text, gains_by_weights
 from ovtq.automatic import AUTO, PACKED, choose
 from ovtq.codec.allotment import AUTO as ALLOTTED
 from ovtq.errors import InputError
@@ -100,18 +100,24 @@ class Options:
         settings = self.settings if isinstance(self.settings, Mapping) else {}
         return bool(self._given(QuantizeKv.name, PruneKv.name)) or bool({QuantizeKv.name, PruneKv.name} & {*settings})
 
-    def settled(self, description: ModelDescription, calibrated: bool = False) -> tuple[Options, Advice | None]:
+    def settled(
+        self, description: ModelDescription, calibrated: bool = False, tell: Callable[[], bool] = lambda: False
+    ) -> tuple[Options, Advice | None]:
         """These options with a preset in the place of `auto`, and why that one; None if another was named.
 
-        `calibrated`: statistics of a text lie beside the model, which are used if no other basis is asked for.
+        `calibrated`: statistics of a text lie beside the model, which are used if no other basis is asked for. `tell`
+        says whether the model's weights say what its heads hold; it is called where that matters.
         """
         if self.named != AUTO:
             return self, None
-        found = choose(description, self.target, self.packs)
-        if calibrated and self.basis is None and gains_by_text(description, found):
-            found = replace(found, reason=f"{found.reason}; {BY_TEXT}")
-            return replace(self, preset=found.preset, basis="calibrated"), found
-        return replace(self, preset=found.preset), found
+        found, basis, why = choose(description, self.target, self.packs), self.basis, ""
+        if basis is None and calibrated and gains_by_text(description, found):
+            basis, why = "calibrated", BY_TEXT
+        elif basis is None and gains_by_weights(description, found) and tell():
+            basis, why = "weights", BY_WEIGHTS
+        if why:
+            found = replace(found, reason=f"{found.reason}; {why}")
+        return replace(self, preset=found.preset, basis=basis), found
 
     def refuse_bad(self, wording: Wording = PROGRAM) -> None:
         """Raise InputError for what is wrong whatever the model is."""

@@ -72,6 +72,24 @@ def test_statistics_beside_a_model_are_used_where_they_were_measured_to_gain() -
     assert Options().settled(oss, calibrated=True)[0].basis is None
 
 
+def test_weights_are_followed_where_every_key_has_a_bias() -> None:
+    """Of a model without sinks whose own cache is quantised, if they tell anything, and no text does."""
+    oss = gpt_oss()  # its keys have biases
+    plain = oss.with_layers({layer.index: dataclasses.replace(layer, sinks=None) for layer in oss.layers})
+    taken, advice = Options().settled(plain, tell=lambda: True)
+    assert (taken.preset, taken.basis) == ("u8", "weights")
+    assert advice is not None
+    assert "biases" in advice.reason
+    assert Options().settled(plain, tell=lambda: False)[0].basis is None
+    assert Options().settled(plain, True, lambda: True)[0].basis == "calibrated"
+    assert Options(basis="rotation").settled(plain, tell=lambda: True)[0].basis == "rotation"
+    assert Options(preset="u8").settled(plain, tell=lambda: True)[0].basis is None
+    assert Options(k_bits=4).settled(plain, tell=lambda: True)[0].basis is None
+    assert Options().settled(oss, tell=lambda: True)[0].basis is None
+    bare = plain.with_layers({plain.layers[-1].index: dataclasses.replace(plain.layers[-1], key_bias=None)})
+    assert Options().settled(bare, tell=lambda: True)[0].basis is None
+
+
 def test_what_is_named_is_taken() -> None:
     for preset in (*pipeline.PRESETS, *pipeline.ALIASES):
         asked = Options(preset=preset)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -317,3 +318,26 @@ def test_a_model_cache_does_not_mix_up_kernels(convert: Callable[..., Path], tmp
     for new in (slice(0, 38), slice(38, 39), slice(39, 40)):
         on_a_cpu = runner.step(ids[:, new])[0, -1, :64]
     assert first["logits"] == pytest.approx(on_a_cpu.tolist(), rel=1e-3, abs=1e-3)
+
+
+@emulated
+@SLOW
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("version", ["2026.3.0", "2026.4.0"])
+def test_other_versions_of_openvino_say_the_same(version: str, convert: Callable[..., Path], tmp_path: Path) -> None:
+    """To the bit, behind a call of 38 tokens and two of one, which write in place and read packed ones."""
+    tool = runpy.run_path(str(GPU_TOOLS / "versions.py"), run_name="versions")
+    try:
+        pythons = [tool["environment"](tool["installed"](), version), sys.executable]
+    except InputError as error:  # as without a network
+        pytest.skip(str(error))
+    model = convert(TINY["5.5"], *PACKED_TINY, "--kernels", "--capacity", "1024")
+    config = ["INFERENCE_PRECISION_HINT=f32", *(f"{k}={v}" for k, v in ovtq.properties(model).items() if v)]
+    said = []
+    for number, python in enumerate(pythons):
+        out = tmp_path / f"{number}.npz"
+        command = [GPU_TOOLS / "emulated", python, GPU_TOOLS / "probe.py", model, "--steps", "38,1,1", "--out", out]
+        done = subprocess.run([*map(str, command), "--config", *config], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        said.append(np.load(out)["logits"])
+    np.testing.assert_array_equal(*said)

@@ -38,6 +38,7 @@ from rich.progress import track
 from ovtq.errors import InputError, OvtqError
 from ovtq.ir.io import check_outputs, load, model_xml
 from ovtq.pipeline import PRESETS
+from ovtq.runtime.kernels import properties
 from ovtq.runtime.runner import EXACT_PROPERTIES
 
 HERE = Path(__file__).resolve().parent
@@ -121,13 +122,15 @@ def probe(python: Path, version: str, model: Path, *args: str, log: Path | None 
 def attention_kernels(log: Path) -> list[str]:
     """Names of the attention kernels launched, without their hashes."""
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    names = {line.split()[1] for line in lines if line.startswith("K sdpa")}
+    names = {line.split()[1] for line in lines if line.startswith(("K sdpa", "K ovtq_attend", "K ovtq_window"))}
     return sorted({re.sub(r"_*\d{6,}.*", "", name) for name in names})
 
 
 def on_gpu(python: Path, version: str, model: Path, precision: str | None) -> dict[str, Any]:
     """What becomes of a model on the virtual device; `precision` of the KV cache, None to leave it to the IR."""
-    config = ["--config", "INFERENCE_PRECISION_HINT=f16", *([f"KV_CACHE_PRECISION={precision}"] if precision else [])]
+    own = [f"{name}={value}" for name, value in properties(model).items() if value]  # of a model with kernels of ovtq
+    cache = [f"KV_CACHE_PRECISION={precision}"] if precision else []
+    config = ["--launches", "--config", "INFERENCE_PRECISION_HINT=f16", *cache, *own]
     found: dict[str, Any] = {"compiles": False, "steps": None, "reason": "", "attention_kernels": []}
     with tempfile.TemporaryDirectory() as scratch:
         for schedule in (*SCHEDULES, None):
@@ -139,12 +142,13 @@ def on_gpu(python: Path, version: str, model: Path, precision: str | None) -> di
             if result.code == 3:
                 return found
             if result.code == 0:
-                graph = result.report["graph"]
+                graph, last_step = result.report["graph"], result.report.get("steps", [{}])[-1]
                 caches = dict(Counter(node["dtype"] for node in graph["kv_cache"]))
                 broadcast = [node["broadcast"] for node in graph["attention"]]
                 return found | {
                     "compiles": True,
                     "steps": schedule,
+                    "launched": [last_step.get(what) for what in ("kernels", "copies")],
                     "kv_cache": caches,
                     "attention": len(broadcast),
                     "broadcast": any(broadcast) if broadcast else None,
@@ -201,14 +205,15 @@ def converted(model: Path, presets: Sequence[str], scratch: Path) -> dict[str, d
 def gpu_words(found: dict[str, Any]) -> list[str]:
     """The cells of a row."""
     if not found["compiles"]:
-        return ["**no**", "", "", "", found["reason"]]
+        return ["**no**", "", "", "", "", found["reason"]]
     caches = ", ".join(f"{count} {dtype}" for dtype, count in found["kv_cache"].items()) or "none"
     kernels = ", ".join(found["attention_kernels"]) or "none"
     inside = f"in {found['conditions']} branches" if found["conditions"] else "none"
     attention = f"{found['attention']}: {kernels}" if found["attention"] else f"{inside}: {kernels}"
     copied = {None: "", True: "yes", False: "no"}[found["broadcast"]]
     ran = f"{found['steps'] or 'none'}" + (f"; {SCHEDULES[0]}: {found['reason']}" if found["reason"] else "")
-    return ["yes", caches, attention, copied, ran]
+    launched = "" if None in found["launched"] else "{}, {}".format(*found["launched"])
+    return ["yes", caches, attention, copied, launched, ran]
 
 
 def cpu_words(found: dict[str, Any]) -> list[str]:
@@ -302,6 +307,7 @@ def measure(options: argparse.Namespace, scratch: Path, show: Callable[..., Any]
         "`kv_cache` nodes",
         "attention as one primitive",
         "K, V copied to all heads",
+        "kernels, copies of the last step",
         "steps",
     )
     print(table(title, words, versions))
