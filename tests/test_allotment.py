@@ -237,6 +237,7 @@ def ended(after: int) -> Callable[[], None]:
     return tick
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ended in two stages; what it then has read is not read again, and the file is the same, byte for byte."""
     monkeypatch.setattr(unfinished, "SECONDS", 0.0)

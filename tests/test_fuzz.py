@@ -27,12 +27,13 @@ def tool(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     return {name: importlib.import_module(name) for name in NAMES}
 
 
-def test_two_hundred_cases(tool: dict[str, ModuleType], tmp_path: Path) -> None:
-    counts, faults = tool["campaign"].cases(range(200), tmp_path)
+@pytest.mark.parametrize("many", [80, pytest.param(200, marks=pytest.mark.slow)])
+def test_some_of_the_campaigns_cases(many: int, tool: dict[str, ModuleType], tmp_path: Path) -> None:
+    counts, faults = tool["campaign"].cases(range(many), tmp_path)
     assert faults == []
-    assert counts["refused"] > 100
-    assert counts["written"] > 10
-    assert counts.total() == 200
+    assert counts["refused"] > many / 2
+    assert counts["written"] > many / 20
+    assert counts.total() == many
 
 
 def test_thirty_kills(tool: dict[str, ModuleType]) -> None:

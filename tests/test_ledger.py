@@ -16,7 +16,7 @@ from ledgers import COUNTS, PRESETS, RECORD, counts, ledger
 
 import ovtq
 
-DEFAULT = ("exact", "k6v4", "u8")  # the others are slow
+DEFAULT = ("k6v4", "u8")  # the others are slow
 HEADS, KV_HEADS, WIDTH = 16, 2, 64  # of the bundled model
 
 pytestmark = pytest.mark.gpu

@@ -122,7 +122,7 @@ def test_an_original_whose_cache_is_compressed_excuses_nothing(tmp_path: Path) -
 
 @pytest.mark.parametrize(
     "harm",
-    [_masks_that_cancel, _masks_that_cancel_in_one_block, _scores_that_round],
+    [pytest.param(_masks_that_cancel, marks=pytest.mark.slow), _masks_that_cancel_in_one_block, _scores_that_round],
 )
 def test_what_is_wrong_as_hosts_load_it_alone_is_refused(
     harm: Harm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

@@ -366,16 +366,17 @@ print(process.wait(), process.stderr.read())"""
 def test_a_dozen_kills_leave_nothing(convert: Callable[..., Path], tmp_path: Path) -> None:
     """At random moments; after each the old result is whole, or set aside; one more run tidies up after all."""
     out = Path(shutil.copytree(convert(TINY["5.5"], "--preset", "exact", verified=True), tmp_path / "out"))
+    command = arguments("convert", TINY["5.5"], out, "--force", "--target", "cpu")
+    begun = time.monotonic()
+    subprocess.run(command, capture_output=True, check=True)
+    whole = time.monotonic() - begun  # which other work on the machine makes longer
     draw, left = np.random.default_rng(0), set()
     for _ in range(12):
         process = subprocess.Popen(
-            arguments("convert", TINY["5.5"], out, "--force", "--target", "cpu"),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(draw.uniform(3, 15))
+            process.wait(draw.uniform(whole / 3, whole))
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
