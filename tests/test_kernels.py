@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import runpy
 import subprocess
@@ -42,11 +43,11 @@ def on_gpu(folder: Path, precision: str, texts: str, *layers: str) -> dict:
     return run("emulated", "kernels_on_gpu.py", folder, precision, texts, *layers)
 
 
-@pytest.mark.parametrize(("bits", "bytes_"), [((6, 4), 672), ((8, 4), 800), ((4, 4), 544)])
+@pytest.mark.parametrize(("bits", "bytes_"), [((6, 4), 688), ((8, 4), 816), ((4, 4), 560)])
 def test_a_token_takes_its_codes_and_two_scales(bits: tuple[int, int], bytes_: int) -> None:
     layout = KernelLayout(8, 8, 64, bits, 64, 32768)
     assert layout.kv_heads * layout.row * 2 == bytes_
-    assert layout.offsets["RING"] - layout.offsets["ROWS"] == 32768 * bytes_ // 2
+    assert layout.offsets["RING"] - layout.offsets["CODES"] == 32768 * bytes_ // 2
 
 
 @pytest.mark.parametrize("heads", [(8, 8, 64), (2, 8, 64), (2, 2, 64), (1, 16, 128), (4, 6, 128)])
@@ -165,6 +166,16 @@ def test_every_call_is_that_of_numpy(precision: str, allowed: float, layer: str,
 @emulated
 @SLOW
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("layer", ["6,4", "6,4,64,8,2"])
+@pytest.mark.parametrize("precision", ["f16", "f16+xmx"])
+def test_steps_at_f16_are_those_of_numpy(precision: str, layer: str, tmp_path: Path) -> None:
+    """Of two bytes are then what a layer is given and gives, codes' constants and, with XMX, its operands."""
+    assert on_gpu(tmp_path, precision, "1x300", layer)[layer] < 1e-3
+
+
+@emulated
+@SLOW
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("layer", ["window,128"])
 def test_a_window_of_wider_heads(layer: str, tmp_path: Path) -> None:
     assert on_gpu(tmp_path, "f32", "37,1x20,20,1", layer)[layer] < 1e-5
@@ -199,9 +210,8 @@ def test_the_form_for_xmx_is_that_of_numpy(layer: str, tmp_path: Path) -> None:
 @emulated
 @SLOW
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(("texts", "layer"), [(MANY, "6,4"), ("1x300", "6,4,64,8,2")])
-def test_steps_of_the_form_for_xmx_are_those_of_numpy_at_f16(texts: str, layer: str, tmp_path: Path) -> None:
-    assert on_gpu(tmp_path, "f16+xmx", texts, layer)[layer] < 8e-3
+def test_calls_of_the_form_for_xmx_are_those_of_numpy_at_f16(tmp_path: Path) -> None:
+    assert on_gpu(tmp_path, "f16+xmx", MANY, "6,4")["6,4"] < 8e-3
 
 
 @virtual
@@ -237,6 +247,33 @@ def test_the_plugin_builds_the_form_for_xmx(
     programs = [path.read_bytes() for path in tmp_path.rglob("*.cl_cache")]
     forms = {b"has_dpas" in program for program in programs if b"ovtq_attend" in program}
     assert forms == {xmx}
+
+
+@virtual
+def test_steps_build_and_copy_nothing_and_a_state_is_there_once(
+    convert: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Behind the first: kernels are built for lengths, which are few; states are written in place.
+
+    Their memory: what all layers start with is held beside them once, of one layer.
+    """
+    layers, capacity = 6, 65536
+    model = tmp_path / "model"
+    made = [sys.executable, ROOT / "tools" / "make_synthetic.py", model, "--size", "heavy", "--layers", layers]
+    subprocess.run([*map(str, made), "--no-tokenizer"], check=True, capture_output=True)
+    folder = convert(model, "--preset", "k6v4", "--kernels", "--capacity", str(capacity))
+    monkeypatch.setenv("FAKE_GPU_RUNLOG", str(tmp_path / "launches"))
+    options = ["--branch-by-length", "--launches", "--steps", "38,1,1,1,20,1,38,1"]
+    found = report(probe("virtual", folder, *options, "--config", "INFERENCE_PRECISION_HINT=f16"))
+    text, *steps = found["steps"]
+    own = [{name for name in step["built"] if name.startswith("ovtq_")} for step in (text, *steps)]
+    assert own[:2] == [{"ovtq_read", "ovtq_append", "ovtq_window"}, {"ovtq_attend", "ovtq_join", "ovtq_window"}]
+    assert own[2:5] == [set()] * 3
+    assert own[5] | own[6] | own[7] <= {"ovtq_read"}  # of more rows of the past
+    assert [step["copies"] for step in steps[1:3]] == [0, 0]
+    state = math.prod(KernelLayout(8, 8, 64, (6, 4), 64, capacity).shape) * 2
+    assert max(step["bytes"] for step in steps) < state / 100
+    assert text["held"] - found["held"] < (layers / 2 + 2) * state  # as many full layers, one for all, and the rest
 
 
 @emulated

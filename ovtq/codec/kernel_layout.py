@@ -35,9 +35,14 @@ class KernelLayout(KernelSet):
         return self.kv_heads * self.group
 
     @property
+    def codes(self) -> int:
+        """Elements of two bytes that the codes of a token of a KV head take."""
+        return self.head_dim * sum(self.bits) // 16
+
+    @property
     def row(self) -> int:
-        """Elements of two bytes that a token of a KV head takes: its codes, and two scales."""
-        return self.head_dim * sum(self.bits) // 16 + 2
+        """Elements of two bytes that a token of a KV head takes: its codes, and two scales of 24 bits."""
+        return self.codes + 3
 
     @property
     def parts(self) -> int:
@@ -55,21 +60,32 @@ class KernelLayout(KernelSet):
         matrices = self.kv_heads * self.head_dim**2
         before = placed(
             {
-                "LAYER": 1,
                 "SCALE": 2,
                 "SINKS": 2 * self.query_heads,
                 **dict.fromkeys(("KEY_CENTRES", "VALUE_CENTRES"), self.kv_heads * self.head_dim),
                 **dict.fromkeys(("QUERY_BASES", "KEY_BASES", "VALUE_BASES", "KEY_RETURNS", "VALUE_RETURNS"), matrices),
             }
         )
-        rows = before.pop("END")
-        return {**before, "ROWS": rows, "RING": rows + self.kv_heads * self.capacity * self.row}
+        first, tokens = before.pop("END"), self.kv_heads * self.capacity
+        after = placed(
+            {
+                "CODES": tokens * self.codes,
+                "HIGH_SCALES": tokens * 2,
+                "LOW_SCALES": tokens,
+                "RING": self.kv_heads * (self.window + 1) * 4 * self.head_dim,
+            }
+        )
+        return {**before, **{name: first + at for name, at in after.items()}}
+
+    @property
+    def given(self) -> int:
+        """Elements of the constants, which the first call of a text is given, and a state holds from then on."""
+        return self.offsets["CODES"]
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of a state, without the batch."""
-        ring = self.kv_heads * (self.window + 1) * 2 * self.head_dim
-        return 1, -(-(self.offsets["RING"] + ring) // WIDTH), WIDTH
+        return 1, self.offsets["END"] // WIDTH, WIDTH
 
     @property
     def step(self) -> int:
@@ -87,6 +103,11 @@ class KernelLayout(KernelSet):
         return -(-(2 + self.capacity) // self.cells) * self.cells
 
     @property
+    def given_fives(self) -> int:
+        """Fives of numbers that hold the constants."""
+        return -(-self.given // 5)
+
+    @property
     def fives(self) -> int:
         """Fives of numbers that `append` is given of a token: key, value, and padding, a number at the least."""
         return -(-(2 * self.kv_heads * self.head_dim + 1) // 5)
@@ -102,10 +123,11 @@ class KernelLayout(KernelSet):
             "QUERY_HEADS": self.query_heads,
             "WINDOW": self.window,
             "CAPACITY": self.capacity,
-            "ROW": self.row,
+            "CODES_ROW": self.codes,
             "PARTS": self.parts,
             "RECORD": self.record,
             "READ_ROWS": READ_ROWS,
+            "GIVEN_FIVES": self.given_fives,
             "TOKEN_FIVES": self.fives,
             "FLOOR": f"{FLOOR!r}f",
             **self.offsets,
@@ -120,7 +142,7 @@ class KernelLayout(KernelSet):
     @property
     def bindings(self) -> tuple[Binding, ...]:
         """Operations whose outputs can be as large as a kernel needs."""
-        shared, token = ("constants", "lanes", "common"), f"(B-1)/{self.fives}*{self.kv_heads}*16"
+        shared, token = ("constants", "lanes", "common"), f"(B-{1 + self.given_fives})/{self.fives}*{self.kv_heads}*16"
         attend = f"{self.kv_heads * self.parts * WORK_GROUP}"
         return (
             Binding("ExperimentalDetectronPriorGridGenerator", (*shared, "xmx", "attend"), 3, attend),

@@ -278,6 +278,18 @@ static cl_program CL_API_CALL create_program(cl_context context, cl_uint count, 
     return program;
 }
 
+/* ---- FAKE_GPU_RUNLOG: a line for a launch (K), copy (C), wait (S), memory (M, F), build (B) */
+
+__attribute__((format(printf, 1, 2))) static void log_run(const char *format, ...) {
+    if (!run_log)
+        return;
+    va_list args;
+    va_start(args, format);
+    vfprintf(run_log, format, args);
+    va_end(args);
+    fflush(run_log);
+}
+
 /* ---- builds: FAKE_GPU_LOG and FAKE_GPU_DUMP ---------------------------------------------- */
 
 /* The build log of a program, or NULL; the caller frees it. */
@@ -313,12 +325,27 @@ static void dump_program(const char *dir, cl_program program, int ok, double sec
     free(source);
 }
 
+/* Logs a build by the name of the kernel in its source that is declared without a macro, if any. */
+static void log_build(cl_program program) {
+    static const char declared[] = "__kernel void ";
+    size_t size = 0;
+    if (!run_log || next->clGetProgramInfo(program, CL_PROGRAM_SOURCE, 0, NULL, &size) != CL_SUCCESS)
+        return;
+    char *source = calloc(size + 1, 1);
+    next->clGetProgramInfo(program, CL_PROGRAM_SOURCE, size, source, NULL);
+    const char *name = strstr(source, declared);
+    name = name ? name + strlen(declared) : "-";
+    log_run("B %.*s\n", (int)strcspn(name, "( \n"), name);
+    free(source);
+}
+
 static cl_int CL_API_CALL build_program(cl_program program, cl_uint count,
                                         const cl_device_id *devices, const char *options,
                                         void(CL_CALLBACK *done)(cl_program, void *), void *user) {
     struct timespec t0, t1;
     clock_gettime(CLOCK_MONOTONIC, &t0);
     cl_int err = next->clBuildProgram(program, count, devices, options, done, user);
+    log_build(program);
     clock_gettime(CLOCK_MONOTONIC, &t1);
 
     const char *dir = getenv("FAKE_GPU_DUMP");
@@ -332,18 +359,6 @@ static cl_int CL_API_CALL build_program(cl_program program, cl_uint count,
                      options ? options : "", log ? log : "");
     free(log);
     return err;
-}
-
-/* ---- FAKE_GPU_RUNLOG: a line for a launch (K), copy (C), wait (S), and for memory (M, F) -- */
-
-__attribute__((format(printf, 1, 2))) static void log_run(const char *format, ...) {
-    if (!run_log)
-        return;
-    va_list args;
-    va_start(args, format);
-    vfprintf(run_log, format, args);
-    va_end(args);
-    fflush(run_log);
 }
 
 /* ---- FAKE_GPU_ARGS: what every launch is given -------------------------------------------- */
@@ -748,7 +763,7 @@ CL_API_ENTRY cl_int CL_API_CALL clInitLayer(cl_uint entries, const cl_icd_dispat
     const char *key = getenv("FAKE_GPU");
     passthrough = key && !strcmp(key, "none");
     if (passthrough) {
-        if (getenv("FAKE_GPU_DUMP"))
+        if (run_log || getenv("FAKE_GPU_DUMP"))
             mine.clBuildProgram = build_program;
         return CL_SUCCESS;
     }

@@ -67,15 +67,16 @@ class Own:
         """What a decode step after `past` tokens reads and writes, where floating-point numbers have `size` bytes."""
         if self.kernel == "ovtq_window":
             return self.in_window(past, size)
-        heads, queries, width, row, parts, record, window = (
-            self.constants[name] for name in ("KV_HEADS", "QUERY_HEADS", "HEAD_DIM", "ROW", "PARTS", "RECORD", "WINDOW")
+        heads, queries, width, codes, parts, record, window = (
+            self.constants[name]
+            for name in ("KV_HEADS", "QUERY_HEADS", "HEAD_DIM", "CODES_ROW", "PARTS", "RECORD", "WINDOW")
         )
         records, context = (queries * parts * record, 4), (queries * width, size)
         if self.kernel == "ovtq_join":
             return [records], [context]
         if self.kernel != "ovtq_attend":
             raise LedgerError(f"kernel {self.kernel}: it should not be launched in a decode step")
-        entry = 2 * width
+        row, entry = codes + 3, 4 * width  # scales of 24 bits; in two floats each what is recent
         constants = heads * (3 * width**2 + width) + 2 * queries  # rotations, centres, sinks
         step = (queries + 2 * heads) * width
         reads = [(max(past - window, 0) * heads * row, 2), (min(past, window) * heads * entry, size), (past + 3, size)]

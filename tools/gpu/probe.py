@@ -5,9 +5,9 @@
 
 Prints a JSON report: configuration, seconds, and the runtime graph (nodes by type and by primitive,
 the fused `kv_cache` nodes with their dtype, the fused attention, the outputs' precision); with
---launches also the kernels, copies and waits of every step, and its memory: `peak` and `held` are the bytes that the
-plugin has allocated at most meanwhile and afterwards, weights, states and all. Exit codes: 2 usage, 3 compile failed,
-4 a step failed.
+--launches also the kernels, copies and waits of every step, what was built meanwhile, by the kernel's name, and its
+memory: `peak` and `held` are the bytes that the plugin has allocated at most meanwhile and afterwards, weights, states
+and all. Exit codes: 2 usage, 3 compile failed, 4 a step failed.
 """
 
 import argparse
@@ -165,7 +165,8 @@ def count_launches(log: Path, start: int) -> dict[str, Any]:
     kinds = Counter(line[0] for line in lines)
     copied = sum(int(line[2]) for line in lines if line[0] == b"C")
     counts = {"kernels": kinds[b"K"], "copies": kinds[b"C"], "bytes": copied, "waits": kinds[b"S"]}
-    return counts | {"log": [start, start + len(text)]}
+    built = Counter(line[1].decode() for line in lines if line[0] == b"B")
+    return counts | {"built": dict(built), "log": [start, start + len(text)]}
 
 
 class Memory:

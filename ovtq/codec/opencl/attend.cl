@@ -64,9 +64,7 @@ __kernel void ovtq_attend(const __global REAL* step, const __global REAL* column
     }
     for (int token = older + (int)team; token < past; token += TEAMS) {
       if (!(shown[token] > 0)) continue;
-      const __global REAL* entry = ring_row(state, head, token);
-      load(key, entry);
-      load(value, entry + HEAD_DIM);
+      load_recent(key, value, state, head, token);
       for (int g = 0; g < HEADS; g++) {
         float score = 0;
         FOR_SHARE score += key[i] * turned[from + g][SHARE * lane + i];
@@ -80,8 +78,7 @@ __kernel void ovtq_attend(const __global REAL* step, const __global REAL* column
 #else
     for (int first = begin; first < older; first += stride) {
       const int token = min(first + (int)lane, older - 1);
-      const __global REAL* row = packed_row(state, head, token);
-      const __global uchar* bytes = (const __global uchar*)row;
+      const __global uchar* bytes = codes_of(state, head, token);
       float score[HEADS];
       for (int g = 0; g < HEADS; g++) score[g] = 0;
       for (int block = 0; block < HEAD_DIM / 32; block++) {
@@ -100,22 +97,22 @@ __kernel void ovtq_attend(const __global REAL* step, const __global REAL* column
           for (int g = 0; g < HEADS; g++) score[g] += x * turned[from + g][32 * block + n];
         }
       }
-      const float key_scale = row[ROW - 2], value_scale = row[ROW - 1];
+      const float2 scales = scales_of(state, head, token);  // of the key, of the value
       const bool seen = first + (int)lane < older && shown[token] > 0;
       float weight[HEADS];
       for (int g = 0; g < HEADS; g++) {
-        const float x = seen ? score[g] * key_scale : NOWHERE;
+        const float x = seen ? score[g] * scales.x : NOWHERE;
         const float larger = fmax(top[g], sub_group_reduce_max(x)), old = native_exp(top[g] - larger);
         const float e = seen ? native_exp(x - larger) : 0;
         sum[g] = sum[g] * old + sub_group_reduce_add(e);
         top[g] = larger;
-        weight[g] = e * value_scale;
+        weight[g] = e * scales.y;
         FOR_SHARE context[g][i] *= old;
       }
       const int many = min(LANES, older - first);
       for (int n = 0; n < many; n++) {
         float value[SHARE];
-        read_codes((const __global uchar*)packed_row(state, head, first + n) + HEAD_DIM / 8 * (KEY_FIRST + KEY_SECOND),
+        read_codes(codes_of(state, head, first + n) + HEAD_DIM / 8 * (KEY_FIRST + KEY_SECOND),
                    VALUE_FIRST, VALUE_SECOND, VALUE_MIDDLE, value);
         for (int g = 0; g < HEADS; g++) {
           const float w = sub_group_broadcast(weight[g], n);

@@ -4,6 +4,7 @@
 #define LANES 16
 #define SUB_GROUPS 8  // of a work-group
 #define SHARE (HEAD_DIM / LANES)
+#define PASTE(a, b) a##b
 #define NOWHERE -1e30f  // the score of what is not seen
 #define FOR_SHARE _Pragma("unroll") for (int i = 0; i < SHARE; i++)
 

@@ -14,17 +14,14 @@ __kernel void ovtq_read(__global REAL* state, const __global INPUT1_TYPE* unused
     float key[SHARE], value[SHARE];
     FOR_SHARE key[i] = value[i] = 0;
     if ((int)row < older) {
-      const __global REAL* packed = packed_row(state, head, row);
-      const __global uchar* bytes = (const __global uchar*)packed;
+      const __global uchar* bytes = codes_of(state, head, row);
       read_codes(bytes, KEY_FIRST, KEY_SECOND, KEY_MIDDLE, key);
       read_codes(bytes + HEAD_DIM / 8 * (KEY_FIRST + KEY_SECOND), VALUE_FIRST, VALUE_SECOND, VALUE_MIDDLE, value);
-      const float key_scale = packed[ROW - 2], value_scale = packed[ROW - 1];
-      FOR_SHARE key[i] *= key_scale;
-      FOR_SHARE value[i] *= value_scale;
+      const float2 scales = scales_of(state, head, row);  // of the key, of the value
+      FOR_SHARE key[i] *= scales.x;
+      FOR_SHARE value[i] *= scales.y;
     } else if ((int)row < count) {
-      const __global REAL* entry = ring_row(state, head, row);
-      load(key, entry);
-      load(value, entry + HEAD_DIM);
+      load_recent(key, value, state, head, row);
     }
     turn(key, matrix(state, KEY_RETURNS, head));
     turn(value, matrix(state, VALUE_RETURNS, head));

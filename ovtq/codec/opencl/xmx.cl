@@ -4,7 +4,6 @@
 // XMX is taken where states are f16 and a sub-group may have 16 lanes for it: there the built-ins of tf32 are, too. On
 // chips where it has to be 8, DG2 and Arrow Lake, the plain form stays.
 #define HALF_half 1
-#define PASTE(a, b) a##b
 #define IS_HALF(type) PASTE(HALF_, type)
 #if defined(cl_intel_subgroup_matrix_multiply_accumulate) && defined(cl_intel_subgroup_matrix_multiply_accumulate_tf32)
 #if IS_HALF(REAL)
@@ -63,7 +62,7 @@ inline int8 key_pairs(const __global uchar* bytes, int chunk) {
 }
 
 inline const __global uchar* values_of(__global REAL* state, uint head, int token) {
-  return (const __global uchar*)packed_row(state, head, token) + HEAD_DIM / 8 * KEY_BITS;
+  return codes_of(state, head, token) + HEAD_DIM / 8 * KEY_BITS;
 }
 
 // What attend does with a share of the history. `turned` are the queries of this sub-group.
@@ -91,23 +90,23 @@ inline void attend_by_xmx(__global REAL* state, uint head, const __global REAL* 
   float unit = UNIT(0.0f);  // of contexts, by the largest scale of a value so far
   for (int first = begin; first < older; first += stride) {
     const int token = min(first + (int)lane, older - 1);
-    const __global REAL* row = packed_row(state, head, token);
+    const __global uchar* row = codes_of(state, head, token);
     FLOATS scores = before;
     _Pragma("unroll") for (int c = 0; c < CHUNKS; c++)
-      scores = intel_sub_group_f16_f16_matrix_mad_k16(queries[c], key_pairs((const __global uchar*)row, c), scores);
+      scores = intel_sub_group_f16_f16_matrix_mad_k16(queries[c], key_pairs(row, c), scores);
 
-    const float key_scale = row[ROW - 2], value_scale = row[ROW - 1];
-    const float larger_unit = fmax(unit, UNIT(sub_group_reduce_max(value_scale)));
+    const float2 scales = scales_of(state, head, token);  // of the key, of the value
+    const float larger_unit = fmax(unit, UNIT(sub_group_reduce_max(scales.y)));
     const bool seen = first + (int)lane < older && shown[token] > 0;
     FLOATS old = 0;
     SHORTS weights = 0;
     _Pragma("unroll") for (int g = 0; g < HEADS; g++) {
-      const float x = seen ? scores[g] * units[g] * key_scale : NOWHERE;
+      const float x = seen ? scores[g] * units[g] * scales.x : NOWHERE;
       const float larger = fmax(top[g], sub_group_reduce_max(x)), e = seen ? native_exp(x - larger) : 0;
       old[g] = native_exp(top[g] - larger);
       sum[g] = sum[g] * old[g] + e;  // of a lane's tokens
       top[g] = larger;
-      weights[g] = as_short((half)(e * (value_scale / larger_unit)));
+      weights[g] = as_short((half)(e * (scales.y / larger_unit)));
     }
     old *= unit / larger_unit;
     unit = larger_unit;

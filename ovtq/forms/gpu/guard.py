@@ -64,13 +64,19 @@ def start(batch: Node, layer: AttentionLayer, shape: Sequence[int], values: Mapp
     number is at the beginning.
     """
     size = int(np.prod(shape))
-    head = np.zeros(-(-max(place + some.size for place, some in values.items()) // WIDTH) * WIDTH, np.float32)
+    head = filled(-(-max(place + some.size for place, some in values.items()) // WIDTH) * WIDTH, values)
     head[0] = layer.index
-    for place, some in values.items():
-        head[place:][: some.size] = some.reshape(-1)
     rest = op.concat([batch, i64([size - head.size])], 0)
     first = op.broadcast(f32(head), op.concat([batch, i64([head.size])], 0))
     return op.reshape(op.concat([first, op.broadcast(f32(0), rest)], 1), i64([-1, *shape]), False)
+
+
+def filled(size: int, values: Mapping[int, np.ndarray]) -> np.ndarray:
+    """(size,) f32: `values` at their places, and zeros."""
+    found = np.zeros(size, np.float32)
+    for place, some in values.items():
+        found[place:][: some.size] = some.reshape(-1)
+    return found
 
 
 def of_all_kernels(layer: AttentionLayer, offsets: Mapping[str, int]) -> dict[int, np.ndarray]:

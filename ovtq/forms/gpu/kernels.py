@@ -1,15 +1,18 @@
 """The form for the GPU plugin with kernels of our own: `ovtq/codec/opencl`, called as `kernel_layout.py` there says.
 
-A state of fixed length holds a layer's constants, packed rows of all tokens, and the last tokens as they came; kernels
-write new tokens into it in place, which its ReadValue alone would not keep the plugin from copying: so it has one
-reader, the If, and a start of its own. A decode step is two kernels. Several tokens are attended to by the plugin's own
-fused kernel, which a kernel hands the past to.
+A state of fixed length holds a layer's constants, codes and scales of all tokens, and the last tokens as they came;
+kernels write new tokens into it in place, which its ReadValue alone would not keep the plugin from copying: so it has
+one reader, the If. It starts with zeros, which all layers share (`Zeros`): what states start with the plugin keeps, as
+large as they are. The first call brings the constants. A decode step is two kernels. Several tokens, or the first, are
+attended to by the plugin's own fused kernel, which a kernel hands the past to.
 
 One sequence at a time: kernels don't move the rows of one sequence to another's.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +21,7 @@ from openvino import opset15 as op
 
 from ovtq.codec.kernel_layout import READ_ROWS, KernelLayout
 from ovtq.forms.attend import NEVER, FullCacheSpec
-from ovtq.forms.gpu.guard import NEEDED, carrier, first_of, halves, of_all_kernels, refuse_others, start
+from ovtq.forms.gpu.guard import NEEDED, carrier, filled, first_of, halves, of_all_kernels, refuse_others
 from ovtq.ir.graph import (
     ALL,
     MASKED,
@@ -90,10 +93,10 @@ class Kernels:
         bits = key.bits, value.bits
         self.plan = plan
         self.layout = KernelLayout(first.kv_heads, first.group, first.head_dim, bits, plan.window, capacity)
-        self.batch, new = (dim(description.input_ids, axis) for axis in (0, 1))
-        self.new, self.past = new.output(0), past.output(0)
+        self.new, self.past = dim(description.input_ids, 1).output(0), past.output(0)
         self.shown = description.attention_mask.output(0)
-        self.is_prefill = op.not_equal(self.new, i64([1])).output(0)
+        several, first = op.not_equal(self.new, i64([1])), op.equal(self.past, i64([0]))
+        self.is_prefill = op.logical_or(several, first).output(0)
         self.columns = self._columns().output(0)
         seen = Seen(self.shown, numbers(self.new, 2).output(0))
         self.mask = if_else(
@@ -102,6 +105,7 @@ class Kernels:
             (seen, lambda read: One(f32(np.zeros((1, 1, 1, 1))))),
             ("mask", "none"),
         ).value
+        self.zeros = Zeros(dim(description.input_ids, 0), self.layout.shape)
         self.states: list[StateSpec] = []
         self.assigns: list[Node] = []
 
@@ -152,9 +156,22 @@ class Kernels:
         return op.reshape(columns, i64([1, -1, self.layout.cells, 1]), False)
 
     def _state(self, layer: AttentionLayer) -> Output:
-        """What a layer's kernels are given; it starts with the layer's constants, and zeros."""
-        layout, plan = self.layout, self.plan
-        key, value = plan.bases[layer.index]
+        """What a layer's kernels read and write; it starts with zeros."""
+        one, rows, width = self.layout.shape
+        spec = StateSpec(
+            cache_name(layer.index, IN_PLACE[1:]), "f32", (-1, one, rows, width), Fixed(self.layout.capacity), "packed",
+            (layer.index,),
+        )  # fmt: skip
+        variable = new_variable(spec)
+        state = op.read_value(self.zeros.of_another(), variable)
+        self.states.append(spec)
+        self.assigns.append(op.assign(state, variable))
+        return state.output(0)
+
+    def _constants(self, layer: AttentionLayer) -> Node:
+        """What a layer's kernels find in its state, once the first call has brought it."""
+        layout = self.layout
+        key, value = self.plan.bases[layer.index]
         values = {
             "KEY_CENTRES": key.centre,
             "VALUE_CENTRES": value.centre,
@@ -169,16 +186,7 @@ class Kernels:
             if some.ndim == 3:  # one that all heads share
                 some = np.broadcast_to(some, (layout.kv_heads, *some.shape[1:]))
             found[layout.offsets[name]] = some
-        one, rows, width = layout.shape
-        spec = StateSpec(
-            cache_name(layer.index, IN_PLACE[1:]), "f32", (-1, one, rows, width), Fixed(layout.capacity), "packed",
-            (layer.index,),
-        )  # fmt: skip
-        variable = new_variable(spec)
-        state = op.read_value(start(self.batch, layer, layout.shape, found), variable)
-        self.states.append(spec)
-        self.assigns.append(op.assign(state, variable))
-        return state.output(0)
+        return f32(filled(5 * layout.given_fives, found))
 
     def _decode(self, layer: AttentionLayer, read: Step) -> Node:
         layout = self.layout
@@ -227,9 +235,9 @@ class Kernels:
             # the sixth input, sinks, is not in the Python signature of the operation
             out.append(carrier("opset13", "ScaledDotProductAttention", inputs, causal=False))
         context = joined(out, 1)
-        return op.add(context, self._append(read, context))
+        return op.add(context, self._append(layer, read, context))
 
-    def _append(self, read: Text, context: Node) -> Node:
+    def _append(self, layer: AttentionLayer, read: Text, context: Node) -> Node:
         """Zero, (1, 1, 1, 1), once the new tokens are appended, behind what reads those before them."""
         layout = self.layout
         H, d = layout.kv_heads, layout.head_dim
@@ -244,12 +252,33 @@ class Kernels:
         left = op.multiply(rows, i64([5 * layout.fives - 2 * H * d]))
         counts = op.convert(op.concat([*halves(past), *halves(new)], 0), "f32")
         last = op.reshape(first_of(context), i64([1]), False)
-        step = op.concat([counts, last, *flat, op.broadcast(f32(0), left)], 0)
+        step = op.concat([counts, last, self._constants(layer), *flat, op.broadcast(f32(0), left)], 0)
         done = carrier(
             "opset1", "PSROIPooling", [read.state, op.reshape(step, i64([-1, 5]), False)],
             output_dim=1, group_size=1, spatial_scale=1.0, spatial_bins_x=1, spatial_bins_y=1, mode="bilinear",
         )  # fmt: skip
         return first_of(done)
+
+
+class Zeros:
+    """What states of one shape start with, (batch, *shape), held once for all of them.
+
+    States that start with the result of one node are copied in each step. So each has a view of its own: a reshape, of
+    another view each, for of equal nodes OpenVINO makes one, and of reshapes in a row that nothing else reads, too.
+    """
+
+    def __init__(self, batch: Node, shape: Sequence[int]) -> None:
+        self.shape, self.views = shape, 0
+        self.flat = op.broadcast(f32(0), op.concat([batch, i64([math.prod(shape)])], 0))
+
+    def of_another(self) -> Node:
+        """For a state that has none yet."""
+        one, rows, width = self.shape
+        odd = self.views % 2
+        if self.views:
+            self.flat = op.reshape(self.flat, i64([0, 1, -1] if odd else [0, -1]), True)
+        self.views += 1
+        return op.reshape(self.flat, i64([-1, one, rows, width] if odd else [0, one, -1, width]), True)
 
 
 def brought(count: Node | Output, most: int) -> Node:
