@@ -27,7 +27,7 @@ from ovtq.options import Checks, Options, PassList, Settings, among
 from ovtq.passes import QuantizeKv
 from ovtq.pipeline import PRESETS
 from ovtq.prefix import load_state, read_prompt, save_state
-from ovtq.runtime.kernels import properties
+from ovtq.runtime.loading import extensions, load, properties
 from ovtq.runtime.runner import check_device
 from ovtq.verification.verify import Difference
 
@@ -37,6 +37,8 @@ __all__ = [
     "compress",
     "convert",
     "describe",
+    "extensions",
+    "load",
     "load_state",
     "properties",
     "pruning_counts",
@@ -88,6 +90,7 @@ def compress(
     centre: str | None = None,
     kernels: bool | None = None,
     capacity: int | None = None,
+    extension: bool | None = None,
     window_bits: Sequence[int | str] | None = None,
     basis: str | None = None,
     calibration: str | Path | None = None,
@@ -150,6 +153,7 @@ def convert(
     centre: str | None = None,
     kernels: bool | None = None,
     capacity: int | None = None,
+    extension: bool | None = None,
     window_bits: Sequence[int | str] | None = None,
     basis: str | None = None,
     calibration: str | Path | None = None,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ovtq import files, system
+from ovtq import files, states, system
 from ovtq.errors import InputError
 from ovtq.ir import io
 from ovtq.staging import RECORD
@@ -58,15 +58,18 @@ def card(facts: Mapping[str, str], record: Mapping[str, Any]) -> str:
     meta += ["tags:", "- openvino", "- ovtq", "- kv-cache"]
     preset, target = record["preset"] or "a list of passes", record["target"].upper()
     before, after = record["state_bytes"]["before"], record["state_bytes"]["after"]
+    size, capacity = f"{after['per_token']:,} bytes per token", states.capacity(record["states"])
+    if capacity:
+        size = f"{after['flat']:,} bytes, with room for {capacity:,} tokens"
     parts = [
         "---\n" + "\n".join(meta) + "\n---",
-        f"# KV cache of {after['per_token']:,} bytes per token: {preset}, for a {target}",
+        f"# KV cache of {size}: {preset}, for a {target}",
         f"The OpenVINO IR of {known['base_model'].strip()}, its graph rewritten by ovtq {record['ovtq']} so that its "
-        f"KV cache takes {after['per_token']:,} bytes per token, as exported {before['per_token']:,}. "
+        f"KV cache takes {size}, as exported {before['per_token']:,} bytes per token. "
         f"`{RECORD}` holds the whole record.",
         _passes(record),
         _verified(record),
-        _snippets(target, record["paged_attention"]),
+        _snippets(target, record["paged_attention"], record["config_file"]),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -97,7 +100,17 @@ def _verified(record: Mapping[str, Any]) -> str:
     return f"{text}. OpenVINO {record['versions']['openvino']}."
 
 
-def _snippets(device: str, paged: bool) -> str:
+def _snippets(device: str, paged: bool, config_file: str | None) -> str:
+    if config_file:
+        return f"""```python
+import ovtq
+
+pipe = ovtq.load("FOLDER")  # openvino_genai.LLMPipeline
+print(pipe.generate("What is a KV cache?", max_new_tokens=200))
+model = ovtq.load("FOLDER", "optimum")  # optimum.intel.OVModelForCausalLM
+```
+
+Its kernels need a GPU, and the property `CONFIG_FILE` = the path of `{config_file}`, which `ovtq.load` sets."""
     backend = "" if paged else ', ATTENTION_BACKEND="SDPA"'
     limits = (
         "Paged attention takes it as it is."

@@ -19,9 +19,10 @@ from ovtq.codec import kernel_files, moments
 from ovtq.codec.kernel_files import CONFIG, FOLDER
 from ovtq.errors import InputError, UnsupportedModel, VerificationFailed, scarcity
 from ovtq.ir import cache, io
+from ovtq.ir.operations import TYPES
 from ovtq.models import ModelDescription, describe, projections
 from ovtq.options import Checks, Options
-from ovtq.passes import Pass, QuantizeKv
+from ovtq.passes import OwnOperations, Pass, QuantizeKv
 from ovtq.pipeline import Step
 from ovtq.runtime.runner import check_device
 from ovtq.states import StateSpec
@@ -206,7 +207,8 @@ def convert(
             for item in passes:
                 item.leave(folder)
             if kernels:
-                kernel_files.write(kernels, folder)
+                own = any(isinstance(item, OwnOperations) for item in passes)
+                kernel_files.write(kernels, folder, TYPES if own else None)
             if device:  # while the rest of the weights is copied
                 xml, ready = folder / source.name, written.wait_for
                 tick_checked = _stage(on_progress, "verify", calls_of(layers))

@@ -20,7 +20,7 @@ from ovtq.codec.allotment import AUTO as ALLOTTED
 from ovtq.errors import InputError
 from ovtq.forms.table import TARGETS
 from ovtq.models import ModelDescription
-from ovtq.passes import PASSES, Pass, PruneKv, QuantizeKv, TruncateWindow
+from ovtq.passes import PASSES, OwnOperations, Pass, PruneKv, QuantizeKv, TruncateWindow
 from ovtq.passes.base import BasisPass, option
 from ovtq.verification.extent import BIG, BIG_LAYERS
 from ovtq.wording import PROGRAM, Wording
@@ -42,7 +42,8 @@ def _of(kind: type[Pass], meaning: str = "", group: str = "") -> Any:
 class Options:
     """Which passes run, and with which options; None: as the preset has it.
 
-    `k_bits` to `capacity` are options of quantize-kv, or, but for `bits`, of prune-kv in its place; `window_bits` are
+    `k_bits` to `capacity` are options of quantize-kv, or, but for `bits`, of prune-kv in its place; `extension` puts
+    own-operations behind the passes; `window_bits` are
     bits of keys and of values that sliding layers keep; `basis` and `calibration` are options of all passes that store
     heads in a basis; `budget` puts prune-kv among the passes, and `recent_window` to `heads` are its options.
     `settings` are any other options by pass, such as {"truncate-window": {"slack": 16}}.
@@ -72,6 +73,11 @@ class Options:
     centre: str | None = _of(QuantizeKv)
     kernels: bool | None = _of(QuantizeKv)
     capacity: int | None = _of(QuantizeKv)
+    extension: bool | None = option(
+        None,
+        "with kernels, call them through operations of ovtq's own: only hosts that are given them as an extension read "
+        "the model (`ovtq.load` gives them)",
+    )
     window_bits: Sequence[int | str] | None = option(
         None, "pack what sliding layers keep, too: bits of a key's and of a value's coordinate (default: none,none)"
     )
@@ -139,6 +145,8 @@ class Options:
             raise InputError(f"{wording.option(next(iter(pruning)))} has no effect without {wording.option('budget')}")
         if self.capacity is not None and not self.kernels:
             raise InputError(f"{wording.option('capacity')} has no effect without {wording.option('kernels')}")
+        if self.extension and not any(getattr(item, "kernels", False) for item in passes) and not self.kernels:
+            raise InputError(f"{wording.option('extension')} has no effect without {wording.option('kernels')}")
         packing = {QuantizeKv.name: self._given(QuantizeKv.name)}
         if self.target == "gpu" and self.named in pipeline.NATIVE and self.residual_window is not None:
             passes = pipeline.with_window(passes, packing[QuantizeKv.name].pop("residual_window"))
@@ -164,7 +172,7 @@ class Options:
             raise InputError(
                 f"{wording.option('calibration')} has no effect without {wording.option('basis')} calibrated"
             )
-        return passes
+        return (*passes, OwnOperations()) if self.extension else passes
 
     def _listed(self, wording: Wording, description: ModelDescription | None) -> tuple[Pass, ...]:
         if self.target not in TARGETS:

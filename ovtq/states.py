@@ -189,6 +189,11 @@ def total(states: Iterable[StateSpec], tokens: int, target: str, precision: Prec
     return sum(state.bytes(tokens, target, precision, batch) for state in states)
 
 
+def capacity(told: Iterable[Mapping[str, Any]]) -> int | None:
+    """How many tokens there is room for, by what records tell of states; None if any number is taken."""
+    return min((state["rows"]["count"] for state in told if state["holds"] == "packed"), default=None)
+
+
 def per_token(states: Iterable[StateSpec], target: str, precision: Precision = None) -> int:
     """Bytes that a token adds to them, in the mean of a long text."""
     return sum(state.row_bytes(target, precision) for state in states if state.grows)

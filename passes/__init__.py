@@ -8,6 +8,7 @@ from ovtq.passes.cache_precision import CachePrecision
 from ovtq.passes.centre_keys import CentreKeys
 from ovtq.passes.check_call import CheckCall
 from ovtq.passes.decouple_length import DecoupleLength
+from ovtq.passes.own_operations import OwnOperations
 from ovtq.passes.prune_kv import PruneKv
 from ovtq.passes.quantize_kv import QuantizeKv
 from ovtq.passes.rotate_heads import RotateHeads
@@ -28,6 +29,7 @@ PASSES: dict[str, type[Pass]] = {
         SinkRow,
         CachePrecision,
         CheckCall,
+        OwnOperations,
     )
 }
 
@@ -37,6 +39,7 @@ __all__ = [
     "CentreKeys",
     "CheckCall",
     "DecoupleLength",
+    "OwnOperations",
     "Pass",
     "PruneKv",
     "QuantizeKv",

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import openvino as ov
 
-from ovtq.runtime.kernels import properties
+from ovtq.runtime.loading import properties
 
 SETTINGS = {"INFERENCE_PRECISION_HINT": "f32"}
 

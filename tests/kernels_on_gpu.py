@@ -34,7 +34,7 @@ from ovtq.forms.gpu.kernel_window import KernelWindow
 from ovtq.forms.gpu.kernels import Kernels
 from ovtq.ir.graph import Port, dim, i64
 from ovtq.models.description import AttentionLayer, ModelDescription
-from ovtq.runtime.kernels import properties
+from ovtq.runtime.loading import properties
 
 HEADS, WINDOW, CAPACITY = 2, 16, 1024
 STAND_IN = Path(__file__).parent / "xmx_stand_in.cl"

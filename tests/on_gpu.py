@@ -3,8 +3,7 @@
 usage: tools/gpu/emulated python tests/on_gpu.py MODEL_DIR PROMPT TOKENS HOSTS [KEY=VALUE…]
 
 HOSTS are genai, optimum, chat, or some with a comma between; chat is a conversation of genai that goes on, begins anew
-with other words, and goes back, and what is said to the same prompts one by one. A model with kernels of ovtq gets the
-property that it needs.
+with other words, and goes back, and what is said to the same prompts one by one. All are loaded by `ovtq.load`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ def generated_by_genai(model_dir: str, prompt: str, tokens: int, properties: dic
     """Its tokens."""
     import openvino_genai as genai
 
-    pipe = genai.LLMPipeline(model_dir, "GPU", ATTENTION_BACKEND="SDPA", **properties)
+    pipe = ovtq.load(model_dir, "genai", "GPU", ATTENTION_BACKEND="SDPA", **properties)
     config = genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True, apply_chat_template=False)
     return {"genai": list(pipe.generate(pipe.get_tokenizer().encode(prompt).input_ids, config).tokens[0])}
 
@@ -34,7 +33,7 @@ def chat(model_dir: str, prompt: str, tokens: int, properties: dict[str, str], d
     """
     import openvino_genai as genai
 
-    pipe, fresh = (genai.LLMPipeline(model_dir, device, ATTENTION_BACKEND="SDPA", **properties) for _ in range(2))
+    pipe, fresh = (ovtq.load(model_dir, "genai", device, ATTENTION_BACKEND="SDPA", **properties) for _ in range(2))
     tokenizer = pipe.get_tokenizer()
     tokenizer.set_chat_template("{% for message in messages %}{{ message['content'] }} {% endfor %}")
     config = genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True)
@@ -56,13 +55,11 @@ def chat(model_dir: str, prompt: str, tokens: int, properties: dict[str, str], d
 
 def generated_by_optimum(model_dir: str, prompt: str, tokens: int, properties: dict[str, str]) -> dict[str, list]:
     """Its tokens, and, if the cache is the plugin's own, the precision that this has when compiled."""
-    from optimum.intel import OVModelForCausalLM
     from transformers import AutoTokenizer
 
     with tempfile.TemporaryDirectory() as cache:  # else the host leaves one in the model's folder
-        model = OVModelForCausalLM.from_pretrained(
-            model_dir, device="GPU", ov_config={"CACHE_DIR": cache, **properties}
-        )
+        config = {"CACHE_DIR": "" if ovtq.properties(model_dir) else cache, **properties}
+        model = ovtq.load(model_dir, "optimum", "GPU", ov_config=config)
     inputs = AutoTokenizer.from_pretrained(model_dir)(prompt, return_tensors="pt")
     whole = model.generate(**inputs, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
     ops = model.request.get_compiled_model().get_runtime_model().get_ops()
@@ -74,7 +71,6 @@ def generated_by_optimum(model_dir: str, prompt: str, tokens: int, properties: d
 def main(model_dir: str, prompt: str, tokens: str, hosts: str, *settings: str) -> None:
     """Print what each host says."""
     properties = {"INFERENCE_PRECISION_HINT": "f16", **dict(setting.split("=", 1) for setting in settings)}
-    properties |= ovtq.properties(model_dir)
     found: dict[str, list] = {}
     for host in hosts.split(","):
         said = {"genai": generated_by_genai, "optimum": generated_by_optimum, "chat": chat}[host]

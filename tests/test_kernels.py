@@ -22,6 +22,8 @@ from ovtq.codec.kernel_files import config
 from ovtq.codec.kernel_layout import KernelLayout
 from ovtq.codec.window_layout import WindowLayout
 from ovtq.errors import InputError, PreconditionFailed
+from ovtq.ir.operations import TYPES, core
+from ovtq.passes.own_operations import bodies
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 
 AT_20B = KernelLayout(8, 8, 64, (6, 4), 64, 32768)
@@ -117,6 +119,42 @@ def test_a_cpu_refuses_them_by_the_propertys_name(convert: Callable[..., Path]) 
         infer(ov.Core().compile_model(out / "openvino_model.xml", "CPU"))
 
 
+def test_operations_of_our_own_are_read_with_their_extension_alone(convert: Callable[..., Path]) -> None:
+    """In all bodies, kernels bound to them; what is missing is named; nothing else of the graph differs."""
+    options = [*PACKED_TINY, "--kernels", "--capacity", "1024"]
+    own, standard = convert(TINY["5.5"], *options, "--extension"), convert(TINY["5.5"], *options)
+    xml = own / "openvino_model.xml"
+    with pytest.raises(RuntimeError, match=r"extension that ovtq\.load gives .* from unsupported opset"):
+        ov.Core().read_model(xml)
+    assert not ovtq.extensions(standard)
+    extended = ov.Core()
+    for kind in ovtq.extensions(own):
+        extended.add_extension(kind)
+    with pytest.raises(RuntimeError, match="CONFIG_FILE"):
+        infer(extended.compile_model(xml, "CPU"))
+
+    types, others = ([node.get_type_name() for body in bodies(core().read_model(folder / "openvino_model.xml"))
+                      for node in body.get_ordered_ops()] for folder in (own, standard))  # fmt: skip
+    assert sorted(TYPES.get(kind, kind) for kind in others) == sorted(types)
+    assert not {*TYPES} & {*types}
+    for folder, names in ((own, TYPES.values()), (standard, TYPES)):
+        text = Path(ovtq.properties(folder)["CONFIG_FILE"]).read_text()
+        assert set(re.findall(r'CustomLayer name="(\w+)"', text)) == {*names}
+    assert ovtq.state_bytes(own, 100) == ovtq.state_bytes(standard, 100)  # a reader of ours
+
+
+def test_what_load_refuses(convert: Callable[..., Path], tmp_path: Path) -> None:
+    kernels = convert(TINY["5.5"], *PACKED_TINY, "--kernels", "--capacity", "1024")
+    for given, said in [
+        ((tmp_path,), "has no openvino_model.xml"),
+        ((kernels, "ollama"), "host is one of genai, optimum"),
+        ((kernels, "genai", "GPU", tmp_path), "can't be loaded from a model cache"),
+    ]:
+        cache = {"CACHE_DIR": str(given[3])} if len(given) > 3 else {}
+        with pytest.raises(InputError, match=said):
+            ovtq.load(*given[:3], **cache)
+
+
 def infer(compiled: ov.CompiledModel) -> None:
     given = {"input_ids": [[1, 2]], "attention_mask": [[1, 1]], "position_ids": [[0, 1]], "beam_idx": [0]}
     request = compiled.create_infer_request()
@@ -131,6 +169,7 @@ def infer(compiled: ov.CompiledModel) -> None:
         ({"budget": 512}, "don't go together"),
         ({"capacity": 100}, "capacity must be from 1024"),
         ({"kernels": None, "capacity": 2048}, "has no effect without kernels"),
+        ({"kernels": None, "extension": True}, "has no effect without kernels"),
         ({"preset": "u8"}, "quantize-kv"),
     ],
 )
@@ -249,6 +288,20 @@ def test_the_plugin_builds_the_form_for_xmx(
     assert forms == {xmx}
 
 
+@emulated
+@SLOW
+@pytest.mark.timeout(900)
+def test_operations_of_our_own_compute_the_same(convert: Callable[..., Path], tmp_path: Path) -> None:
+    """To the bit, behind a call of 38 tokens and two of one."""
+    said = []
+    for number, options in enumerate(((), ("--extension",))):
+        model = convert(TINY["5.5"], *PACKED_TINY, "--kernels", "--capacity", "1024", *options)
+        out, steps = tmp_path / f"{number}.npz", ("--steps", "38,1,1")
+        report(probe("emulated", model, *steps, "--out", out, "--config", "INFERENCE_PRECISION_HINT=f32"))
+        said.append(np.load(out)["logits"])
+    np.testing.assert_array_equal(*said)
+
+
 @virtual
 def test_steps_build_and_copy_nothing_and_a_state_is_there_once(
     convert: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -279,7 +332,10 @@ def test_steps_build_and_copy_nothing_and_a_state_is_there_once(
 @emulated
 @SLOW
 @pytest.mark.timeout(3600)
-def test_hosts_write_what_they_write_with_packed_layers_on_a_cpu(convert: Callable[..., Path]) -> None:
+@pytest.mark.parametrize("options", [(), ("--extension",)])
+def test_hosts_write_what_they_write_with_packed_layers_on_a_cpu(
+    options: tuple[str, ...], convert: Callable[..., Path]
+) -> None:
     """The bundled model, at f16: a prompt in one call, then tokens one by one; and a chat that goes other ways."""
     pytest.importorskip("optimum.intel", reason="needs the extra [optimum]")
     genai = pytest.importorskip("openvino_genai", reason="needs the extra [genai]")
@@ -287,13 +343,15 @@ def test_hosts_write_what_they_write_with_packed_layers_on_a_cpu(convert: Callab
     pipe = genai.LLMPipeline(convert(MINI, "--preset", "k6v4"), "CPU", **STATEFUL)
     config = genai.GenerationConfig(max_new_tokens=24, ignore_eos=True, apply_chat_template=False)
     expected = pipe.generate(pipe.get_tokenizer().encode(prompt).input_ids, config).tokens[0]
-    model = convert(MINI, "--preset", "k6v4", "--kernels", "--capacity", "1024")
+    model = convert(MINI, "--preset", "k6v4", "--kernels", "--capacity", "1024", *options)
     command = [GPU_TOOLS / "emulated", sys.executable, ROOT / "tests" / "on_gpu.py", model, prompt, "24"]
-    command.append("genai,optimum,chat")
+    command.append("genai,optimum" if options else "genai,optimum,chat")
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["genai"] == said["optimum"] == list(expected)
+    if options:
+        return
     assert [[answer, answer] for answer in said["chat"]] == said["alone"]
     assert len({*said["chat"]}) == 3  # the last is the first again
 

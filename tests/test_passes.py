@@ -24,6 +24,7 @@ from ovtq.passes import (
     CentreKeys,
     DecoupleLength,
     Pass,
+    QuantizeKv,
     Rewrite,
     RotateHeads,
     SimplifyMask,
@@ -47,6 +48,7 @@ BEFORE: dict[str, tuple[Pass, ...]] = {
     "sink-row": (DecoupleLength(), TruncateWindow()),
     "cache-precision": (),
     "check-call": (DecoupleLength(),),
+    "own-operations": (DecoupleLength(), QuantizeKv(kernels=True, capacity=1024)),
 }
 
 
@@ -84,6 +86,7 @@ def test_a_second_run_refuses_or_is_a_rewrite_of_its_own(name: str) -> None:
         "prune-kv",
         "sink-row",
         "check-call",
+        "own-operations",
     ):
         with pytest.raises(PreconditionFailed, match=name):
             SUBJECTS[name].apply(once.model, once.description)

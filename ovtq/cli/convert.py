@@ -101,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     _add(p, Options, "target")
     packed = p.add_argument_group("packed caches (short for --set quantize-kv.…, --set truncate-window.…)")
     _add_of_pass(packed, QuantizeKv.name)
+    _add(packed, Options, "extension", action="store_const", const=True)
     _add(packed, Options, "window_bits", type=_window_bits, metavar="K,V")
     bases = p.add_argument_group("what heads are stored in (short for --set of every pass that has these options)")
     _add_of_pass(bases, BASIS)

@@ -10,10 +10,12 @@ from typing import Any
 from rich.console import Console, JustifyMethod
 from rich.table import Table
 
+from ovtq import states
 from ovtq.automatic import caution
 from ovtq.cli.command import plain_table
 from ovtq.conversion import CONTEXTS
 from ovtq.forms.window import PAYS, SHORT_WINDOW
+from ovtq.passes import OwnOperations
 from ovtq.verification.closeness import STRETCH
 
 Record = Mapping[str, Any]
@@ -63,9 +65,12 @@ def show_end(console: Console, options: argparse.Namespace, record: Record, seco
     if record["config_file"]:
         if options.verify and not record["verified"]:
             doubt += ": its kernels run on a GPU alone, and there is none here (tools/gpu/emulated makes one)"
+        needed = "the property CONFIG_FILE"
+        if any(step["name"] == OwnOperations.name for step in record["passes"]):
+            needed += " and an extension"
         console.print(
-            "its kernels are loaded by the property CONFIG_FILE: LLMPipeline(DIR, 'GPU', **ovtq.properties(DIR)), "
-            "OVModelForCausalLM.from_pretrained(DIR, device='GPU', ov_config=ovtq.properties(DIR))"
+            f"a host needs {needed} for its kernels: ovtq.load(DIR) is an LLMPipeline that has it, "
+            "ovtq.load(DIR, 'optimum') an OVModelForCausalLM; others: docs/kernels.md"
         )
     console.print(f"written to {options.out_dir} in {seconds:.1f} s{doubt}")
 
@@ -102,8 +107,10 @@ def _state_bytes(record: Record) -> Table:
     table = _table({f"state bytes ({record['target']})": "left", "before": "right", "after": "right"})
     before, after = record["state_bytes"]["before"], record["state_bytes"]["after"]
     rows = {"per token": "per_token", "flat": "flat", **{f"at {tokens:,}": str(tokens) for tokens in CONTEXTS}}
+    room = states.capacity(record["states"])
     for label, key in rows.items():
-        table.add_row(label, f"{before[key]:,}", f"{after[key]:,}")
+        over = room is not None and key.isdigit() and int(key) > room
+        table.add_row(label, f"{before[key]:,}", f"room for {room:,} tokens" if over else f"{after[key]:,}")
     return table
 
 

@@ -40,12 +40,11 @@ class Binding:
     items: str
     local: int = WORK_GROUP
 
-    @property
-    def xml(self) -> str:
-        """As CONFIG_FILE has it."""
+    def xml(self, kind: str = "") -> str:
+        """As CONFIG_FILE has it, for its own type or another one."""
         tensors = [("input", number, number) for number in range(self.inputs)] + [("output", self.inputs, 0)]
         lines = [
-            f'<CustomLayer name="{self.kind}" type="SimpleGPU" version="1">',
+            f'<CustomLayer name="{kind or self.kind}" type="SimpleGPU" version="1">',
             f' <Kernel entry="ovtq_{self.sources[-1]}">',
             *(f'  <Source filename="{name}.cl"/>' for name in self.sources),
             " </Kernel>",
@@ -97,17 +96,18 @@ class KernelSet(ABC):
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def config(sets: Sequence[KernelSet]) -> str:
-    """The XML that binds operations to the kernels of some sets."""
-    return "".join(item.xml for some in sets for item in some.bindings) + GUARD.xml
+def config(sets: Sequence[KernelSet], types: Mapping[str, str] | None = None) -> str:
+    """The XML that binds operations to the kernels of some sets; `types` are of operations in the place of others."""
+    bindings = [*(item for some in sets for item in some.bindings), GUARD]
+    return "".join(item.xml((types or {}).get(item.kind, "")) for item in bindings)
 
 
-def write(sets: Sequence[KernelSet], folder: Path) -> None:
-    """Write the files into the folder of a model."""
+def write(sets: Sequence[KernelSet], folder: Path, types: Mapping[str, str] | None = None) -> None:
+    """Write the files into the folder of a model, for operations as in `config`."""
     target = folder / FOLDER
     target.mkdir()
     texts = {name: text for some in sets for name, text in some.texts.items()}
-    for name, text in {**texts, CONFIG: config(sets)}.items():
+    for name, text in {**texts, CONFIG: config(sets, types)}.items():
         files.write(target / name, text)
 
 

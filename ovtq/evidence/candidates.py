@@ -16,7 +16,8 @@ from ovtq import states
 from ovtq.errors import InputError
 from ovtq.ir.cache import marked, precisions
 from ovtq.ir.io import load, model_xml, states_of
-from ovtq.runtime import host, kernels
+from ovtq.ir.operations import core
+from ovtq.runtime import host, loading
 from ovtq.runtime.gpu_cache import as_gpu_stores
 from ovtq.runtime.paged import PagedRunner
 from ovtq.runtime.runner import Runner, computes_in
@@ -117,7 +118,7 @@ def open_candidate(candidate: Candidate, device: str, defaults: Mapping[str, str
     """
     if candidate.as_hosts:
         defaults = {name: value for name, value in defaults.items() if name in HOSTS}
-    own = {} if device.startswith("CPU") else kernels.properties(candidate.folder)
+    own = {} if device.startswith("CPU") else loading.properties(candidate.folder)
     properties = own | with_defaults(candidate.properties, defaults)
     if marked(load(candidate.folder)) and not _names_a_cache(candidate.properties):
         properties.pop("KV_CACHE_PRECISION", None)  # the model itself asks for one
@@ -163,7 +164,7 @@ def inspect_cache(candidate: Candidate, subject: Opened, device: str) -> Cache:
     subject.step(draw.integers(0, subject.vocabulary, (1, PROBE)))
     compiled = subject.request.get_compiled_model()
     fused = precisions(compiled)
-    model = subject.model if isinstance(subject.model, ov.Model) else ov.Core().read_model(subject.model)
+    model = subject.model if isinstance(subject.model, ov.Model) else core().read_model(subject.model)
     these = states_of(model)
     kept: dict[str, str | None] = {"key": None, "value": None}
     wrong = []

@@ -19,6 +19,7 @@ from ovtq.errors import InputError, OvtqError
 from ovtq.evidence.candidates import Candidate, inspect_cache, open_candidate
 from ovtq.forms.pruning import counted
 from ovtq.ir.io import last_line
+from ovtq.runtime.loading import load
 from ovtq.runtime.runner import Runner
 from ovtq.system import peak, reset_peak
 
@@ -195,7 +196,7 @@ class GenAI:
         self.genai = openvino_genai
         backend = "PA" if candidate.paged else "SDPA"
         given = {**properties, **candidate.properties, "ATTENTION_BACKEND": backend}
-        self.pipe = openvino_genai.LLMPipeline(candidate.folder, device, **given)
+        self.pipe = load(candidate.folder, "genai", device, **given)
         self.facts = {"cache": "", "computes": "", "wrong": "", "bytes_per_token": None, "flat_bytes": None}
 
     def generate(self, ids: np.ndarray, tokens: int) -> dict[str, Any]:
@@ -217,10 +218,8 @@ class Optimum:
 
     def __init__(self, candidate: Candidate, device: str, properties: dict[str, str]) -> None:
         _plain(candidate, "optimum")
-        from optimum.intel import OVModelForCausalLM
-
         given = {**properties, **candidate.properties}
-        self.model = OVModelForCausalLM.from_pretrained(candidate.folder, device=device, ov_config=given)
+        self.model = load(candidate.folder, "optimum", device, ov_config=given)
         self.facts = {"cache": "", "computes": "", "wrong": "", "bytes_per_token": None, "flat_bytes": None}
 
     def generate(self, ids: np.ndarray, tokens: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import openvino as ov
 
 from ovtq.errors import InputError
 from ovtq.ir.io import last_line
+from ovtq.ir.operations import core
 
 # In rt_info. The first is read by the CPU plugin, and by the GPU plugin on chips without XMX; the second by the GPU
 # plugin on all chips.
@@ -41,7 +42,7 @@ def compiled_precisions(model: ov.Model | Path, device: str) -> list[str]:
     compiled model was asked for. Raises InputError if the device does not compile it.
     """
     try:
-        compiled = ov.Core().compile_model(model, device)
+        compiled = core().compile_model(model, device)
     except RuntimeError as error:
         raise InputError(f"{device} does not compile the converted model ({last_line(error)})") from None
     return precisions(compiled)

@@ -20,6 +20,7 @@ from ovtq import disk, files, system, whereabouts
 from ovtq.errors import InputError
 from ovtq.errors import last_line as last_line
 from ovtq.ir import weights
+from ovtq.ir.operations import core
 from ovtq.staging import RECORD, Identity, identity
 from ovtq.states import StateSpec, of_model
 
@@ -94,7 +95,7 @@ def load(model_dir: Path) -> ov.Model:
     xml = model_xml(model_dir)
     whereabouts.at(f"reading {xml}")
     try:
-        model = ov.Core().read_model(xml)
+        model = core().read_model(xml)
     except REFUSALS as error:
         raise InputError(f"{xml}: OpenVINO can't read it ({last_line(error)})") from None
     for node in model.get_ops():
@@ -167,7 +168,7 @@ def refuse_mismatch(xml: Path) -> None:
     if "passes" not in record:
         raise InputError(f"{path}: not a record of ovtq; convert the model again")
     told = [record.get(key) for key in ("passes", "schema", "states")]
-    stamp = stamp_of(ov.Core().read_model(xml))
+    stamp = stamp_of(core().read_model(xml))
     if told != [stamp.get(key) for key in ("passes", "schema", "states")]:
         raise InputError(f"{path}: tells of another conversion than {xml.name} beside it; convert the model again")
 

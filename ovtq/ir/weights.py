@@ -24,6 +24,7 @@ from openvino import opset15 as op
 
 from ovtq import disk
 from ovtq.ir.copying import Copy
+from ovtq.ir.operations import core
 from ovtq.system import trim_memory
 
 STAND_IN = 4096  # bytes; shorter constants are appended, as if they were new
@@ -226,7 +227,7 @@ def _point_at(xml: bytes, kept: Mapping[str, Kept], start: int) -> bytes:
 
 def _check(model: ov.Model, xml: Path, kept: Mapping[str, Kept]) -> None:
     """Raise RuntimeError if the constants of the written file are not those of `model`; weights by their place."""
-    written = ov.Core().read_model(xml)
+    written = core().read_model(xml)
     span = _span(written, xml.with_suffix(".bin"))
     inputs = [[port.get_any_name() for port in some.inputs] for some in (model, written)]
     found = {node.get_friendly_name(): node for node in written.get_ops() if node.get_type_name() == "Constant"}

@@ -11,6 +11,7 @@ import openvino as ov
 from ovtq.errors import InputError
 from ovtq.ir.cache import precisions
 from ovtq.ir.io import REFUSALS, last_line, refuse_mismatch, states_of
+from ovtq.ir.operations import core
 
 # f32 everywhere, so that what remains is rounding: no f16 inference, no compressed cache, no quantised activations.
 EXACT_PROPERTIES = {
@@ -49,7 +50,7 @@ class Runner:
         if isinstance(model, Path):
             refuse_mismatch(model)
         try:
-            self.request = ov.Core().compile_model(model, device, dict(properties or {})).create_infer_request()
+            self.request = core().compile_model(model, device, dict(properties or {})).create_infer_request()
         except REFUSALS as error:
             name = model.get_friendly_name() if isinstance(model, ov.Model) else model
             raise InputError(f"{name}: {device} does not compile it ({last_line(error)})") from None
@@ -132,7 +133,7 @@ class Runner:
             raise InputError(
                 "fill: the CPU plugin corrupts its memory when the state of a 4-bit cache is set; prefill it"
             )
-        model = self.model if isinstance(self.model, ov.Model) else ov.Core().read_model(self.model)
+        model = self.model if isinstance(self.model, ov.Model) else core().read_model(self.model)
         specs = {state.name: state for state in states_of(model)}
         draw = np.random.default_rng(seed)
         self.reset()

@@ -14,8 +14,9 @@ from ovtq import whereabouts
 from ovtq.errors import VerificationFailed
 from ovtq.ir.cache import compiled_precisions, mark, marked
 from ovtq.ir.io import stamp_of
+from ovtq.ir.operations import core
 from ovtq.models import AttentionLayer
-from ovtq.runtime import kernels
+from ovtq.runtime import loading
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
 from ovtq.system import trim_memory
 from ovtq.verification.closeness import (
@@ -190,7 +191,7 @@ def kept_precision(
 
     Compiled as a host would that passes no property. Raises VerificationFailed if a cache is kept in another.
     """
-    model = ov.Core().read_model(converted)
+    model = core().read_model(converted)
     precision = marked(model)
     if precision is None:
         return None
@@ -225,7 +226,7 @@ def _verify(
 ) -> Difference:
     calls = calls_for(layers, PASTED if extent.end is None else PART)
     check = PackedCheck([layer for layer in layers if layer.index < extent.layers])
-    file = ov.Core().read_model(converted)
+    file = core().read_model(converted)
     precision = marked(file)  # then the original is given the same cache
     foreign = device == "CPU" and stamp_of(file).get("target") == "gpu" and bool(check.layers)
     del file
@@ -242,7 +243,7 @@ def _verify(
     original_host = hosted(_part(original, extent)[0], device, properties, *at, before, tick, long)
     gc.collect()
 
-    own = kernels.properties(converted.parent)
+    own = loading.properties(converted.parent)
     model = _part(converted, extent, ready)[0]
     if check.layers:
         model = keep_initial_values(check.tapped(model))
@@ -364,7 +365,7 @@ def _apart(before: Sequence[Played], after: Sequence[Played]) -> Moved:
 
 def _part(xml: Path, extent: Scope, ready: Callable[[ov.Model], None] = lambda model: None) -> tuple[ov.Model, int]:
     """What is run of a model, and how many tokens it knows."""
-    model = ov.Core().read_model(xml)
+    model = core().read_model(xml)
     vocabulary = model.output(0).get_partial_shape()[2].get_length()
     if extent.end is None:
         ready(model)

@@ -12,6 +12,7 @@ from typing import Any
 LAYERS = (2, 4, 6)
 MEMORY = LAYERS[:2]  # of which memory is recorded
 EXPORTED = "stock"  # not converted; does not compile
+KERNELS = ("k8v4 --kernels", "k6v4 --kernels", "k4v4 --kernels")
 SCRATCH = ("chunk", "decode", "decode_alone", "whole")  # what tools/gpu/memory.py tells
 
 

@@ -80,6 +80,15 @@ def stop(code: int, what: str, error: RuntimeError) -> NoReturn:
     sys.exit(code)
 
 
+def extended(xml: Path) -> ov.Core:
+    """A core that reads the model, with operations of ovtq, too, if it has them."""
+    if 'type="Ovtq' in xml.read_text(encoding="utf-8"):
+        from ovtq.ir.operations import core
+
+        return core()
+    return ov.Core()
+
+
 def branch_by_length(model: ov.Model) -> None:
     """Give the model an input `several`, the condition of every If; what asks for kernels of ovtq is told they run."""
     several = op.parameter([1], ov.Type.boolean, name=SEVERAL)
@@ -87,7 +96,7 @@ def branch_by_length(model: ov.Model) -> None:
     for node in model.get_ops():
         if node.get_type_name() == "If":
             node.input(0).replace_source_output(several.output(0))
-        elif node.get_type_name() == "Inverse":
+        elif node.get_type_name() in ("Inverse", "OvtqGuard"):
             for reader in list(node.output(0).get_target_inputs()):
                 reader.replace_source_output(op.constant(np.ones((1, 1, 1), np.float32)).output(0))
     model.add_parameters([several])
@@ -257,8 +266,9 @@ def probe(args: argparse.Namespace, log: Path | None) -> tuple[dict[str, Any], N
     """The report, and the logits (empty if nothing ran)."""
     start = time.perf_counter()
     try:
-        core = ov.Core()
-        model = core.read_model(args.model / "openvino_model.xml")
+        xml = args.model / "openvino_model.xml"
+        core = extended(xml)
+        model = core.read_model(xml)
         infos = {variable.info.variable_id: variable.info for variable in model.get_variables()}
         if args.branch_by_length and any(node.get_type_name() == "If" for node in model.get_ops()):
             branch_by_length(model)

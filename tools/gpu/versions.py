@@ -38,7 +38,7 @@ from rich.progress import track
 from ovtq.errors import InputError, OvtqError
 from ovtq.ir.io import check_outputs, load, model_xml
 from ovtq.pipeline import PRESETS
-from ovtq.runtime.kernels import properties
+from ovtq.runtime.loading import properties
 from ovtq.runtime.runner import EXACT_PROPERTIES
 
 HERE = Path(__file__).resolve().parent
