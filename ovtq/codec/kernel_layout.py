@@ -10,7 +10,7 @@ from ovtq.codec import FLOOR, STEPS
 from ovtq.codec.kernel_files import WIDTH, WORK_GROUP, Binding, KernelSet, placed
 
 GROUPS = 128  # work-groups of a decode step, about: what fills the largest GPUs twice
-READ_ROWS = 64  # that a work-group reads of the past
+WORD = 8  # tokens that a number tells of, exact in f16: whether they are shown
 PLANES = {2: (2, 0), 3: (2, 1), 4: (4, 0), 5: (4, 1), 6: (4, 2), 8: (4, 4)}  # bits of a code, the high ones first
 MOST_HEADS = 16  # query heads that share a KV head: each takes registers
 
@@ -79,7 +79,7 @@ class KernelLayout(KernelSet):
 
     @property
     def given(self) -> int:
-        """Elements of the constants, which the first call of a text is given, and a state holds from then on."""
+        """Elements of the constants, which a state holds from the first call of a text on."""
         return self.offsets["CODES"]
 
     @property
@@ -88,23 +88,33 @@ class KernelLayout(KernelSet):
         return 1, self.offsets["END"] // WIDTH, WIDTH
 
     @property
-    def step(self) -> int:
-        """Numbers that `attend` is given of a token: queries, key and value."""
-        return (self.query_heads + 2 * self.kv_heads) * self.head_dim
-
-    @property
-    def cells(self) -> int:
-        """So that as many times what `attend` is given of a token holds all records, of floats, in f16, too."""
-        return -(-self.query_heads * self.parts * self.record * 2 // self.step)
+    def words(self) -> int:
+        """Numbers that tell of WORD tokens each whether they are shown."""
+        return -(-self.capacity // WORD)
 
     @property
     def columns(self) -> int:
-        """Numbers that `attend` is given of all tokens: how many are past, as high and low, and which are shown."""
-        return -(-(2 + self.capacity) // self.cells) * self.cells
+        """Rows of head_dim numbers that tell of all tokens: how many are past, as high and low, and which are shown."""
+        return -(-(2 + self.words) // self.head_dim)
+
+    @property
+    def step(self) -> int:
+        """Numbers that `attend` is given beside the constants: queries, key and value, and the columns."""
+        return (self.query_heads + 2 * self.kv_heads + self.columns) * self.head_dim
+
+    @property
+    def cells(self) -> int:
+        """So that as many times such a step holds all records, of floats, in f16, too."""
+        return -(-self.query_heads * self.parts * self.record * 2 // self.step)
+
+    @property
+    def given_cells(self) -> int:
+        """Runs of so many cells that hold the constants."""
+        return -(-self.given // self.cells)
 
     @property
     def given_fives(self) -> int:
-        """Fives of numbers that hold the constants."""
+        """Fives of numbers that hold them."""
         return -(-self.given // 5)
 
     @property
@@ -126,7 +136,6 @@ class KernelLayout(KernelSet):
             "CODES_ROW": self.codes,
             "PARTS": self.parts,
             "RECORD": self.record,
-            "READ_ROWS": READ_ROWS,
             "GIVEN_FIVES": self.given_fives,
             "TOKEN_FIVES": self.fives,
             "FLOOR": f"{FLOOR!r}f",
@@ -145,8 +154,7 @@ class KernelLayout(KernelSet):
         shared, token = ("constants", "lanes", "common"), f"(B-{1 + self.given_fives})/{self.fives}*{self.kv_heads}*16"
         attend = f"{self.kv_heads * self.parts * WORK_GROUP}"
         return (
-            Binding("ExperimentalDetectronPriorGridGenerator", (*shared, "xmx", "attend"), 3, attend),
+            Binding("ExperimentalDetectronPriorGridGenerator", (*shared, "read", "xmx", "attend"), 3, attend),
             Binding("ROIPooling", (*shared, "join"), 2, "B*16", 16),
             Binding("PSROIPooling", (*shared, "append"), 2, token),
-            Binding("ROIAlign", (*shared, "read"), 3, "B*128"),
         )

@@ -43,23 +43,28 @@ class WindowLayout(KernelSet):
 
     @cached_property
     def side(self) -> int:
-        """So that side² numbers for each of some equal parts of what a decode step is given are a context."""
+        """So that side² numbers for each of some equal parts of what it is given for a token are a context."""
         return next((side for side in (8, 4, 2) if self.head_dim % side**2 == 0 and 2 * side**2 % self.group == 0), 1)
 
     @property
     def padding(self) -> int:
-        """Rows of head_dim numbers behind a decode step's queries, key and value without which no parts are equal."""
+        """Rows of head_dim numbers behind a token's queries, key and value without which no parts are equal."""
         return -2 * self.kv_heads % self.query_heads if self.side == 1 else 0
 
     @property
-    def step(self) -> int:
-        """Numbers of a part of what a decode step is given."""
-        return (self.query_heads + 2 * self.kv_heads + self.padding) * self.side**2 // self.query_heads
+    def used(self) -> int:
+        """Numbers of a token: queries, key and value."""
+        return (self.query_heads + 2 * self.kv_heads) * self.head_dim
 
     @property
-    def kept(self) -> int:
-        """Numbers of a part of what is given to be kept: half as many come out as are given."""
-        return 2 * self.side**2
+    def numbers(self) -> int:
+        """Numbers that the kernel is given for each row: those of a token, and padding."""
+        return self.used + self.padding * self.head_dim
+
+    @property
+    def step(self) -> int:
+        """Numbers of a part of what it is given to attend."""
+        return self.numbers * self.side**2 // (self.query_heads * self.head_dim)
 
     @property
     def constants(self) -> tuple[str, Mapping[str, int | str]]:
@@ -76,6 +81,6 @@ class WindowLayout(KernelSet):
 
     @property
     def bindings(self) -> tuple[Binding, ...]:
-        """One kernel: a decode step has a work-group for each query head, a longer call one for each row it keeps."""
+        """One kernel: a work-group for each query head and token."""
         items = f"B*{self.side**2}/{self.head_dim}*{WORK_GROUP}"
         return (Binding("DeformablePSROIPooling", ("window_constants", "lanes", "window"), 3, items),)

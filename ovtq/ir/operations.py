@@ -50,6 +50,14 @@ class Operation(ov.Op):
         """OpenVINO's."""
         return type(self)(new_inputs, **self.held)
 
+    def has_evaluate(self) -> bool:
+        """No: without this word OpenVINO takes it to have computed what it is given as constants."""
+        return False
+
+    def evaluate(self, outputs: Any, inputs: Any) -> bool:
+        """Not done."""
+        return False
+
     def visit_attributes(self, visitor: Any) -> bool:
         """OpenVINO's: to write them, and to read them."""
         visitor.on_attributes(self.held)
@@ -57,7 +65,10 @@ class Operation(ov.Op):
 
 
 class OvtqAttend(Operation):
-    """(step, columns, state) → records of the parts of a history: as many times the step as columns have cells."""
+    """(step, constants, state) → records of the parts of a history: as many times the step as constants have cells.
+
+    (counts, scratch, state) → zero, once the past is read into the scratch, of one cell.
+    """
 
     class_type_info = ov.DiscreteTypeInfo("OvtqAttend", "ovtq")
     stands_for = "ExperimentalDetectronPriorGridGenerator"
@@ -97,23 +108,6 @@ class OvtqAppend(Operation):
         return [self.length(1, 0), 1, 1, 1]
 
 
-class OvtqRead(Operation):
-    """(state, corners, counts) → keys and values of the past."""
-
-    class_type_info = ov.DiscreteTypeInfo("OvtqRead", "ovtq")
-    stands_for = "ROIAlign"
-    sizes = ("rows", "head_dim")
-
-    def shape(self) -> list[Any]:
-        """(counts, 1, rows, head_dim)."""
-        return [self.length(2, 0), 1, self.held["rows"], self.held["head_dim"]]
-
-    @classmethod
-    def taken(cls, attributes: Mapping[str, Any]) -> dict[str, int]:
-        """Both are what it pools to."""
-        return {"rows": int(attributes["pooled_h"]), "head_dim": int(attributes["pooled_w"])}
-
-
 class OvtqWindow(Operation):
     """(state, parts, facts) → the context, or zero once what is given is kept."""
 
@@ -142,7 +136,7 @@ class OvtqGuard(Operation):
         return list(self.get_input_partial_shape(0))
 
 
-OPERATIONS: tuple[type[Operation], ...] = (OvtqAttend, OvtqJoin, OvtqAppend, OvtqRead, OvtqWindow, OvtqGuard)
+OPERATIONS: tuple[type[Operation], ...] = (OvtqAttend, OvtqJoin, OvtqAppend, OvtqWindow, OvtqGuard)
 IN_PLACE_OF = {kind.stands_for: kind for kind in OPERATIONS}
 TYPES = {kind.stands_for: kind.__name__ for kind in OPERATIONS}  # by that of what it stands for
 

@@ -79,7 +79,8 @@ class Own:
         row, entry = codes + 3, 4 * width  # scales of 24 bits; in two floats each what is recent
         constants = heads * (3 * width**2 + width) + 2 * queries  # rotations, centres, sinks
         step = (queries + 2 * heads) * width
-        reads = [(max(past - window, 0) * heads * row, 2), (min(past, window) * heads * entry, size), (past + 3, size)]
+        shown = past // 8 + 3  # 8 tokens in a number, and two
+        reads = [(max(past - window, 0) * heads * row, 2), (min(past, window) * heads * entry, size), (shown, size)]
         return [*reads, (constants + step, size)], [records, (heads * row, 2), (heads * entry, size)]
 
     def in_window(self, past: int, size: int) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,4 +1,4 @@
-// Several new tokens, or the first: append them. A sub-group takes one token of one KV head.
+// Several new tokens: append them. A sub-group takes one token of one KV head.
 //   state   the layer's; before the first token there is nothing in it, and the constants are written, too
 //   step    the numbers of past and of new tokens, as high and low each, and a number that is not read; the constants;
 //           then, with as many tokens as there are rows, padding included, keys and values (KV_HEADS, tokens, HEAD_DIM)
@@ -10,8 +10,7 @@ __kernel void ovtq_append(__global REAL* state, const __global REAL* step, __glo
   const int past = count_of(step[0], step[1]), count = count_of(step[2], step[3]);
   const __global REAL* given = step + 5;
   if (get_global_id(0) == 0) output[0] = (OUTPUT0_TYPE)0;
-  if (past == 0)
-    for (uint i = get_global_id(0); i < CODES; i += get_global_size(0)) state[i] = given[i];
+  if (past == 0) keep_constants(state, given);
   if ((int)token >= count || past + (int)token >= CAPACITY) return;
   const __global REAL* keys = given + 5 * GIVEN_FIVES;
   const __global REAL* values = keys + (size_t)KV_HEADS * rows * HEAD_DIM;

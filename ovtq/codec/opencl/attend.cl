@@ -1,25 +1,36 @@
 // One new token: append it, and attend to the sink, the window, the history. Work-groups of a KV head share the history
 // (the first has the rest); each gives a partial context of every query head, its largest score and its sum of weights.
-//   step    queries (QUERY_HEADS, HEAD_DIM), key and value (KV_HEADS, HEAD_DIM) each
-//   columns the number of past tokens as high and low; then of each token, this one's included, whether it is shown:
-//           positive (CAPACITY)
-//   state   the layer's
+//   step    queries (QUERY_HEADS, HEAD_DIM), key and value (KV_HEADS, HEAD_DIM) each; the number of past tokens as high
+//           and low; then, a bit for each token, this one's included, whether it is shown, 8 in a number
+//   given   the layer's constants, as a state has them
+//   state   the layer's; before the first token there is nothing in it, and the constants are written, too
 //   output  PARTS records of RECORD floats for each query head
+// Before several tokens it is called to read the past instead:
+//   step    a single row of numbers, `counts` of read.cl first
+//   given   its scratch
+//   output  zero
 // A history is read by XMX where `xmx.cl` finds it, else coordinates are unpacked 32 at a time, from as many words of each
 // plane as it has bits a code.
 #define WORDS(plane, width, block) ((const __global uint*)(plane) + (block) * (width))
 #define CODE(words, width, n) (((words)[(n) / (32 / (width))] >> ((width) * ((n) % (32 / (width))))) & ((1u << (width)) - 1))
 
 __attribute__((intel_reqd_sub_group_size(LANES)))
-__kernel void ovtq_attend(const __global REAL* step, const __global REAL* columns, __global REAL* state,
+__kernel void ovtq_attend(const __global REAL* step, __global REAL* given, __global REAL* state,
                           __global OUTPUT0_TYPE* output) {
+  if (INPUT0_DIMS[0] == 1) {
+    if (get_global_id(0) < 4) output[get_global_id(0)] = (OUTPUT0_TYPE)0;
+    read_past(state, step, given, INPUT1_DIMS[1] / (2 * KV_HEADS * HEAD_DIM));
+    return;
+  }
   const uint lane = get_sub_group_local_id(), me = get_sub_group_id();
   const uint head = get_group_id(0) / PARTS, part = get_group_id(0) % PARTS;
   const __global REAL* keys = step + QUERY_HEADS * HEAD_DIM;
   const __global REAL* values = keys + KV_HEADS * HEAD_DIM;
+  const __global REAL* columns = values + KV_HEADS * HEAD_DIM;
   const __global REAL* shown = columns + 2;
   const int past = count_of(columns[0], columns[1]);
   if (past >= CAPACITY) return;  // nothing is written out of bounds
+  if (past == 0) keep_constants(state, given);
 
   const uint team = me / SPLIT, from = me % SPLIT * HEADS;  // the query heads that this sub-group takes
   __local float turned[SPLIT * HEADS][HEAD_DIM];
@@ -29,10 +40,10 @@ __kernel void ovtq_attend(const __global REAL* step, const __global REAL* column
     const uint of = head * GROUP + min(g, (uint)GROUP - 1);  // the last is there twice where they don't come apart evenly
     float query[SHARE], along = 0;
     load(query, step + of * HEAD_DIM);
-    FOR_SHARE along += query[i] * (float)centre(state, KEY_CENTRES, head)[SHARE * lane + i];
+    FOR_SHARE along += query[i] * (float)centre(given, KEY_CENTRES, head)[SHARE * lane + i];
     along = sub_group_reduce_add(along);
-    if (lane == 0) sinks[g] = (float)state[SINKS + 2 * of] + (float)state[SINKS + 2 * of + 1] - along;
-    turn(query, matrix(state, QUERY_BASES, head));
+    if (lane == 0) sinks[g] = (float)given[SINKS + 2 * of] + (float)given[SINKS + 2 * of + 1] - along;
+    turn(query, matrix(given, QUERY_BASES, head));
     FOR_SHARE turned[g][SHARE * lane + i] = query[i];
   }
   barrier(CLK_LOCAL_MEM_FENCE);
@@ -47,23 +58,23 @@ __kernel void ovtq_attend(const __global REAL* step, const __global REAL* column
   if (part == 0) {
     float key[SHARE], value[SHARE];
     if (team == 0) {  // the sink: a token without a value, so less the centre
-      FOR_SHARE value[i] = -(float)centre(state, VALUE_CENTRES, head)[SHARE * lane + i];
-      turn(value, matrix(state, VALUE_BASES, head));
+      FOR_SHARE value[i] = -(float)centre(given, VALUE_CENTRES, head)[SHARE * lane + i];
+      turn(value, matrix(given, VALUE_BASES, head));
       for (int g = 0; g < HEADS; g++) add(sinks[from + g], value, &top[g], &sum[g], context[g]);
     }
     if (team == TEAMS - 1) {  // the new token
-      load_key(key, keys + head * HEAD_DIM, state, head);
-      load_value(value, values + head * HEAD_DIM, state, head);
+      load_key(key, keys + head * HEAD_DIM, given, head);
+      load_value(value, values + head * HEAD_DIM, given, head);
       for (int g = 0; g < HEADS; g++) {
         float score = 0;
         FOR_SHARE score += key[i] * turned[from + g][SHARE * lane + i];
         score = sub_group_reduce_add(score);
-        if (shown[past] > 0) add(score, value, &top[g], &sum[g], context[g]);
+        if (is_shown(shown, past)) add(score, value, &top[g], &sum[g], context[g]);
       }
       if (from == 0) store(state, head, past, key, value, true);
     }
     for (int token = older + (int)team; token < past; token += TEAMS) {
-      if (!(shown[token] > 0)) continue;
+      if (!is_shown(shown, token)) continue;
       load_recent(key, value, state, head, token);
       for (int g = 0; g < HEADS; g++) {
         float score = 0;
@@ -98,7 +109,7 @@ __kernel void ovtq_attend(const __global REAL* step, const __global REAL* column
         }
       }
       const float2 scales = scales_of(state, head, token);  // of the key, of the value
-      const bool seen = first + (int)lane < older && shown[token] > 0;
+      const bool seen = first + (int)lane < older && is_shown(shown, token);
       float weight[HEADS];
       for (int g = 0; g < HEADS; g++) {
         const float x = seen ? score[g] * scales.x : NOWHERE;
@@ -139,8 +150,8 @@ __kernel void ovtq_attend(const __global REAL* step, const __global REAL* column
       total += factor * joined[n][g][HEAD_DIM + 1];
       FOR_SHARE x[i] += factor * joined[n][g][SHARE * lane + i];
     }
-    turn(x, matrix(state, VALUE_RETURNS, head));
-    FOR_SHARE x[i] += total * (float)centre(state, VALUE_CENTRES, head)[SHARE * lane + i];
+    turn(x, matrix(given, VALUE_RETURNS, head));
+    FOR_SHARE x[i] += total * (float)centre(given, VALUE_CENTRES, head)[SHARE * lane + i];
     __global float* record = (__global float*)output + ((head * GROUP + g) * PARTS + part) * RECORD;
     FOR_SHARE record[SHARE * lane + i] = x[i];
     if (lane == 0) {

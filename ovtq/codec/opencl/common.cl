@@ -18,6 +18,13 @@ inline const __global REAL* centre(const __global REAL* constants, int of, uint 
   return constants + of + head * HEAD_DIM;
 }
 
+inline void keep_constants(__global REAL* state, const __global REAL* given) {
+  for (uint i = get_global_id(0); i < CODES; i += get_global_size(0)) state[i] = given[i];
+}
+
+// Of what `attend` is given of all tokens.
+inline bool is_shown(const __global REAL* shown, uint token) { return (uint)shown[token / 8] >> token % 8 & 1; }
+
 inline __global uchar* codes_of(__global REAL* state, uint head, uint token) {
   return (__global uchar*)(state + CODES + ((size_t)head * CAPACITY + token) * CODES_ROW);
 }

@@ -97,7 +97,7 @@ inline void attend_by_xmx(__global REAL* state, uint head, const __global REAL* 
 
     const float2 scales = scales_of(state, head, token);  // of the key, of the value
     const float larger_unit = fmax(unit, UNIT(sub_group_reduce_max(scales.y)));
-    const bool seen = first + (int)lane < older && shown[token] > 0;
+    const bool seen = first + (int)lane < older && is_shown(shown, token);
     FLOATS old = 0;
     SHORTS weights = 0;
     _Pragma("unroll") for (int g = 0; g < HEADS; g++) {

@@ -17,6 +17,7 @@ GUARD = (
     "ovtq's kernels, which run on a GPU with the property CONFIG_FILE = the path of the file ovtq_kernels/kernels.xml "
     "in the model's folder; it is missing, or this is no GPU, and without it"
 )  # the name of an operation, before what a plugin says of it: it is not supported
+LEAST = 64  # rows that new or past tokens are brought to, at the least; then a power of two
 NEEDED = "for a GPU with the property CONFIG_FILE"  # before the names of what only that runs: a CPU quotes one
 
 
@@ -100,3 +101,13 @@ def halves(count: Node | Output) -> list[Node]:
 def first_of(x: Node) -> Node:
     """Its first number, (1, 1, 1, 1)."""
     return op.slice(x, i64([0] * 4), i64([1] * 4), i64([1] * 4))
+
+
+def brought(count: Node | Output, most: int) -> Node:
+    """LEAST, or the power of two above it that is not below `count`: few lengths, for a kernel is built for each."""
+    steps = [LEAST]
+    while steps[-1] < most:
+        steps.append(2 * steps[-1])
+    # by sums and products of whole numbers, which the plugin computes on the host
+    over = op.minimum(op.maximum(op.subtract(count, i64([0, *steps[:-1]])), i64([0])), i64([1]))
+    return op.maximum(op.reduce_max(op.multiply(over, i64(steps)), i64([0]), True), i64([LEAST]))

@@ -3,7 +3,7 @@
 A state of fixed length holds a layer's constants, codes and scales of all tokens, and the last tokens as they came;
 kernels write new tokens into it in place, which its ReadValue alone would not keep the plugin from copying: so it has
 one reader, the If. It starts with zeros, which all layers share (`Zeros`): what states start with the plugin keeps, as
-large as they are. The first call brings the constants. A decode step is two kernels. Several tokens, or the first, are
+large as they are. The first call brings the constants. A decode step is two kernels. Several tokens are
 attended to by the plugin's own fused kernel, which a kernel hands the past to.
 
 One sequence at a time: kernels don't move the rows of one sequence to another's.
@@ -19,9 +19,19 @@ import numpy as np
 from openvino import Node, Output
 from openvino import opset15 as op
 
-from ovtq.codec.kernel_layout import READ_ROWS, KernelLayout
+from ovtq.codec.kernel_layout import WORD, KernelLayout
 from ovtq.forms.attend import NEVER, FullCacheSpec
-from ovtq.forms.gpu.guard import NEEDED, carrier, filled, first_of, halves, of_all_kernels, refuse_others
+from ovtq.forms.gpu.guard import (
+    LEAST,
+    NEEDED,
+    brought,
+    carrier,
+    filled,
+    first_of,
+    halves,
+    of_all_kernels,
+    refuse_others,
+)
 from ovtq.ir.graph import (
     ALL,
     MASKED,
@@ -40,12 +50,11 @@ from ovtq.models.description import AttentionLayer, InPlace, ModelDescription
 from ovtq.states import IN_PLACE, Fixed, StateSpec, cache_name
 
 FLUSH = 1  # tokens that join the history at a time
-LEAST = 64  # rows that new or past tokens are brought to, at the least; then a power of two
 
 
 @dataclass(frozen=True)
 class Step(Tensors):
-    """What one token reads; `columns` say how many are past, and which of all it may see."""
+    """What one token reads; `columns`, (1, rows, 1, head_dim), say how many are past, and which of all it may see."""
 
     state: Output
     query: Output
@@ -64,6 +73,7 @@ class Text(Tensors):
     value: Output
     mask: Output
     shown: Output
+    scratch: Output
 
     @property
     def new(self) -> Node:
@@ -95,8 +105,8 @@ class Kernels:
         self.layout = KernelLayout(first.kv_heads, first.group, first.head_dim, bits, plan.window, capacity)
         self.new, self.past = dim(description.input_ids, 1).output(0), past.output(0)
         self.shown = description.attention_mask.output(0)
-        several, first = op.not_equal(self.new, i64([1])), op.equal(self.past, i64([0]))
-        self.is_prefill = op.logical_or(several, first).output(0)
+        # by its length alone: where an If takes another way at the same lengths, what reads it may find the old result
+        self.is_prefill = op.not_equal(self.new, i64([1])).output(0)
         self.columns = self._columns().output(0)
         seen = Seen(self.shown, numbers(self.new, 2).output(0))
         self.mask = if_else(
@@ -105,6 +115,9 @@ class Kernels:
             (seen, lambda read: One(f32(np.zeros((1, 1, 1, 1))))),
             ("mask", "none"),
         ).value
+        several = op.minimum(op.subtract(self.new, i64([1])), i64([1]))
+        self.past_rows = op.multiply(several, brought(self.past, capacity))  # none where one token reads codes
+        self.scratch: Output | None = None
         self.zeros = Zeros(dim(description.input_ids, 0), self.layout.shape)
         self.states: list[StateSpec] = []
         self.assigns: list[Node] = []
@@ -117,11 +130,12 @@ class Kernels:
     def rewrite(self, layer: AttentionLayer) -> AttentionLayer:
         """The layer with its cache in one state."""
         state = self._state(layer)
+        self.scratch = self.scratch or self._scratch(layer)
         ports = layer.query.source, layer.key.source, layer.value.source
         context = if_else(
             self.is_prefill,
             (
-                Text(state, *ports, self.mask, self.shown),
+                Text(state, *ports, self.mask, self.shown, self.scratch),
                 lambda read: One(self._prefill(layer, read)),
             ),
             (Step(state, *ports, self.columns), lambda read: One(self._decode(layer, read))),
@@ -142,18 +156,36 @@ class Kernels:
         """The Assigns of all states, once every layer is rewritten."""
         return self.assigns
 
+    def _scratch(self, layer: AttentionLayer) -> Output:
+        """What the past is read into, one for all layers: a branch keeps what it makes.
+
+        Of a number that a GPU has computed, so that it lies in its memory.
+        """
+        layout = self.layout
+        some = op.reshape(first_of(layer.query.source), i64([1]), False)
+        size = op.multiply(self.past_rows, i64([2 * layout.kv_heads * layout.head_dim]))
+        return op.broadcast(some, size).output(0)
+
     def _columns(self) -> Node:
-        """How many tokens are past, and attention_mask, (1, ·, cells, 1): a kernel is built for each length.
+        """How many tokens are past, and a bit of attention_mask for each, (1, rows, 1, head_dim) of fixed length.
 
         Of one sequence, and of no more tokens than there is room for: else a call fails here, before it is refused.
         """
-        most = self.layout.capacity
+        layout = self.layout
+        most, room = layout.capacity, layout.words * WORD
         shown = op.slice(self.shown, i64([0, 0]), i64([1, most]), i64([1, 1]), i64([0, 1]))
-        columns = op.concat([op.unsqueeze(op.concat(halves(self.past), 0), i64([0])), shown], 1)
-        left = op.subtract(i64([self.layout.columns - 2]), op.minimum(op.add(self.past, self.new), i64([most])))
-        behind, zero = op.concat([i64([0]), left], 0), op.constant(np.float32(0))
-        columns = op.pad(op.convert(columns, "f32"), i64([0, 0]), behind, "constant", zero)
-        return op.reshape(columns, i64([1, -1, self.layout.cells, 1]), False)
+        left = op.subtract(i64([room]), op.minimum(op.add(self.past, self.new), i64([most])))
+        shown = op.pad(shown, i64([0, 0]), op.concat([i64([0]), left], 0), "constant", i64(0))
+        bits = op.select(
+            op.greater(op.reshape(shown, i64([-1, WORD]), False), i64(0)), f32(2.0 ** np.arange(WORD)), f32(0)
+        )
+        columns = op.concat(
+            [op.convert(op.concat(halves(self.past), 0), "f32"), op.reduce_sum(bits, i64([1]), False)], 0
+        )
+        behind = i64([layout.columns * layout.head_dim - 2 - layout.words])
+        columns = op.pad(columns, i64([0]), behind, "constant", op.constant(np.float32(0)))
+        # of a length that is left open: what a kernel gives of known size is reordered by another
+        return op.reshape(columns, i64([1, -1, 1, layout.head_dim]), False)
 
     def _state(self, layer: AttentionLayer) -> Output:
         """What a layer's kernels read and write; it starts with zeros."""
@@ -168,8 +200,8 @@ class Kernels:
         self.assigns.append(op.assign(state, variable))
         return state.output(0)
 
-    def _constants(self, layer: AttentionLayer) -> Node:
-        """What a layer's kernels find in its state, once the first call has brought it."""
+    def _constants(self, layer: AttentionLayer, size: int) -> np.ndarray:
+        """(size,): what a layer's kernels are given, or find in its state."""
         layout = self.layout
         key, value = self.plan.bases[layer.index]
         values = {
@@ -186,16 +218,13 @@ class Kernels:
             if some.ndim == 3:  # one that all heads share
                 some = np.broadcast_to(some, (layout.kv_heads, *some.shape[1:]))
             found[layout.offsets[name]] = some
-        return f32(filled(5 * layout.given_fives, found))
+        return filled(size, found)
 
     def _decode(self, layer: AttentionLayer, read: Step) -> Node:
         layout = self.layout
-        step = op.concat([read.query, read.key, read.value], 1)
-        parts = carrier(
-            "opset6", "ExperimentalDetectronPriorGridGenerator",
-            [op.reshape(step, i64([-1, 4]), False), read.columns, read.state],
-            flatten=True, h=0, w=0, stride_x=0.0, stride_y=0.0,
-        )  # fmt: skip
+        step = op.concat([read.query, read.key, read.value, read.columns], 1)
+        given = self._constants(layer, layout.given_cells * layout.cells)
+        parts = _attend(step, f32(given.reshape(1, -1, layout.cells, 1)), read.state)
         parts = op.reshape(parts, i64([1, 1, -1, 4]), False)
         heads = f32(np.zeros((layout.query_heads, 5)))
         context = carrier(
@@ -205,24 +234,18 @@ class Kernels:
 
     def _prefill(self, layer: AttentionLayer, read: Text) -> Node:
         """The plugin's attention, one KV head after the other, to what `read` gives and what is new; then `append`."""
-        layout = self.layout
         H, G, d = layer.kv_heads, layer.group, layer.head_dim
-        past = read.past
-        rows = brought(past, layout.capacity)
-        groups = op.multiply(op.divide(rows, i64([READ_ROWS])), i64([H]))
-        counts = op.broadcast(op.convert(past, "i32"), groups)
-        corners = op.broadcast(f32(0), op.concat([groups, i64([4])], 0))
-        found = carrier(
-            "opset9", "ROIAlign", [read.state, corners, counts],
-            pooled_h=2 * READ_ROWS, pooled_w=d, sampling_ratio=1, spatial_scale=1.0, mode="avg",
-            aligned_mode="asymmetric",
-        )  # fmt: skip
-        found = op.reshape(found, i64([1, 2 * H, -1, d]), False)  # keys, then values
+        scratch = op.reshape(read.scratch, i64([1, -1, 1, 1]), False)
+        # with a number of the query, which the layers before have made: so all of them have read the scratch
+        query = op.reshape(first_of(read.query), i64([1]), False)
+        counts = op.concat([op.convert(op.concat(halves(read.past), 0), "f32"), query, f32(np.zeros(1))], 0)
+        done = op.reshape(_attend(counts, scratch, read.state), i64([1, 1, 1, 4]), False)
+        found = op.reshape(read.scratch, i64([1, 2 * H, -1, d]), False)  # keys, then values
         queries = op.reshape(read.query, i64([0, H, -1, d]), True)
         keys = op.multiply(read.key, f32(layer.scale))
         out: list[Node] = []
         for head in range(H):
-            mine, values_at = (_after(out, number) for number in (head, H + head))
+            mine, values_at = (_after((out or [done])[-1], number) for number in (head, H + head))
             inputs = [
                 op.reshape(op.gather(queries, mine, i64(1)), i64([0, G, -1, d]), True),
                 op.concat([op.gather(found, mine, i64(1)), op.gather(keys, mine, i64(1))], 2),
@@ -252,7 +275,8 @@ class Kernels:
         left = op.multiply(rows, i64([5 * layout.fives - 2 * H * d]))
         counts = op.convert(op.concat([*halves(past), *halves(new)], 0), "f32")
         last = op.reshape(first_of(context), i64([1]), False)
-        step = op.concat([counts, last, self._constants(layer), *flat, op.broadcast(f32(0), left)], 0)
+        given = f32(self._constants(layer, 5 * layout.given_fives))
+        step = op.concat([counts, last, given, *flat, op.broadcast(f32(0), left)], 0)
         done = carrier(
             "opset1", "PSROIPooling", [read.state, op.reshape(step, i64([-1, 5]), False)],
             output_dim=1, group_size=1, spatial_scale=1.0, spatial_bins_x=1, spatial_bins_y=1, mode="bilinear",
@@ -281,16 +305,6 @@ class Zeros:
         return op.reshape(self.flat, i64([-1, one, rows, width] if odd else [0, one, -1, width]), True)
 
 
-def brought(count: Node | Output, most: int) -> Node:
-    """LEAST, or the power of two above it that is not below `count`: few lengths, for a kernel is built for each."""
-    steps = [LEAST]
-    while steps[-1] < most:
-        steps.append(2 * steps[-1])
-    # by sums and products of whole numbers, which the plugin computes on the host
-    over = op.minimum(op.maximum(op.subtract(count, i64([0, *steps[:-1]])), i64([0])), i64([1]))
-    return op.maximum(op.reduce_max(op.multiply(over, i64(steps)), i64([0]), True), i64([LEAST]))
-
-
 def _mask(read: Seen, capacity: int) -> Node:
     """(1, 1, new, rows of the past + new), additive: what is shown and not later than the query."""
     new = dim(read.query, 2)
@@ -308,9 +322,15 @@ def _mask(read: Seen, capacity: int) -> Node:
     return op.select(op.less_equal(since, read.query), f32(0), f32(MASKED))
 
 
-def _after(done: list[Node], number: int) -> Node:
-    """[number], which can't be computed before what was done last."""
-    if not done:
-        return i64([number])
-    some = op.reshape(first_of(done[-1]), i64([1]), False)
+def _attend(step: Node, given: Node, state: Output) -> Node:
+    """A call of the kernel of that name."""
+    return carrier(
+        "opset6", "ExperimentalDetectronPriorGridGenerator", [op.reshape(step, i64([-1, 4]), False), given, state],
+        flatten=True, h=0, w=0, stride_x=0.0, stride_y=0.0,
+    )  # fmt: skip
+
+
+def _after(done: Node, number: int) -> Node:
+    """[number], which can't be computed before something was done."""
+    some = op.reshape(first_of(done), i64([1]), False)
     return op.add(op.convert(op.less(some, some), "i64"), i64([number]))
