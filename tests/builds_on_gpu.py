@@ -26,7 +26,7 @@ def sources(kernel: str, kind: str, bits: tuple[int, int], head_dim: int, group:
         for item in some.bindings:
             if item.sources[-1] == kernel:
                 ports = [*(f"INPUT{number}" for number in range(item.inputs)), "OUTPUT0"]
-                lines = [f"#define {port}_TYPE {kind}\n#define {port}_DIMS (long[]){{1, 1, 1, 1}}\n" for port in ports]
+                lines = [f"#define {port}_TYPE {kind}\n#define {port}_DIMS (long[]){{2, 1, 1, 1}}\n" for port in ports]
                 return "".join((*lines, *(some.texts[f"{name}.cl"] for name in item.sources)))
     raise ValueError(f"no kernel {kernel}")
 

@@ -271,6 +271,7 @@ def test_verify_folders_and_models(written: Callable[..., Path]) -> None:
     assert ovtq.verify(original, model, SMALL).largest == record["largest"]
 
 
+@pytest.mark.slow
 def test_verify_a_calibrated_model_in_memory(tmp_path: Path) -> None:
     """Its statistics lie in no folder of its own: they are the original's, or named, and none but those."""
     folder = Path(shutil.copytree(SMALL, tmp_path / "model"))

@@ -94,7 +94,7 @@ def test_a_packed_prefill_attends_for_one_kv_head_at_a_time(
     ("options", "caches", "assigns"),
     # windows and residual windows, scores, positions, counts, the sum of keys; evicting: keys, values and their scales
     [
-        (["k6v4"], [], 10),
+        pytest.param(["k6v4"], [], 10, marks=SLOW),
         pytest.param(["exact"], [], 8, marks=SLOW),
         pytest.param(["exact", "--mode", "mask"], ["f16"] * 2 * 3, 5, marks=SLOW),
         pytest.param(["k6v4", "--mode", "mask"], ["i8", "f16"] * 2 * 3, 5, marks=SLOW),

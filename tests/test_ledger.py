@@ -175,7 +175,7 @@ def test_kernels_of_our_own_by_hand(convert: Callable[..., Path], measured: Call
     found = ledger(convert(MINI, "--preset", "k6v4", "--kernels", "--capacity", "4096", "--no-verify"))
     (attend,) = rows(found, "ovtq_attend")
     assert (attend["launches"], attend["written"]) == (3, 0)
-    assert attend["read"] == 3 * (KV_HEADS * (WIDTH * (6 + 4) // 8 + 2 * 2) + 2)
+    assert attend["read"] == 3 * (KV_HEADS * (WIDTH * (6 + 4) // 8 + 2 * 3) + 2 / 8)
     assert not rows(found, "ovtq_window")  # whose bytes do not grow
     assert found["copies"] == 0
     assert found["kernels"] < plain["kernels"]

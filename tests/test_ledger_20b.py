@@ -20,7 +20,7 @@ from ovtq.evidence import roofline
 
 sys.path.insert(0, str(GPU_TOOLS))
 import probe
-from at_24 import EXPORTED, SCRATCH, at_24, kernels, needs
+from at_24 import EXPORTED, KERNELS, SCRATCH, at_24, kernels, needs
 
 QUERY, KV, WIDTH = 64, 8, 64  # heads, and their width
 FOUND: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
@@ -61,10 +61,12 @@ BY_HAND = {
     "k8v4": packed(8),
     "k6v4": packed(6),
     "k4v4": packed(4),
+    # codes of keys and values, two scales of 3 bytes, and whether a token is shown: 8 of them in two bytes
+    **{f"k{bits}v4 --kernels": (KV * (WIDTH * (bits + 4) / 8 + 6) + 2 / 8, 0) for bits in (8, 6, 4)},
 }
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, *KERNELS])
 def test_bytes_of_a_layer_by_hand(preset: str) -> None:
     assert (pair(preset, "read_per_token"), pair(preset, "written_per_token")) == BY_HAND[preset]
 
@@ -84,7 +86,7 @@ def test_what_stands_beside_the_bytes() -> None:
     assert kernels(FOUND["u8"]) == kernels(FOUND["u4"])  # the same graph
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", [*PRESETS, *KERNELS])
 def test_the_roofline_has_what_was_counted(preset: str) -> None:
     cache = roofline.CACHES["stock" if preset == "rotate" else preset]
     both = pair(preset, "read_per_token") + pair(preset, "written_per_token")
@@ -113,6 +115,17 @@ def test_scratch_of_a_decode_step_by_hand(context: int) -> None:
     for count in (2, 4):
         assert copies < row("rotate", count, context)["decode_alone"] < 1.1 * copies + 20e6
     assert row("u8", 2, context)["decode_alone"] is None  # its states can't be set
+
+
+def test_kernels_take_less_memory_than_the_plugins_own_cache() -> None:
+    """States and the scratch of a call of 1,024 tokens: at 32,768 tokens no more, at 131,072 a GB less at the least."""
+    less = {}
+    for context in (32768, 131072):
+        own, plugins = (needs(FOUND[preset], context) for preset in ("k6v4 --kernels", "u8"))
+        less[context] = sum(plugins[name] - own[name] for name in ("states", "chunk"))
+    assert less[32768] >= 0
+    assert less[131072] >= 1e9
+    assert own["chunk"] <= 3.5e9
 
 
 def test_what_24_layers_need() -> None:

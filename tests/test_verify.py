@@ -237,6 +237,7 @@ def test_a_model_that_rounding_moves_far_is_held_to_that(tmp_path: Path) -> None
         verify(*_ill_conditioned(tmp_path, 1.003), layers, "CPU", 0, Scope(4))
 
 
+@pytest.mark.slow
 def test_ties_in_a_router_are_no_difference(exact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With this seed two experts of the bundled model are 8e-7 apart: rounding decides which one answers."""
     monkeypatch.setattr(ovtq.verification.verify, "PASTED", PASTED)

@@ -315,6 +315,7 @@ def test_without_experts_every_attention_is_run(target: str, convert: Callable[.
     assert found.skipped == 0
 
 
+@pytest.mark.slow
 def test_a_long_embedding_is_shortened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(ovtq.verification.extent, "BIG", 1000)
     monkeypatch.setattr(ovtq.verification.extent, "ROWS", 100)

@@ -9,7 +9,7 @@ In a page, what stands between `<!-- table NAME of FILE -->` and `<!-- end -->` 
 - what tools/measure_real_models.py --json writes: "quality" by cache and basis, "hosts", with no property, and
   "needles", answers that are right.
 - what ovtq-bench --output writes: "tpot" are the ratios of decode steps, by context and candidate.
-- tests/data/ledger_20b.json (tests/ledgers_20b.py): "step", "memory" and "bound".
+- tests/data/ledger_20b.json (tests/ledgers_20b.py): "step", "memory" and "bound"; of kernels beside others, "kernels".
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ovtq.evidence import roofline
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools" / "gpu"))
-from at_24 import EXPORTED, kernels, needs, of_a_full_layer  # noqa: E402
+from at_24 import EXPORTED, KERNELS, kernels, needs, of_a_full_layer  # noqa: E402
 
 FOLDER = ROOT / "docs" / "benchmarks"
 PART = re.compile(r"(<!-- table (\S+) of (\S+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -54,7 +54,9 @@ def made(path: Path, name: str) -> str:
         return {"tpot": of_bench}[name](found)
     if found.get("kind") == "eval":
         return {"quality": of_quality, "hosts": of_hosts, "needles": of_needles}[name](found)
-    kinds: dict[str, Callable[[Mapping[str, Any]], str]] = {"step": of_step, "memory": of_memory, "bound": of_bound}
+    kinds: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "step": of_step, "memory": of_memory, "bound": of_bound, "kernels": of_kernels,
+    }  # fmt: skip
     return kinds[name](found)
 
 
@@ -229,6 +231,26 @@ def of_memory(record: Mapping[str, Any]) -> str:
         lines.append([*line, f"{(first['weights'] + first['states'] + first['whole']) / 1e9:.1f}"])
     heads = [f"{contexts[0]:,} tokens", *(f"{context:,}" for context in contexts[1:])]
     return numbers(["", *heads, f"{contexts[0]:,} in one call"], lines, 1)
+
+
+def of_kernels(record: Mapping[str, Any]) -> str:
+    """A decode step and the memory of 24 layers, with kernels and without: bytes of a full layer, GB, milliseconds."""
+    contexts, long = (32768, 131072), 131072
+    found = roofline.table(SHAPE, "arc-140v", [long])
+    least = {row["cache"]: row["least_ms"] for row in found["rows"]}
+    lines = []
+    for preset in (*KERNELS, "k6v4", "u8", "u4", "exact"):
+        of = record[preset]
+        line = [f"`{preset}`", f"{of_a_full_layer(preset, of):,.0f}", f"{kernels(of):,.0f}", f"{of['4']['copies']:,}"]
+        for context in contexts:
+            need = needs(of, context)
+            line.append(" + ".join(f"{need[name] / 1e9:.2f}" for name in ("states", "chunk")))
+        lines.append([*line, f"{least[preset]:.1f}"])
+    paged = "paged u4"
+    lines.append([paged, f"{roofline.CACHES[paged].full:,}, all layers", *[""] * 4, f"{least[paged]:.1f}"])
+    memory = (f"GB at {context:,}" for context in contexts)
+    heads = ["", "bytes", "kernels per step", "copies", *memory, f"ms at {long:,}"]
+    return numbers(heads, lines, 1)
 
 
 def of_bound(_: Mapping[str, Any]) -> str:

@@ -49,7 +49,9 @@ CACHES = {
     "k8v4": Cache(5_920, 1_130, False, _LEDGER),
     "k6v4": Cache(6_816, 1_130, False, _LEDGER),
     "k4v4": Cache(5_664, 1_130, False, _LEDGER),
-    "k6v4 --kernels": Cache(674, 597, False, "docs/kernels.md: layers of those heads on a virtual Lunar Lake"),
+    "k8v4 --kernels": Cache(816.25, 629, False, _LEDGER),
+    "k6v4 --kernels": Cache(688.25, 629, False, _LEDGER),
+    "k4v4 --kernels": Cache(560.25, 629, False, _LEDGER),
     # 8 heads · (64 + 64) codes of 4 bits and 4 bytes of scale and zero point for each of two vectors
     "paged u4": Cache(8 * (64 + 8), None, True, "arithmetic: codes and scales of all layers, read once"),
 }

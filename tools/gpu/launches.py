@@ -90,7 +90,7 @@ class Own:
         )
         token = 2 * heads * width
         reads = [(min(past, window - 1) * token, size), (queries * width + token + 2 * queries + 2, size)]
-        return [*reads, (window + 1, 4)], [(queries * width, size), (token, size)]
+        return [*reads, (window + 2, 4)], [(queries * width, size), (token, size)]
 
 
 def read_sources(folder: Path) -> dict[str, Source | Own]:

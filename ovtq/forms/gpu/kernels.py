@@ -105,7 +105,7 @@ class Kernels:
         self.layout = KernelLayout(first.kv_heads, first.group, first.head_dim, bits, plan.window, capacity)
         self.new, self.past = dim(description.input_ids, 1).output(0), past.output(0)
         self.shown = description.attention_mask.output(0)
-        # by its length alone: where an If takes another way at the same lengths, what reads it may find the old result
+        # by its length alone: where an If took another way at the same lengths, it was seen to go wrong (P66)
         self.is_prefill = op.not_equal(self.new, i64([1])).output(0)
         self.columns = self._columns().output(0)
         seen = Seen(self.shown, numbers(self.new, 2).output(0))
