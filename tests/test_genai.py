@@ -15,6 +15,7 @@ import pytest
 from conftest import MINI, ROOT
 from scipy.special import log_softmax
 
+import ovtq
 from ovtq import demo
 from ovtq.forms.cpu.full import FLUSH
 from ovtq.runtime.runner import EXACT_PROPERTIES, Runner
@@ -62,6 +63,15 @@ TRUNCATED = ["exact", *ON_CPU]  # whose states GenAI can't cut
 def folder(preset: str, convert: Callable[..., Path]) -> Path:
     """The bundled model, converted with the test's parameter `preset`."""
     return convert(MINI, "--preset", *preset.split())
+
+
+@pytest.mark.parametrize("preset", ON_CPU)
+def test_load_gives_a_pipeline_for_what_a_model_was_made_for(folder: Path) -> None:
+    """On a CPU, with properties as given."""
+    pipe = ovtq.load(folder, **STATEFUL)
+    config = genai.GenerationConfig(max_new_tokens=16, ignore_eos=True, apply_chat_template=False)
+    said = pipe.generate(pipe.get_tokenizer().encode(PROMPTS["short"]).input_ids, config).tokens
+    assert [list(tokens) for tokens in said] == generate(folder, STATEFUL, PROMPTS["short"], max_new_tokens=16)
 
 
 def encoded(text: str) -> np.ndarray:
