@@ -1,4 +1,4 @@
-"""Build kernels for a virtual chip, as JSON: run by test_kernels.py.
+"""Build kernels for a virtual chip, as JSON: run by test_kernels_on_gpu.py.
 
 usage: VIRTUAL_GPU=CHIP tools/gpu/virtual python tests/builds_on_gpu.py KERNEL,{half|float},K,V,HEAD_DIM,GROUP…
 

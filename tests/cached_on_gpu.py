@@ -1,4 +1,4 @@
-"""Models on a GPU through one model cache, as JSON: run by test_kernels.py on the emulated device.
+"""Models on a GPU through one model cache, as JSON: run by test_kernels_on_gpu.py on the emulated device.
 
 usage: tools/gpu/emulated python tests/cached_on_gpu.py CACHE_DIR MODEL_DIR…
 

@@ -1,4 +1,4 @@
-"""One layer of the form with kernels on a GPU, call by call, as JSON: run by test_kernels.py on the emulated device.
+"""One layer of the form with kernels on a GPU, call by call, as JSON: run by test_kernels_on_gpu.py, emulated.
 
 usage: tools/gpu/emulated python tests/kernels_on_gpu.py FOLDER PRECISION TEXTS {K,V|window}[,HEAD_DIM[,GROUP[,PARTS]]]…
 
