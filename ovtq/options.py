@@ -73,11 +73,7 @@ class Options:
     centre: str | None = _of(QuantizeKv)
     kernels: bool | None = _of(QuantizeKv)
     capacity: int | None = _of(QuantizeKv)
-    extension: bool | None = option(
-        None,
-        "with kernels, call them through operations of ovtq's own: only hosts that are given them as an extension read "
-        "the model (`ovtq.load` gives them)",
-    )
+    extension: bool | None = option(None, "with kernels: call them by operations of ovtq's own")
     window_bits: Sequence[int | str] | None = option(
         None, "pack what sliding layers keep, too: bits of a key's and of a value's coordinate (default: none,none)"
     )

@@ -54,9 +54,7 @@ class QuantizeKv(FullCachePass):
     centre: str = centre_option()
     seed: int = option(0, "seed of the rotation's random signs")
     target: str = option("gpu", "whose plugin the graph is made for", choices=TARGETS)
-    kernels: bool = option(
-        False, "experimental, on a GPU: attend with OpenCL kernels of ovtq, which the property CONFIG_FILE names"
-    )
+    kernels: bool = option(False, "experimental, on a GPU: attend by kernels of ovtq")
     capacity: int = option(32768, "tokens that kernels have room for, taken up front")
     basis: str = basis_option()
     calibration: str = calibration_option()

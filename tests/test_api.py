@@ -35,6 +35,8 @@ PUBLIC = [
     "convert",
     "describe",
     "errors",
+    "extensions",
+    "load",
     "load_state",
     "properties",
     "pruning_counts",

@@ -109,7 +109,7 @@ class OvtqAppend(Operation):
 
 
 class OvtqWindow(Operation):
-    """(state, parts, facts) → the context, or zero once what is given is kept."""
+    """(state, parts, facts) → the context, once the last tokens are kept."""
 
     class_type_info = ov.DiscreteTypeInfo("OvtqWindow", "ovtq")
     stands_for = "DeformablePSROIPooling"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
+from ovtq import files
 from ovtq.codec.kernel_files import CONFIG, FOLDER
 from ovtq.errors import InputError, telling
 from ovtq.staging import RECORD
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ovtq.ir.operations import Operation
 
-HOSTS = {"genai": "openvino-genai", "optimum": "optimum[openvino]"}  # and what installs them
+HOSTS = {"genai": "ovtq[genai]", "optimum": "ovtq[optimum]"}  # and what installs them
 
 
 @telling
@@ -44,7 +44,7 @@ def extensions(model_dir: Path | str) -> list[type[Operation]]:
         return []
     from ovtq.ir.operations import OPERATIONS, TYPES
 
-    text = path.read_text(encoding="utf-8")
+    text = files.read_text(path)
     return list(OPERATIONS) if any(f'"{kind}"' in text for kind in TYPES.values()) else []
 
 
@@ -105,6 +105,6 @@ def _config(model_dir: Path | str) -> Path:
 def _device(folder: Path) -> str:
     """That which the record names; GPU, as of conversions, where it tells nothing."""
     try:
-        return str(json.loads((folder / RECORD).read_text(encoding="utf-8"))["target"]).upper()
-    except (OSError, ValueError, LookupError, TypeError):
+        return str(files.read_json(folder / RECORD)["target"]).upper()
+    except (InputError, LookupError, TypeError):
         return "GPU"
