@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,16 +125,22 @@ def test_operations_of_our_own_are_read_with_their_extension_alone(convert: Call
     assert ovtq.state_bytes(own, 100) == ovtq.state_bytes(standard, 100)  # a reader of ours
 
 
-def test_what_load_refuses(convert: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_load_refuses(convert: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     kernels = convert(TINY["5.5"], *PACKED_TINY, "--kernels", "--capacity", "1024")
-    for given, said in [
-        ((tmp_path,), "has no openvino_model.xml"),
-        ((kernels, "ollama"), "host is one of genai, optimum"),
-        ((kernels, "genai", "GPU", tmp_path), "can't be loaded from a model cache"),
-    ]:
-        cache = {"CACHE_DIR": str(given[3])} if len(given) > 3 else {}
-        with pytest.raises(InputError, match=said):
-            ovtq.load(*given[:3], **cache)
+    cache = {"CACHE_DIR": str(tmp_path)}
+    with pytest.raises(InputError, match=r"has no openvino_model\.xml"):
+        ovtq.load(tmp_path)
+    with pytest.raises(InputError, match="host is one of genai, optimum"):
+        ovtq.load(kernels, "ollama")
+    for given in ({"host": "genai", **cache}, {"host": "optimum", "ov_config": cache}):
+        with pytest.raises(InputError, match="can't be loaded from a model cache"):
+            ovtq.load(kernels, **given)
+    with pytest.raises(InputError, match="kernels run on a GPU, not on CPU"):
+        ovtq.load(kernels, device="CPU")
+    for host, package in (("genai", "openvino_genai"), ("optimum", "optimum.intel")):
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(InputError, match=rf"pip install 'ovtq\[{host}\]'"):
+            ovtq.load(kernels, host)
 
 
 def infer(compiled: ov.CompiledModel) -> None:

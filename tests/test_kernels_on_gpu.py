@@ -47,12 +47,14 @@ def test_a_decode_step_is_that_of_numpy(tmp_path: Path) -> None:
 @emulated
 @SLOW
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("layer", ["6,4", "window"])
-@pytest.mark.parametrize(("precision", "allowed"), [("f32", 1e-5), ("f16", 8e-3)])
-def test_every_call_is_that_of_numpy(precision: str, allowed: float, layer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "layer", "allowed"),
+    [("f32", "6,4", 1e-5), ("f32", "window", 1e-5), ("f16", "6,4", 8e-3), ("f16", "window", 1e-3)],
+)
+def test_every_call_is_that_of_numpy(precision: str, layer: str, allowed: float, tmp_path: Path) -> None:
     """Calls of many tokens and of one, padding, tokens that are hidden later, a reset; 300 steps.
 
-    A code may be another at a tie: then no more.
+    Of several tokens packed layers at f16 have the error of the plugin's own attention.
     """
     assert on_gpu(tmp_path, precision, MANY, layer)[layer] < allowed
 

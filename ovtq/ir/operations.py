@@ -14,7 +14,7 @@ import openvino as ov
 
 
 class Operation(ov.Op):
-    """One of them; a subclass says what its result's shape is.
+    """One of them; a subclass says what its result's shape is, if it is not that of the first input.
 
     `stands_for` is the type of the operation in whose place it is, `sizes` are names of its attributes.
     """
@@ -31,7 +31,7 @@ class Operation(ov.Op):
 
     def shape(self) -> list[Any]:
         """Of the result, as lengths that may be unknown."""
-        raise NotImplementedError
+        return list(self.get_input_partial_shape(0))
 
     @classmethod
     def taken(cls, attributes: Mapping[str, Any]) -> dict[str, int]:
@@ -130,10 +130,6 @@ class OvtqGuard(Operation):
 
     class_type_info = ov.DiscreteTypeInfo("OvtqGuard", "ovtq")
     stands_for = "Inverse"
-
-    def shape(self) -> list[Any]:
-        """As given."""
-        return list(self.get_input_partial_shape(0))
 
 
 OPERATIONS: tuple[type[Operation], ...] = (OvtqAttend, OvtqJoin, OvtqAppend, OvtqWindow, OvtqGuard)

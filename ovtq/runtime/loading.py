@@ -66,11 +66,13 @@ def load(model_dir: Path | str, host: str = "genai", device: str | None = None, 
     Any other is loaded as the host does without. `host` is genai, an openvino_genai.LLMPipeline, or optimum, an
     optimum.intel.OVModelForCausalLM; `device` is GPU or CPU, as the model was made for, if none is named. What else is
     given goes to the host: properties to genai, keywords (`ov_config` among them) to optimum. Raises InputError for a
-    folder without a model, an unknown host, one that is not installed, or a CACHE_DIR for a model with kernels; what a
-    host raises is left as it is.
+    folder without a model, an unknown host, one that is not installed, and for a model with kernels another device than
+    a GPU, or a CACHE_DIR; what a host raises is left as it is.
     """
     folder = _folder(model_dir, host)
     device, own, more = device or _device(folder), properties(folder), extensions(folder)
+    if own and "GPU" not in device:
+        raise InputError(f"{folder}: its kernels run on a GPU, not on {device}; convert it without --kernels for that")
     config = given if host == "genai" else given.pop("ov_config", None) or {}
     if own and config.get("CACHE_DIR"):
         raise InputError(f"{folder}: its kernels can't be loaded from a model cache; leave CACHE_DIR out")
